@@ -1,0 +1,103 @@
+"""The values that travel between the parts: what an image is, a batch of them, and where they come from."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from zsq.errors import InputError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageSpec:
+    """What a classifier takes and gives: image shape, normalisation and number of classes.
+
+    Raises:
+        InputError: a size is below 1, or ``mean``/``std`` do not hold one value a channel.
+    """
+
+    channels: int
+    """Image channels: 1, 3, 4 or any number."""
+    height: int
+    """Image height in pixels."""
+    width: int
+    """Image width in pixels."""
+    classes: int
+    """Number of classes, the length of the logits."""
+    mean: tuple[float, ...]
+    """Per-channel mean, on the scale of pixels in [0, 1]."""
+    std: tuple[float, ...]
+    """Per-channel standard deviation, on the scale of pixels in [0, 1]."""
+    resize: int | None = None
+    """Shorter side in pixels to which a file is resized before the centre crop; None crops only."""
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "height", "width", "classes"):
+            if getattr(self, name) < 1:
+                raise InputError(f"image spec: {name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != self.channels:
+                raise InputError(
+                    f"image spec: {name} has {len(getattr(self, name))} values for {self.channels} channels; "
+                    f"give one value a channel, such as {','.join(['0.5'] * self.channels)}."
+                )
+        if min(self.std) <= 0:
+            raise InputError(f"image spec: std is {self.std}; every value must be above 0.")
+        if self.resize is not None and self.resize < min(self.height, self.width):
+            raise InputError(
+                f"image spec: resize is {self.resize}, below the crop of {self.height}x{self.width}; "
+                "resize to at least the crop, or say none."
+            )
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Map pixels in [0, 1], [N, C, H, W], to what the network takes, of the same shape."""
+        mean, std = self._statistics(pixels)
+        return (pixels - mean) / std
+
+    def to_pixels(self, images: Tensor) -> Tensor:
+        """Map network inputs [N, C, H, W] back to pixels, uint8 [N, H, W, C]."""
+        mean, std = self._statistics(images)
+        pixels = (images * std + mean).clamp(0, 1)
+        return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+    def _statistics(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        mean = torch.tensor(self.mean, dtype=images.dtype, device=images.device).view(1, -1, 1, 1)
+        std = torch.tensor(self.std, dtype=images.dtype, device=images.device).view(1, -1, 1, 1)
+        return mean, std
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Images as the network takes them, with what is known of them."""
+
+    images: Tensor
+    """Normalised images, float [N, C, H, W]."""
+    labels: Tensor
+    """Wanted or true classes, int64 [N]."""
+    teacher_logits: Tensor | None = None
+    """Logits of the teacher for these images, float [N, classes], where already computed."""
+
+
+class SampleSource(Protocol):
+    """What stands in for the training images."""
+
+    data_free: bool
+    """Whether no real image was used."""
+
+    def sample(self, count: int, batch_size: int = 100) -> Iterator[Batch]:
+        """Stream `count` images for calibration; two calls give the same images."""
+        ...
+
+    def batch(self, step: int, student: nn.Module | None) -> Batch:
+        """Return the batch of distillation step `step`; a source that learns on the way does so here."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return all that a resumed or copied source needs, flat."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` returned."""
+        ...
