@@ -1,7 +1,7 @@
 """The values that travel between the parts: what an image is, a batch of them, and where they come from."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -78,6 +78,8 @@ class Batch:
     """Wanted or true classes, int64 [N]."""
     teacher_logits: Tensor | None = None
     """Logits of the teacher for these images, float [N, classes], where already computed."""
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    """Scalars worth logging of the source's own learning step."""
 
 
 class SampleSource(Protocol):

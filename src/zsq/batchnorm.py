@@ -1,0 +1,187 @@
+"""Read, observe and fold the batch norms of an exported network."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from zsq import graphs
+from zsq.errors import InputError
+from zsq.graphs import argument, aten, tensor_of
+
+
+class _Moments(torch.autograd.Function):
+    """Mean and biased variance in three passes forward and one backward.
+
+    `torch.var_mean` with its gradient took 13.8 ms where this takes 1 (64x16x32x32, one core; benchmarks/moments.py).
+    """
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> tuple[Tensor, Tensor]:
+        dims = [0, *range(2, x.dim())]
+        mean = x.mean(dims, keepdim=True)
+        var = (x - mean).square_().mean(dims)
+        ctx.save_for_backward(x, mean)
+        return mean.flatten(), var
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad_mean: Tensor, grad_var: Tensor
+    ) -> Tensor:
+        x, mean = ctx.saved_tensors  # type: ignore[attr-defined]
+        count = x.numel() // x.shape[1]
+        slope = (2 / count) * grad_var.view_as(mean)
+        offset = grad_mean.view_as(mean) / count - slope * mean
+        return torch.addcmul(offset, x, slope)
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel, differentiable once.
+
+    Args:
+        x: [N, C] or [N, C, ...], at least one element a channel.
+
+    Returns:
+        Mean [C] and variance [C].
+    """
+    return _Moments.apply(x)
+
+
+def frozen_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Batch norm with stored statistics, as one multiply-add a channel; `scale` and `shift` are [1, C, 1, ...]."""
+    return torch.addcmul(shift, x, scale)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchNorm:
+    """What one batch-norm layer stores; every tensor is [C]."""
+
+    node: Node
+    gamma: Tensor
+    beta: Tensor
+    mean: Tensor
+    var: Tensor
+    eps: float
+
+    @property
+    def scale(self) -> Tensor:
+        """Factor of the equivalent multiply-add."""
+        return self.gamma / torch.sqrt(self.var + self.eps)
+
+    @property
+    def shift(self) -> Tensor:
+        """Offset of the equivalent multiply-add."""
+        return self.beta - self.mean * self.scale
+
+
+def batch_norms(network: GraphModule) -> list[BatchNorm]:
+    """List the batch norms that normalise by stored statistics, in the order of the graph.
+
+    Module and functional forms, 1d to 3d and SyncBatchNorm are one operator in the exported graph.
+    """
+    found = []
+    for node in network.graph.nodes:
+        if node.target is not aten.batch_norm.default:
+            continue
+        mean, var = tensor_of(network, argument(node, 3)), tensor_of(network, argument(node, 4))
+        if mean is None or var is None:
+            continue
+        gamma, beta = tensor_of(network, argument(node, 1)), tensor_of(network, argument(node, 2))
+        gamma = torch.ones_like(mean) if gamma is None else gamma
+        beta = torch.zeros_like(mean) if beta is None else beta
+        found.append(BatchNorm(node, gamma, beta, mean, var, float(argument(node, 7, 1e-5))))
+    return found
+
+
+class ObservedTeacher(nn.Module):
+    """The teacher, giving logits and the statistics of every batch norm's input in one call.
+
+    Args:
+        network: the exported teacher; it is copied, not changed.
+        name: for the error text.
+
+    Attributes:
+        target_mean, target_var, eps: what the layers store, concatenated, each [sum C_l].
+
+    Raises:
+        InputError: no layer stores batch-norm statistics.
+    """
+
+    target_mean: Tensor
+    target_var: Tensor
+    eps: Tensor
+
+    def __init__(self, network: GraphModule, name: str = "teacher") -> None:
+        super().__init__()
+        network = graphs.copy_network(network)
+        norms = batch_norms(network)
+        if not norms:
+            raise InputError(
+                f"teacher '{name}' has no batch norm with stored statistics, and this method learns from them. "
+                "Methods that do without: noise, real."
+            )
+        observed = [self._replace(network, index, norm) for index, norm in enumerate(norms)]
+        output = network.graph.output_node()
+        output.args = ((output.args[0], tuple(observed)),)
+        self.network = graphs.finish(network).requires_grad_(False)
+        self.register_buffer("target_mean", torch.cat([n.mean for n in norms]))
+        self.register_buffer("target_var", torch.cat([n.var for n in norms]))
+        self.register_buffer("eps", torch.cat([torch.full_like(n.mean, n.eps) for n in norms]))
+
+    @staticmethod
+    def _replace(network: GraphModule, index: int, norm: BatchNorm) -> Node:
+        x = norm.node.args[0]
+        assert isinstance(x, Node)
+        shape = (1, -1, *[1] * (x.meta["val"].dim() - 2))
+        graphs.set_tensor(network, f"observed_scale_{index}", norm.scale.view(shape))
+        graphs.set_tensor(network, f"observed_shift_{index}", norm.shift.view(shape))
+        with network.graph.inserting_before(norm.node):
+            scale = network.graph.get_attr(f"observed_scale_{index}")
+            shift = network.graph.get_attr(f"observed_shift_{index}")
+            normalised = network.graph.call_function(frozen_norm, (x, scale, shift))
+            statistics = network.graph.call_function(moments, (x,))
+        norm.node.replace_all_uses_with(normalised)
+        network.graph.erase_node(norm.node)
+        return statistics
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Map images [N, C, H, W] to logits [N, classes] and (mean, biased variance) of each layer."""
+        logits, statistics = self.network(images)
+        logits = logits[0] if isinstance(logits, (tuple, list)) else logits
+        return logits, list(statistics)
+
+
+def fold(network: GraphModule) -> tuple[GraphModule, dict[str, tuple[Tensor, Tensor]]]:
+    """Fold each batch norm into the convolution or linear layer in front of it.
+
+    A batch norm whose input has another reader, or does not come from such a layer, stays.
+
+    Returns:
+        The folded copy, and ``{weight name: (gamma, beta)}`` of what was folded: both [C], destroyed by the folding
+        and needed by equalisation.
+    """
+    network = graphs.copy_network(network)
+    record = {}
+    for norm in batch_norms(network):
+        layer = norm.node.args[0]
+        if not isinstance(layer, Node) or layer.target not in graphs.LAYERS or len(layer.users) != 1:
+            continue
+        weight = tensor_of(network, layer.args[1])
+        if weight is None:
+            continue
+        name = str(layer.args[1].target)  # type: ignore[union-attr]
+        if len(layer.args[1].users) > 1:  # type: ignore[union-attr]
+            name = f"{name}_{layer.name}"  # a weight that two layers share gets a copy, since their norms differ
+        bias = tensor_of(network, argument(layer, 2))
+        bias = torch.zeros_like(norm.mean) if bias is None else bias
+        bias_name = f"{name.removesuffix('.weight')}.bias" if name.endswith(".weight") else f"{name}_bias"
+        graphs.set_tensor(network, name, weight * norm.scale.view(-1, *[1] * (weight.dim() - 1)))
+        graphs.set_tensor(network, bias_name, bias * norm.scale + norm.shift)
+        weight_node = graphs.read_attribute(network, name, layer)
+        bias_node = graphs.read_attribute(network, bias_name, layer)
+        layer.args = (layer.args[0], weight_node, bias_node, *layer.args[3:])
+        norm.node.replace_all_uses_with(layer)
+        network.graph.erase_node(norm.node)
+        record[name] = (norm.gamma, norm.beta)
+    return graphs.finish(network), record

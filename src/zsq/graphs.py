@@ -1,0 +1,92 @@
+"""Small helpers on `torch.export` graphs, the one representation of a network after loading."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+aten = torch.ops.aten
+
+CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv2d.padding)
+LAYERS = (*CONVOLUTIONS, aten.linear.default)
+"""Operators with a weight (second argument, output channels first) and a bias (third argument)."""
+
+
+def get_attribute(module: nn.Module, name: str) -> Any:
+    """Return the attribute at a dotted path."""
+    for part in name.split("."):
+        module = getattr(module, part)
+    return module
+
+
+def set_tensor(network: GraphModule, name: str, value: Tensor, *, trainable: bool = False) -> None:
+    """Store a tensor at a dotted path, as a parameter where it is to be trained and a buffer elsewhere."""
+    *path, last = name.split(".")
+    owner: nn.Module = network
+    for part in path:
+        if not hasattr(owner, part):
+            owner.add_module(part, nn.Module())
+        owner = getattr(owner, part)
+    if hasattr(owner, last):
+        delattr(owner, last)
+    if trainable:
+        owner.register_parameter(last, nn.Parameter(value))
+    else:
+        owner.register_buffer(last, value)
+
+
+def tensor_of(network: GraphModule, node: Any) -> Tensor | None:
+    """Return the tensor that a `get_attr` node reads, or None where the argument is absent."""
+    return get_attribute(network, str(node.target)).detach() if isinstance(node, Node) and node.op == "get_attr" else None
+
+
+def argument(node: Node, index: int, default: Any = None) -> Any:
+    """Return a positional argument of an operator, or its default where the graph leaves it out."""
+    return node.args[index] if len(node.args) > index else default
+
+
+def layers(network: GraphModule) -> Iterator[Node]:
+    """Yield the convolutions and linear layers whose weight is stored in the network, in order."""
+    for node in network.graph.nodes:
+        if node.target in LAYERS and isinstance(node.args[1], Node) and node.args[1].op == "get_attr":
+            yield node
+
+
+def read_attribute(network: GraphModule, name: str, before: Node) -> Node:
+    """Insert a `get_attr` node in front of `before`."""
+    with network.graph.inserting_before(before):
+        return network.graph.get_attr(name)
+
+
+def copy_network(network: GraphModule) -> GraphModule:
+    """Return an independent copy of the graph and its tensors."""
+    return copy.deepcopy(network)
+
+
+def finish(network: GraphModule) -> GraphModule:
+    """Drop what no longer contributes, forget unused tensors, and recompile."""
+    network.graph.eliminate_dead_code()
+    network.delete_all_unused_submodules()
+    used = {node.target for node in network.graph.nodes if node.op == "get_attr"}
+    inside = tuple(f"{node.target}." for node in network.graph.nodes if node.op == "call_module")
+    stored = [*(name for name, _ in network.named_parameters()), *(name for name, _ in network.named_buffers())]
+    for name in stored:
+        if name not in used and not name.startswith(inside or ("\0",)):
+            owner, _, last = name.rpartition(".")
+            delattr(get_attribute(network, owner) if owner else network, last)
+    network.graph.lint()
+    network.recompile()
+    return network
+
+
+def classifier_weight(network: GraphModule, classes: int) -> Tensor | None:
+    """Return the weight [classes, features] of the layer that makes the logits, or None where there is none."""
+    last = None
+    for node in layers(network):
+        weight = tensor_of(network, node.args[1])
+        if weight is not None and weight.shape[0] == classes:
+            last = weight
+    return None if last is None else last.flatten(1).float()

@@ -1,0 +1,39 @@
+"""What every method gives: something to quantize, and images to do it with."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from torch.fx import GraphModule
+
+from zsq.teachers import Teacher
+from zsq.training import Run
+from zsq.types import SampleSource
+
+
+@dataclass(frozen=True, slots=True)
+class Surrogate:
+    """The result of `fit`: what stands in for the training data."""
+
+    source: SampleSource
+    """Images for calibration and distillation."""
+    network: GraphModule
+    """The float network to quantize: the teacher's own, unless the method rewrites it."""
+
+
+class Method(Protocol):
+    """A frozen dataclass whose fields are its settings, with one verb."""
+
+    name: ClassVar[str]
+    """Name on the command line."""
+    steps: int
+    """Steps of `fit`; 0 where nothing is learnt."""
+
+    def fit(self, teacher: Teacher, run: Run, *, distill_steps: int = 0) -> Surrogate:
+        """Learn what stands in for the training data; the teacher is left alone, bit for bit.
+
+        Args:
+            teacher: the float network.
+            run: seed, device, folder for checkpoints, progress.
+            distill_steps: steps of distillation that will follow, for schedules that span both.
+        """
+        ...

@@ -1,0 +1,183 @@
+"""ZS-CGAN: a conditional generator learnt from nothing but the teacher (Choi, El-Khamy, Lee, section 2.2)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from zsq import graphs
+from zsq.batchnorm import ObservedTeacher
+from zsq.errors import InputError
+from zsq.losses import bns_loss, label_cross_entropy
+from zsq.methods.base import Surrogate
+from zsq.networks import Generator, label_codes, make_generator
+from zsq.teachers import Teacher
+from zsq.training import Run, cosine, flatten_optimizer, part, restore_optimizer, set_learning_rate, stream, under
+from zsq.types import Batch
+
+LARGE_IMAGE = 96
+"""Shorter side in pixels from which `generator = auto` takes the light decoder."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ZSCGAN:
+    """Train a conditional generator against the teacher's labels and batch-norm statistics."""
+
+    name: ClassVar[str] = "zscgan"
+    summary: ClassVar[str] = "conditional generator learnt from labels and batch-norm statistics (the paper's own)"
+
+    steps: int = 4000
+    """Generator updates before the first sample is taken."""
+    batch_size: int = 64
+    """Images a step, in `fit` and in distillation."""
+    learning_rate: float = 1e-3
+    """Adam's step size, annealed by a cosine over fit and distillation together."""
+    beta1: float = 0.5
+    """Adam's first momentum."""
+    beta2: float = 0.999
+    """Adam's second momentum."""
+    ce_weight: float = 1.0
+    """Factor of the label cross-entropy, eq. (2); 0 switches it off."""
+    bns_weight: float = 1.0
+    """Factor of the batch-norm statistics loss, eq. (2); 0 switches it off."""
+    generator: Literal["auto", "unet", "light"] = "auto"
+    """Network: the paper's U-Net, the light decoder, or the U-Net below 96 pixels and the light decoder from there."""
+    width: int = 24
+    """Channels of the generator's layers."""
+    levels: int = 5
+    """Most levels of the U-Net."""
+    skip: int = 4
+    """Channels of the U-Net's skip connections."""
+    noise_channels: int = 32
+    """Channels of the U-Net's noise map, or length of the light decoder's latent vector."""
+    style_size: int = 16
+    """Length of the noise that every batch norm sees beside the label's code."""
+    code_size: int = 128
+    """Longest code of a label."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "width", "levels", "skip", "noise_channels", "code_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"method.{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.steps < 0:
+            raise InputError(f"method.steps is {self.steps}; it must be at least 0.")
+        if self.batch_size < 2:
+            raise InputError("method.batch_size is 1; batch statistics need at least 2 images.")
+        if self.learning_rate <= 0:
+            raise InputError(f"method.learning_rate is {self.learning_rate}; it must be above 0.")
+        if min(self.ce_weight, self.bns_weight) < 0 or self.ce_weight + self.bns_weight == 0:
+            raise InputError(
+                f"method.ce_weight is {self.ce_weight} and method.bns_weight {self.bns_weight}; "
+                "neither may be negative and one must be above 0."
+            )
+
+    def build(self, teacher: Teacher, seed: int) -> Generator:
+        """Make the untrained generator; a pure function of settings, teacher and seed."""
+        spec = teacher.spec
+        weight = graphs.classifier_weight(teacher.network, spec.classes)
+        codes = label_codes(spec.classes, weight, self.code_size, stream(seed, "codes", 0))
+        kind = self.generator
+        if kind == "auto":
+            kind = "light" if min(spec.height, spec.width) >= LARGE_IMAGE else "unet"
+        settings = {"width": self.width, "noise_channels": self.noise_channels, "style_size": self.style_size}
+        if kind == "unet":
+            settings |= {"levels": self.levels, "skip": self.skip}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream(seed, "generator", 0).initial_seed())
+            return make_generator(kind, spec, codes, **settings)
+
+    def fit(self, teacher: Teacher, run: Run, *, distill_steps: int = 0) -> Surrogate:
+        """Train the generator by eq. (2).
+
+        Raises:
+            InputError: the teacher stores no batch-norm statistics.
+            NumericsError: a loss is not finite.
+        """
+        source = GeneratorSource(self, teacher, run, distill_steps)
+        run.train("fit", source, self.steps)
+        return Surrogate(source, teacher.network)
+
+
+class GeneratorSource:
+    """Samples of a generator that goes on learning while it teaches."""
+
+    data_free = True
+
+    def __init__(self, settings: ZSCGAN, teacher: Teacher, run: Run, distill_steps: int) -> None:
+        self.settings, self.seed, self.device, self.spec = settings, run.seed, run.device, teacher.spec
+        self.horizon = settings.steps + distill_steps
+        observed = ObservedTeacher(teacher.network, teacher.name)
+        self.teacher = observed.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        generator = settings.build(teacher, run.seed)
+        self.generator = generator.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = torch.optim.Adam(
+            self.generator.parameters(),
+            lr=settings.learning_rate,
+            betas=(settings.beta1, settings.beta2),
+            fused=True,
+        )
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        """Update the generator once by eq. (2) and return its losses."""
+        return self._update(step).losses
+
+    def batch(self, step: int, student: nn.Module | None) -> Batch:
+        """Return a fresh batch and learn from it: one forward pass of generator and teacher serves both losses."""
+        del student
+        return self._update(self.settings.steps + step)
+
+    def _update(self, step: int) -> Batch:
+        settings = self.settings
+        labels, noise = self._draw("fit", step, settings.batch_size)
+        self.generator.train()
+        images = self.generator(noise, labels)
+        logits, moments = self.teacher(images)
+        losses = {
+            "ce": label_cross_entropy(logits, labels),
+            "bns": bns_loss(moments, self.teacher.target_mean, self.teacher.target_var, self.teacher.eps),
+        }
+        weights = {"ce": settings.ce_weight, "bns": settings.bns_weight}
+        loss = torch.stack([weights[name] * value for name, value in losses.items() if weights[name]]).sum()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        set_learning_rate(self.optimizer, cosine(1.0, step, self.horizon))
+        self.optimizer.step()
+        losses = {name: value.detach() for name, value in losses.items()}
+        losses["label_recognition"] = (logits.detach().argmax(1) == labels).float().mean() * 100
+        return Batch(images.detach(), labels, logits.detach(), losses)
+
+    @torch.no_grad()
+    def sample(self, count: int, batch_size: int = 100) -> Iterator[Batch]:
+        """Stream `count` images, batch norm at its running statistics, labels uniform."""
+        for index, start in enumerate(range(0, count, batch_size)):
+            labels, noise = self._draw("sample", index, min(batch_size, count - start))
+            yield Batch(self.render(noise, labels), labels)
+
+    @torch.no_grad()
+    def sample_labels(self, labels: Tensor) -> Tensor:
+        """Return one image for each label [N]: [N, C, H, W]."""
+        _, noise = self._draw("grid", 0, len(labels))
+        return self.render(noise, labels.to(self.device))
+
+    def render(self, noise: Tensor, labels: Tensor) -> Tensor:
+        """Map noise and labels to images as when sampling."""
+        self.generator.eval()
+        return self.generator(noise, labels)
+
+    def _draw(self, name: str, step: int, count: int) -> tuple[Tensor, Tensor]:
+        random = stream(self.seed, name, step, self.device)
+        labels = torch.randint(0, self.spec.classes, (count,), generator=random, device=self.device)
+        noise = torch.randn(count, self.generator.noise_size, generator=random, device=self.device)
+        return labels, noise
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the generator's weights and Adam's moments."""
+        moments = flatten_optimizer(self.optimizer)
+        return under("generator", self.generator.state_dict()) | under("optimizer", moments)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` returned."""
+        self.generator.load_state_dict(part("generator", state))
+        restore_optimizer(self.optimizer, part("optimizer", state))

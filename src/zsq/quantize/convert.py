@@ -1,0 +1,106 @@
+"""Turn a student into the integers that are stored: the converted graph that both files are written from."""
+
+import torch
+import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from zsq import graphs
+from zsq.graphs import argument
+from zsq.quantize.fakequant import ActivationQuantizer, WeightQuantizer, bias_integers, quantize_bias
+from zsq.quantize.prepare import TRANSPARENT, Student, is_float, prepared_layers, weight_node
+
+_ops = torch.ops.quantized_decomposed
+
+
+@torch.no_grad()
+def convert(student: Student) -> GraphModule:
+    """Return the student's graph with integers stored and explicit quantize and dequantize operators, on the CPU.
+
+    Weights are int8 behind a dequantize operator, biases int32 at input scale x weight scale, activations pass through
+    quantize and dequantize. An operator that only moves values gets the grid of its input again, which changes no value
+    and lets a runtime keep it in integers.
+    """
+    network = graphs.copy_network(student.network).cpu().eval()
+    for layer in prepared_layers(network):
+        _store_layer(network, layer)
+    grids: dict[Node, ActivationQuantizer] = {}
+    for node in list(network.graph.nodes):
+        module = network.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, ActivationQuantizer):
+            rounded = _round_behind(network, node.args[0], module, [node])
+            node.replace_all_uses_with(rounded)
+            network.graph.erase_node(node)
+            grids[rounded] = module
+        elif node.target in TRANSPARENT and node.args[0] in grids:
+            grid = grids[node.args[0]]
+            if is_float(node):
+                grids[_round_behind(network, node, grid, list(node.users))] = grid
+            else:
+                grids[node] = grid
+    return graphs.finish(network)
+
+
+def _round_behind(network: GraphModule, node: Node, grid: ActivationQuantizer, readers: list[Node]) -> Node:
+    """Insert quantize and dequantize behind a node, and let the readers read the result."""
+    arguments = (
+        float(grid.scale),
+        int(grid.zero_point.round()),
+        grid.quant_min,
+        grid.quant_max,
+        torch.int8,
+    )
+    with network.graph.inserting_after(node):
+        integers = network.graph.call_function(_ops.quantize_per_tensor.default, (node, *arguments))
+    with network.graph.inserting_after(integers):
+        rounded = network.graph.call_function(_ops.dequantize_per_tensor.default, (integers, *arguments))
+    rounded.meta["val"] = node.meta.get("val")
+    for reader in readers:
+        reader.replace_input_with(node, rounded)
+    return rounded
+
+
+def _store_layer(network: GraphModule, layer: Node) -> None:
+    """Replace a layer's weight and bias by stored integers behind a dequantize operator."""
+    called, stored = weight_node(layer)
+    quantizer = network.get_submodule(str(called.target))
+    assert isinstance(quantizer, WeightQuantizer)
+    weight = graphs.get_attribute(network, str(stored.target)).detach()
+    bias = argument(layer, 2)
+    scale = quantizer.scale.detach().clone()
+    name = str(stored.target)
+    if isinstance(bias, Node) and bias.target is quantize_bias:
+        value, activation_scale = (_read(network, node) for node in bias.args[:2])
+        product = activation_scale * scale
+        integers = bias_integers(value, product).to(torch.int32)
+        source = bias.args[0]
+        assert isinstance(source, Node)
+        graphs.set_tensor(network, str(source.target), integers)
+        bias = _dequantize(network, layer, str(source.target), product, -(2**31), 2**31 - 1, torch.int32)
+    shape = (-1, *[1] * (weight.dim() - 1))
+    integers = (weight * (1 / scale.view(shape))).round().clamp(quantizer.quant_min, quantizer.quant_max)
+    graphs.set_tensor(network, name, integers.to(torch.int8))
+    weight_read = _dequantize(network, layer, name, scale, quantizer.quant_min, quantizer.quant_max, torch.int8)
+    layer.args = (layer.args[0], weight_read, bias, *layer.args[3:])
+
+
+def _dequantize(
+    network: GraphModule, layer: Node, name: str, scale: Tensor, low: int, high: int, dtype: torch.dtype
+) -> Node:
+    """Read stored integers in front of a layer and dequantize them, per channel where `scale` has several values."""
+    graph = network.graph
+    with graph.inserting_before(layer):
+        stored = graph.get_attr(name)
+        if scale.numel() == 1:
+            return graph.call_function(
+                _ops.dequantize_per_tensor.default, (stored, float(scale), 0, low, high, dtype)
+            )
+        graphs.set_tensor(network, f"{name}_scale", scale)
+        graphs.set_tensor(network, f"{name}_zero_point", torch.zeros(len(scale), dtype=torch.int64))
+        scales, zeros = graph.get_attr(f"{name}_scale"), graph.get_attr(f"{name}_zero_point")
+        return graph.call_function(_ops.dequantize_per_channel.default, (stored, scales, zeros, 0, low, high, dtype))
+
+
+def _read(network: GraphModule, node: object) -> Tensor:
+    assert isinstance(node, Node)
+    return graphs.get_attribute(network, str(node.target)).detach()

@@ -1,0 +1,210 @@
+"""Fake quantization: float tensors that hold only the values an integer file can hold."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Mode = Literal["off", "observe", "histogram", "quantize"]
+
+HISTOGRAM_BINS = 2048
+SMALLEST_SCALE = 1e-8
+
+
+def integer_range(bits: int) -> tuple[int, int]:
+    """Return the smallest and largest integer of `bits`, two's complement; stored in int8.
+
+    >>> integer_range(4)
+    (-8, 7)
+    """
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def affine_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero point whose grid spans [low, high], widened to hold 0 exactly.
+
+    Args:
+        low, high: ends of the range, any equal shape.
+        bits: width of the integers.
+
+    Returns:
+        Scale and zero point (a float holding an integer), of the same shape.
+    """
+    quant_min, quant_max = integer_range(bits)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = ((high - low) / (quant_max - quant_min)).clamp(min=SMALLEST_SCALE)
+    return scale, (quant_min - low / scale).round().clamp(quant_min, quant_max)
+
+
+class ActivationQuantizer(nn.Module):
+    """Quantizes one activation tensor per tensor, affine.
+
+    Args:
+        bits: width of the integers.
+        learnable: train scale and zero point (LSQ+) instead of following a moving average of the range.
+        averaging: weight of the newest batch in that moving average.
+
+    Attributes:
+        mode: `observe` records the range, `histogram` counts values within it, `quantize` rounds, `off` passes on.
+        scale, zero_point: the grid, each [1].
+        low, high: the range seen, each [1].
+    """
+
+    scale: nn.Parameter
+    zero_point: nn.Parameter
+    low: Tensor
+    high: Tensor
+    histogram: Tensor
+
+    def __init__(self, bits: int, *, learnable: bool, averaging: float = 0.01) -> None:
+        super().__init__()
+        self.bits, self.learnable, self.averaging = bits, learnable, averaging
+        self.quant_min, self.quant_max = integer_range(bits)
+        self.mode: Mode = "off"
+        self.average_ranges = False
+        self.scale = nn.Parameter(torch.ones(1), requires_grad=learnable)
+        self.zero_point = nn.Parameter(torch.zeros(1), requires_grad=learnable)
+        self.register_buffer("low", torch.full((1,), math.inf))
+        self.register_buffer("high", torch.full((1,), -math.inf))
+        self.register_buffer("histogram", torch.zeros(HISTOGRAM_BINS), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map a tensor of any shape to one of the same shape."""
+        if self.mode == "quantize":
+            return self._quantize(x)
+        if self.mode == "observe":
+            self._observe(x, self.averaging if self.average_ranges else None)
+        elif self.mode == "histogram":
+            low, high = self.low.item(), self.high.item()
+            if low < high:
+                self.histogram += torch.histc(x.detach().float(), HISTOGRAM_BINS, low, high)
+        return x
+
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        """Take the grid that spans [low, high]."""
+        scale, zero_point = affine_grid(low.view(1), high.view(1), self.bits)
+        with torch.no_grad():
+            self.scale.copy_(scale)
+            self.zero_point.copy_(zero_point)
+
+    @torch.no_grad()
+    def _observe(self, x: Tensor, averaging: float | None) -> None:
+        low, high = (edge.view(1) for edge in torch.aminmax(x))
+        if averaging is None or not torch.isfinite(self.low).all():
+            self.low.copy_(torch.minimum(self.low, low))
+            self.high.copy_(torch.maximum(self.high, high))
+        else:
+            self.low.lerp_(low, averaging)
+            self.high.lerp_(high, averaging)
+
+    def _quantize(self, x: Tensor) -> Tensor:
+        if self.learnable:
+            factor = 1 / math.sqrt(max(1, x[0].numel()) * self.quant_max)
+            return torch._fake_quantize_learnable_per_tensor_affine(
+                x, self.scale, self.zero_point, self.quant_min, self.quant_max, factor
+            )
+        if self.training:
+            self._observe(x, self.averaging)
+            self.set_range(self.low, self.high)
+        zero_point = self.zero_point.to(torch.int32)
+        return torch.fake_quantize_per_tensor_affine(x, self.scale, zero_point, self.quant_min, self.quant_max)
+
+
+class WeightQuantizer(nn.Module):
+    """Quantizes one weight, symmetric, per output channel or per tensor.
+
+    Args:
+        weight: [C, ...].
+        bits: width of the integers.
+        per_channel: one scale a channel instead of one for all.
+        learnable: train the scales (LSQ) instead of following the weight's range.
+
+    Attributes:
+        scale: [C] or [1].
+    """
+
+    scale: nn.Parameter
+    zero_point: Tensor
+
+    def __init__(self, weight: Tensor, bits: int, *, per_channel: bool, learnable: bool) -> None:
+        super().__init__()
+        self.bits, self.per_channel, self.learnable = bits, per_channel, learnable
+        self.quant_min, self.quant_max = integer_range(bits)
+        self.mode: Mode = "off"
+        channels = weight.shape[0] if per_channel else 1
+        self.scale = nn.Parameter(torch.ones(channels), requires_grad=learnable)
+        self.register_buffer("zero_point", torch.zeros(channels))
+        self.factor = 1 / math.sqrt(weight.numel() / channels * self.quant_max)
+        self.set_range(weight)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Map the weight to one of the same shape on the grid."""
+        if self.mode != "quantize":
+            return weight
+        if self.training and not self.learnable:
+            self.set_range(weight.detach())
+        if self.learnable and self.per_channel:
+            return torch._fake_quantize_learnable_per_channel_affine(
+                weight, self.scale, self.zero_point, 0, self.quant_min, self.quant_max, self.factor
+            )
+        if self.learnable:
+            return torch._fake_quantize_learnable_per_tensor_affine(
+                weight, self.scale, self.zero_point, self.quant_min, self.quant_max, self.factor
+            )
+        zero_point = self.zero_point.to(torch.int32)
+        if self.per_channel:
+            return torch.fake_quantize_per_channel_affine(
+                weight, self.scale, zero_point, 0, self.quant_min, self.quant_max
+            )
+        return torch.fake_quantize_per_tensor_affine(weight, self.scale, zero_point, self.quant_min, self.quant_max)
+
+    def set_range(self, weight: Tensor) -> None:
+        """Take the scales that span the weight's largest magnitudes."""
+        largest = weight.detach().abs().flatten(1).amax(1) if self.per_channel else weight.detach().abs().max().view(1)
+        self.set_scale(largest * 2 / (self.quant_max - self.quant_min))
+
+    def set_scale(self, scale: Tensor) -> None:
+        """Take these scales, [C] or [1]."""
+        with torch.no_grad():
+            self.scale.copy_(scale.clamp(min=SMALLEST_SCALE))
+
+
+def quantize_bias(bias: Tensor, activation_scale: Tensor, weight_scale: Tensor) -> Tensor:
+    """Round a bias to int32 multiples of input scale x weight scale, as the file stores it; gradients pass straight.
+
+    Args:
+        bias: [C].
+        activation_scale: of the layer's input, [1].
+        weight_scale: [C] or [1].
+
+    Returns:
+        [C].
+    """
+    scale = (activation_scale * weight_scale).detach()
+    return bias + (bias_integers(bias.detach(), scale) * scale - bias).detach()
+
+
+def bias_integers(bias: Tensor, scale: Tensor) -> Tensor:
+    """Return the integers of a bias, [C], as float; saturated to int32."""
+    limit = float(2**31 - 128)  # the largest int32 that a float32 holds
+    return (bias / scale).round().clamp(-limit, limit)
+
+
+def quantizers(network: nn.Module) -> list[ActivationQuantizer | WeightQuantizer]:
+    """List the quantizers of a student, in the order of the graph."""
+    return [module for module in network.modules() if isinstance(module, (ActivationQuantizer, WeightQuantizer))]
+
+
+def set_mode(network: nn.Module, mode: Mode) -> None:
+    """Switch the quantizers: weights are rounded in `quantize` only."""
+    for quantizer in quantizers(network):
+        quantizer.mode = mode
+
+
+@torch.no_grad()
+def constrain(network: nn.Module) -> None:
+    """Keep learnt scales positive and zero points on the integers; to be called after each optimizer step."""
+    for quantizer in quantizers(network):
+        quantizer.scale.clamp_(min=SMALLEST_SCALE)
+        quantizer.zero_point.clamp_(quantizer.quant_min, quantizer.quant_max)

@@ -1,0 +1,258 @@
+"""Place quantizers in a folded graph: which tensors are rounded, and to how many bits."""
+
+import operator
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from zsq import graphs
+from zsq.errors import InputError
+from zsq.graphs import argument, aten, tensor_of
+from zsq.quantize.fakequant import ActivationQuantizer, WeightQuantizer, quantize_bias
+
+ENDS_BITS = 8
+"""Bits of the network's input and of its logits, always."""
+
+FUSED = {
+    target
+    for name in ("relu", "relu6", "hardtanh", "clamp", "clamp_min")
+    for target in [getattr(aten, name).default]
+}
+"""Activations that the layer or addition in front of them computes before it rounds."""
+
+TRANSPARENT = {
+    aten.max_pool1d.default,
+    aten.max_pool2d.default,
+    aten.max_pool3d.default,
+    aten.flatten.using_ints,
+    aten.view.default,
+    aten.reshape.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.pad.default,
+    aten.constant_pad_nd.default,
+    aten.chunk.default,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    operator.getitem,
+}
+"""Operators that only move or choose values: their output lies on the grid of their input."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bits:
+    """Widths of weights and activations in bits, 2 to 8."""
+
+    weight: int
+    activation: int
+
+    @classmethod
+    def parse(cls, text: str | int) -> "Bits":
+        """Read `8`, `6`, `4` or `W4A8`.
+
+        Raises:
+            InputError: anything else, or a width outside 2 to 8.
+        """
+        match = re.fullmatch(r"(?i)\s*(?:w(\d+)a(\d+)|(?:int)?(\d+))\s*", str(text))
+        if not match:
+            raise InputError(f"bits is '{text}'; give one width such as 8, 6 or 4, or both such as W4A8.")
+        both = match[3]
+        bits = cls(int(both or match[1]), int(both or match[2]))
+        for width in (bits.weight, bits.activation):
+            if not 2 <= width <= 8:
+                raise InputError(f"bits is '{text}'; widths from 2 to 8 work, stored in int8.")
+        return bits
+
+    def __str__(self) -> str:
+        same = self.weight == self.activation
+        return str(self.weight) if same else f"W{self.weight}A{self.activation}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheme:
+    """What is quantized, and how."""
+
+    bits: Bits
+    per_channel: bool = True
+    all_activations: bool = True
+    """Quantize every activation between layers; False: only inputs of convolutions and linear layers, and the ends."""
+    first_last_bits: int | None = None
+    learnable: bool = True
+
+
+class Student(nn.Module):
+    """The network with quantizers in it.
+
+    Attributes:
+        network: the graph; activations and weights pass through `ActivationQuantizer` and `WeightQuantizer` modules.
+        output_name: name of the quantizer of the logits.
+    """
+
+    def __init__(self, network: GraphModule, output_name: str) -> None:
+        super().__init__()
+        self.network, self.output_name = network, output_name
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images [N, C, H, W] to logits [N, classes]."""
+        return self.network(images)
+
+    @property
+    def output_step(self) -> float:
+        """Distance between two neighbouring logits of the grid."""
+        return float(self.network.get_submodule(self.output_name).scale)  # type: ignore[arg-type]
+
+
+def is_float(node: Node) -> bool:
+    """Whether the node's value is one float tensor with a batch dimension."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2
+
+
+def prepare(folded: GraphModule, scheme: Scheme) -> Student:
+    """Return a copy of a folded network with quantizers in place, all of them off.
+
+    Raises:
+        InputError: the network has no convolution or linear layer.
+    """
+    network = graphs.copy_network(folded)
+    every_layer = list(graphs.layers(network))
+    if not every_layer:
+        raise InputError("the network has no convolution or linear layer whose weight could be quantized.")
+    placer = _Placer(network, scheme, every_layer)
+    placer.place_activations()
+    for layer in every_layer:
+        placer.place_weight(layer)
+    return Student(graphs.finish(network), placer.output_name)
+
+
+class _Placer:
+    """Inserts the quantizers of one network."""
+
+    def __init__(self, network: GraphModule, scheme: Scheme, every_layer: list[Node]) -> None:
+        self.network, self.scheme, self.layers = network, scheme, every_layer
+        self.output = network.graph.output_node()
+        logits = self.output.args[0]
+        assert isinstance(logits, Node)
+        self.logits = logits
+        self.inputs = [node for node in network.graph.nodes if node.op == "placeholder"]
+        self.placed: dict[Node, str] = {}
+        self.output_name = ""
+
+    def bits_of(self, node: Node) -> int:
+        """Width of an activation."""
+        if node in self.inputs or node is self.logits:
+            return ENDS_BITS
+        ends = self.scheme.first_last_bits
+        if ends and node is self.origin(self.layers[-1].args[0]):
+            return ends
+        return self.scheme.bits.activation
+
+    def origin(self, node: Node) -> Node:  # type: ignore[override]
+        """Follow operators that only move values back to where the values were computed."""
+        while node.target in TRANSPARENT:
+            node = node.args[0]  # type: ignore[assignment]
+        return node
+
+    def place_activations(self) -> None:
+        """Insert a quantizer behind each activation that the scheme rounds."""
+        if self.scheme.all_activations:
+            chosen = [node for node in self.network.graph.nodes if self.rounds(node)]
+        else:
+            chosen = list(dict.fromkeys([*self.inputs, *(self.origin(n.args[0]) for n in self.layers), self.logits]))
+        for node in chosen:
+            if self.scheme.all_activations or node in self.inputs or node is self.logits:
+                self.insert(node, self.bits_of(node), only_layers=False)
+                continue
+            for read in dict.fromkeys(n.args[0] for n in self.layers if self.origin(n.args[0]) is node):
+                self.insert(read, self.bits_of(node), only_layers=True)
+
+    def rounds(self, node: Node) -> bool:
+        """Whether an integer-only device would store the node's value."""
+        if node.op not in ("placeholder", "call_function") or not is_float(node):
+            return False
+        if node is self.logits:
+            return True
+        if node.target in TRANSPARENT:
+            return False
+        users = list(node.users)
+        return not (len(users) == 1 and users[0].target in FUSED and node.op == "call_function")
+
+    def insert(self, node: Node, bits: int, *, only_layers: bool) -> None:
+        """Insert one activation quantizer behind a node, for all readers or for layers only."""
+        name = f"activation_{len(self.placed)}"
+        self.network.add_submodule(name, ActivationQuantizer(bits, learnable=self.scheme.learnable))
+        with self.network.graph.inserting_after(node):
+            quantized = self.network.graph.call_module(name, (node,))
+        quantized.meta["val"] = node.meta.get("val")
+        readers = set(self.layers) if only_layers else set(node.users) - {quantized}
+        node.replace_all_uses_with(quantized, delete_user_cb=lambda user: user in readers)
+        self.placed[quantized] = name
+        if node is self.logits:
+            self.output_name = name
+
+    def place_weight(self, layer: Node) -> None:
+        """Insert the quantizers of a layer's weight and bias."""
+        source = layer.args[1]
+        assert isinstance(source, Node)
+        weight = tensor_of(self.network, source)
+        assert weight is not None
+        ends = layer in (self.layers[0], self.layers[-1])
+        bits = self.scheme.first_last_bits if ends and self.scheme.first_last_bits else self.scheme.bits.weight
+        name = f"weight_{self.layers.index(layer)}"
+        quantizer = WeightQuantizer(
+            weight, bits, per_channel=self.scheme.per_channel, learnable=self.scheme.learnable
+        )
+        self.network.add_submodule(name, quantizer)
+        graphs.set_tensor(self.network, str(source.target), weight, trainable=True)
+        graph = self.network.graph
+        with graph.inserting_before(layer):
+            quantized = graph.call_module(name, (source,))
+        bias = argument(layer, 2)
+        if isinstance(bias, Node):
+            value = tensor_of(self.network, bias)
+            assert value is not None
+            graphs.set_tensor(self.network, str(bias.target), value, trainable=True)
+            with graph.inserting_before(layer):
+                scales = (self.input_scale(layer), graph.get_attr(f"{name}.scale"))
+                bias = graph.call_function(quantize_bias, (bias, *scales))
+        layer.args = (layer.args[0], quantized, bias, *layer.args[3:])
+
+    def input_scale(self, layer: Node) -> Node:
+        """Return a node that reads the scale of the grid on which the layer's input lies."""
+        node = layer.args[0]
+        while isinstance(node, Node) and node.op != "call_module":
+            node = node.args[0]  # type: ignore[assignment]
+        assert isinstance(node, Node)
+        return self.network.graph.get_attr(f"{self.placed[node]}.scale")
+
+
+def weight_node(layer: Node) -> tuple[Node, Node]:
+    """Return the quantizer call and the stored weight of a prepared layer."""
+    quantized = layer.args[1]
+    assert isinstance(quantized, Node)
+    stored = quantized.args[0]
+    assert isinstance(stored, Node)
+    return quantized, stored
+
+
+def prepared_layers(network: GraphModule) -> list[Node]:
+    """List the quantized layers of a student's graph."""
+    return [node for node in network.graph.nodes if node.target in graphs.LAYERS]
+
+
+def quantized_weight(network: GraphModule, layer: Node) -> tuple[WeightQuantizer, torch.Tensor]:
+    """Return a prepared layer's weight quantizer and float weight."""
+    quantized, stored = weight_node(layer)
+    quantizer = network.get_submodule(str(quantized.target))
+    assert isinstance(quantizer, WeightQuantizer)
+    return quantizer, graphs.get_attribute(network, str(stored.target))

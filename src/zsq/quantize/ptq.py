@@ -1,0 +1,115 @@
+"""Post-training quantization: choose every grid from calibration images (paper, section 3)."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch.fx import GraphModule
+
+from zsq.batchnorm import fold
+from zsq.errors import InputError, unknown_name
+from zsq.quantize.fakequant import ActivationQuantizer, quantizers, set_mode
+from zsq.quantize.prepare import Bits, Scheme, Student, prepare, prepared_layers, quantized_weight
+from zsq.quantize.ranges import NEEDS_HISTOGRAM, RULES, weight_mse
+from zsq.training import Run
+from zsq.types import Batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PTQ:
+    """Choose the grids from calibration images; nothing is trained (DF-PTQ)."""
+
+    name: ClassVar[str] = "ptq"
+
+    bits: str = "8"
+    """Widths: 8, 6, 4 or any from 2 to 8; W4A8 for weights and activations apart."""
+    num_samples: int = 2000
+    """Calibration images; the paper takes 10,000."""
+    range_rule: Literal["minmax", "moving-average", "percentile", "mse"] = "mse"
+    """How the range of an activation is chosen; the paper takes minmax."""
+    weight_range_rule: Literal["minmax", "mse"] = "mse"
+    """How the range of a weight is chosen."""
+    weight_granularity: Literal["channel", "tensor"] = "channel"
+    """One scale an output channel, or one a weight."""
+    activation_scope: Literal["all", "layers"] = "all"
+    """Round every activation between layers, or only the inputs of convolutions and linear layers."""
+    first_last_bits: int | None = None
+    """Width of the first and last layer, where it differs."""
+
+    def __post_init__(self) -> None:
+        Bits.parse(self.bits)
+        if self.num_samples < 1:
+            raise InputError(f"quantizer.num_samples is {self.num_samples}; at least 1 image is needed.")
+        if self.first_last_bits is not None and not 2 <= self.first_last_bits <= 8:
+            raise InputError(f"quantizer.first_last_bits is {self.first_last_bits}; widths from 2 to 8 work.")
+        if self.range_rule not in RULES:
+            raise unknown_name("range rule", self.range_rule, RULES)
+
+    def scheme(self, *, learnable: bool = False) -> Scheme:
+        """Return what is quantized, and how."""
+        return Scheme(
+            bits=Bits.parse(self.bits),
+            per_channel=self.weight_granularity == "channel",
+            all_activations=self.activation_scope == "all",
+            first_last_bits=self.first_last_bits,
+            learnable=learnable,
+        )
+
+
+def quantize_ptq(
+    network: GraphModule,
+    images: Callable[[], Iterator[Batch]],
+    settings: PTQ,
+    run: Run,
+    *,
+    learnable: bool = False,
+) -> Student:
+    """Fold, place quantizers, and choose their grids.
+
+    Args:
+        network: the float graph.
+        images: starts a stream of calibration batches; called once or twice, each time giving the same images.
+        settings: scheme and range rules.
+        run: device and progress.
+        learnable: place quantizers that distillation can train.
+
+    Returns:
+        The student, its quantizers on, on the run's device.
+
+    Raises:
+        InputError: the stream holds no image.
+    """
+    folded, _ = fold(network)
+    student = prepare(folded, settings.scheme(learnable=learnable)).to(run.device).eval()
+    if settings.weight_range_rule == "mse":
+        for layer in prepared_layers(student.network):
+            quantizer, weight = quantized_weight(student.network, layer)
+            quantizer.set_scale(weight_mse(quantizer, weight.detach()))
+    calibrate(student, images, settings, run)
+    set_mode(student, "quantize")
+    return student
+
+
+@torch.no_grad()
+def calibrate(student: Student, images: Callable[[], Iterator[Batch]], settings: PTQ, run: Run) -> None:
+    """Set the range of every activation quantizer; images stream, so memory does not grow with their number."""
+    activations = [q for q in quantizers(student) if isinstance(q, ActivationQuantizer)]
+    for quantizer in activations:
+        quantizer.average_ranges = settings.range_rule == "moving-average"
+    passes = ["observe", "histogram"] if settings.range_rule in NEEDS_HISTOGRAM else ["observe"]
+    for number, mode in enumerate(passes, 1):
+        set_mode(student, mode)  # type: ignore[arg-type]
+        title = f"calibrate {number}/{len(passes)}"
+        seen = 0
+        for batch in run.each(title, images(), settings.num_samples, lambda batch: len(batch.images)):
+            student(batch.images.to(run.device))
+            seen += len(batch.images)
+        if not seen:
+            raise InputError("calibration was given no image.")
+    for quantizer in activations:
+        low, high = RULES[settings.range_rule](quantizer)
+        if not bool(torch.isfinite(torch.cat([low.view(1), high.view(1)])).all()):
+            raise InputError(f"calibration saw the range [{float(low)}, {float(high)}]; the images are not finite.")
+        quantizer.set_range(low, high)
+

@@ -1,0 +1,130 @@
+"""Quantization-aware training by distillation from the float teacher (paper, section 2.3)."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from zsq.errors import InputError
+from zsq.losses import distillation_loss
+from zsq.quantize.fakequant import ActivationQuantizer, WeightQuantizer, constrain, quantizers
+from zsq.quantize.prepare import Student
+from zsq.quantize.ptq import PTQ
+from zsq.training import Run, cosine, flatten_optimizer, part, restore_optimizer, set_learning_rate, under
+from zsq.types import SampleSource
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QAT(PTQ):
+    """Choose the grids, then train weights and grids to answer as the teacher does (DF-QAT)."""
+
+    name: ClassVar[str] = "qat"
+
+    num_samples: int = 512
+    """Calibration images before the first step."""
+    steps: int = 2000
+    """Distillation steps; the batch is the method's."""
+    learning_rate: float = 1e-3
+    """Nesterov's step size, annealed by a cosine; the paper takes 1e-4 over 50,000 steps."""
+    momentum: float = 0.9
+    """Nesterov momentum."""
+    scales: Literal["learnable", "moving-average"] = "learnable"
+    """Train the grids with the weights, or let them follow the ranges."""
+    scale_learning_rate: float = 1e-3
+    """Step size of learnable grids."""
+    kd_weight: float = 1.0
+    """Lambda of eq. (3): share of the teacher's answers against the labels."""
+    temperature: float = 1.0
+    """Divides both logits before the softmax."""
+
+    def __post_init__(self) -> None:
+        super(QAT, self).__post_init__()
+        if self.steps < 0:
+            raise InputError(f"quantizer.steps is {self.steps}; it must be at least 0.")
+        for name in ("learning_rate", "scale_learning_rate", "temperature"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"quantizer.{name} is {getattr(self, name)}; it must be above 0.")
+        if not 0 <= self.kd_weight <= 1:
+            raise InputError(f"quantizer.kd_weight is {self.kd_weight}; it must lie in [0, 1].")
+
+
+class Distiller:
+    """Trains a student on a source's batches, and keeps the source learning."""
+
+    def __init__(
+        self, student: Student, teacher: nn.Module, source: SampleSource, settings: QAT, device: torch.device
+    ) -> None:
+        self.student, self.teacher, self.source, self.settings = student, teacher, source, settings
+        self.device = device
+        grids = {
+            id(tensor)
+            for q in quantizers(student)
+            if isinstance(q, (ActivationQuantizer, WeightQuantizer))
+            for tensor in q.parameters()
+        }
+        trainable = [p for p in student.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD(
+            [
+                {"params": [p for p in trainable if id(p) not in grids], "lr": settings.learning_rate},
+                {"params": [p for p in trainable if id(p) in grids], "lr": settings.scale_learning_rate},
+            ],
+            momentum=settings.momentum,
+            nesterov=settings.momentum > 0,
+        )
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        """Do one distillation step by eq. (3) and return its losses."""
+        batch = self.source.batch(step, self.student)
+        images = batch.images.to(self.device)
+        logits = batch.teacher_logits
+        if logits is None:
+            with torch.no_grad():
+                logits = self.teacher(images)
+        self.student.train()
+        answers = self.student(images)
+        loss = distillation_loss(
+            answers,
+            logits,
+            batch.labels.to(self.device),
+            kd_weight=self.settings.kd_weight,
+            temperature=self.settings.temperature,
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        set_learning_rate(self.optimizer, cosine(1.0, step, self.settings.steps))
+        self.optimizer.step()
+        constrain(self.student)
+        agreement = (answers.detach().argmax(1) == logits.argmax(1)).float().mean() * 100
+        return {"kd": loss.detach(), "agreement": agreement, **batch.losses}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return student, momentum and source."""
+        return (
+            under("student", self.student.state_dict())
+            | under("optimizer", flatten_optimizer(self.optimizer))
+            | under("source", self.source.state_dict())
+        )
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` returned."""
+        self.student.load_state_dict(part("student", state))
+        restore_optimizer(self.optimizer, part("optimizer", state))
+        self.source.load_state_dict(part("source", state))
+
+
+def distill(student: Student, teacher: nn.Module, source: SampleSource, settings: QAT, run: Run) -> None:
+    """Train the student in place, from the run's checkpoint where there is one.
+
+    Args:
+        student: calibrated, its quantizers on.
+        teacher: gives logits for images [N, C, H, W].
+        source: of the batches.
+        settings: of the distillation.
+        run: device, folder, progress.
+
+    Raises:
+        NumericsError: the loss is not finite.
+    """
+    run.train("distill", Distiller(student, teacher, source, settings, run.device), settings.steps)
+    student.eval()

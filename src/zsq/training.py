@@ -1,0 +1,235 @@
+"""The one loop: random streams, schedule, checkpoint and resume, progress, and the check that losses stay finite."""
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from zsq.errors import InputError, NumericsError
+
+FLUSH_EVERY = 10
+"""Steps between two reads of the losses: on a GPU, each read waits for the device."""
+
+
+def stream(seed: int, name: str, step: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return the random generator that is a pure function of (seed, name, step), so that no state is ever stored."""
+    digest = hashlib.sha256(f"{seed}/{name}/{step}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def cosine(learning_rate: float, step: int, steps: int) -> float:
+    """Learning rate at `step` of `steps`, annealed from `learning_rate` to 0 (Loshchilov and Hutter 2017, one cycle)."""
+    return 0.5 * learning_rate * (1 + math.cos(math.pi * min(1.0, step / max(1, steps))))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Scale each group's initial learning rate."""
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+        group["lr"] = group["initial_lr"] * factor
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it takes its place only if the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors as safetensors, whole or not at all."""
+    stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(stored, temporary, metadata=metadata)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read what `save_tensors` wrote: tensors and metadata."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Flatten an optimizer's moments into named tensors."""
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{key}": value for index, entry in state.items() for key, value in entry.items() if value is not None}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, flat: dict[str, Tensor]) -> None:
+    """Undo `flatten_optimizer`."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in flat.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put a prefix before each name."""
+    return {f"{prefix}.{name}": value for name, value in tensors.items()}
+
+
+def part(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Select what `under` named, without the prefix."""
+    return {k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(f"{prefix}.")}
+
+
+class Learner(Protocol):
+    """What the loop drives: one step, and a state to save."""
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        """Do step `step` and return its losses as scalars."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return all that later steps depend on, flat."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` returned."""
+        ...
+
+
+class Progress(Protocol):
+    """Where progress is shown."""
+
+    def update(self, phase: str, done: int, total: int, values: dict[str, float]) -> None:
+        """Show that `done` of `total` steps of `phase` are finished, with the latest values."""
+        ...
+
+
+class Silent:
+    """Shows nothing."""
+
+    def update(self, phase: str, done: int, total: int, values: dict[str, float]) -> None:
+        """Do nothing."""
+        del phase, done, total, values
+
+
+class Run:
+    """One run: its seed, device and folder, and the loop that trains within it.
+
+    Args:
+        folder: where checkpoints and metrics go; None keeps neither.
+        seed: of every random stream.
+        device: where networks live.
+        checkpoint_steps: steps between checkpoints; None saves every 30 seconds.
+        progress: where progress is shown.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        checkpoint_steps: int | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        if checkpoint_steps is not None and checkpoint_steps < 1:
+            raise InputError(f"checkpoint-every is {checkpoint_steps}; it must be at least 1 step.")
+        self.folder = folder
+        self.seed = seed
+        self.device = torch.device(device)
+        self.checkpoint_steps = checkpoint_steps
+        self.progress: Progress = progress or Silent()
+
+    def train(self, phase: str, learner: Learner, steps: int) -> None:
+        """Run steps 0 to `steps` of a phase, from its checkpoint where the folder holds one.
+
+        Raises:
+            NumericsError: a loss is not finite; names term and step.
+        """
+        first = self._resume(phase, learner)
+        pending: list[tuple[int, dict[str, Tensor]]] = []
+        saved = time.monotonic()
+        for step in range(first, steps):
+            pending.append((step, learner.step(step)))
+            due = step + 1 == steps or self._due(step + 1, saved)
+            if due or len(pending) == FLUSH_EVERY:
+                self._flush(phase, pending, steps)
+                pending = []
+            if due:
+                self._save(phase, learner, step + 1)
+                saved = time.monotonic()
+
+    def each(self, phase: str, items: Iterable[Any], total: int, size: Callable[[Any], int]) -> Iterator[Any]:
+        """Pass items on, showing how many of `total` are done."""
+        done = 0
+        for item in items:
+            yield item
+            done += size(item)
+            self.progress.update(phase, done, total, {})
+
+    def _due(self, done: int, saved: float) -> bool:
+        if self.checkpoint_steps is not None:
+            return done % self.checkpoint_steps == 0
+        return time.monotonic() - saved > 30
+
+    def _path(self, phase: str) -> Path | None:
+        return self.folder / "checkpoints" / f"{phase}.safetensors" if self.folder else None
+
+    def _resume(self, phase: str, learner: Learner) -> int:
+        path = self._path(phase)
+        if path is None:
+            return 0
+        first = 0
+        if path.exists():
+            state, metadata = load_tensors(path)
+            learner.load_state_dict(state)
+            first = int(metadata["step"])
+        _forget_metrics(path.parents[1] / "metrics.jsonl", phase, first)
+        return first
+
+    def _save(self, phase: str, learner: Learner, step: int) -> None:
+        path = self._path(phase)
+        if path is not None:
+            save_tensors(path, learner.state_dict(), {"step": str(step)})
+
+    def _flush(self, phase: str, pending: list[tuple[int, dict[str, Tensor]]], steps: int) -> None:
+        names = list(pending[0][1])
+        values = torch.stack([torch.stack([losses[name].float() for name in names]) for _, losses in pending]).tolist()
+        for (step, _), row in zip(pending, values, strict=True):
+            for name, value in zip(names, row, strict=True):
+                if not math.isfinite(value):
+                    raise NumericsError(
+                        f"{phase}: loss '{name}' is {value} at step {step} of {steps}; "
+                        "a lower learning rate (--set method.learning_rate, --set quantizer.learning_rate) may help."
+                    )
+        latest = dict(zip(names, values[-1], strict=True))
+        self.progress.update(phase, pending[-1][0] + 1, steps, latest)
+        if self.folder is not None:
+            line = json.dumps({"phase": phase, "step": pending[-1][0] + 1, **latest})
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(line + "\n")
+
+
+def _forget_metrics(path: Path, phase: str, last_step: int) -> None:
+    """Drop the lines of steps that a resumed run will take again, and a line that a kill cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record["phase"] != phase or record["step"] <= last_step:
+            kept.append(line)
+    with replacing(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in kept))

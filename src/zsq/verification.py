@@ -1,0 +1,148 @@
+"""Run an ONNX file and prove that it computes what was simulated."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnxruntime
+import torch
+from onnxruntime.capi import onnxruntime_pybind11_state as runtime_status
+from torch import Tensor
+
+from zsq.errors import ExportError, InputError
+
+_RUNTIME_ERRORS = (
+    runtime_status.Fail,
+    runtime_status.InvalidGraph,
+    runtime_status.InvalidProtobuf,
+    runtime_status.NotImplemented,
+)
+
+
+class OnnxClassifier:
+    """An ONNX file in ONNX Runtime on the processor, called like a network.
+
+    Args:
+        path: the ``.onnx`` file.
+        optimize: let the runtime fuse operations into integer kernels, as users do; off, it runs the file literally.
+        threads: threads of one operation; None leaves the choice to the runtime.
+    Raises:
+        InputError: the file does not exist, or the runtime cannot load it.
+    """
+
+    def __init__(self, path: Path, optimize: bool = True, threads: int | None = None) -> None:
+        if not Path(path).is_file():
+            raise InputError(f"{path}: no such file; write one with write_onnx.")
+        level = onnxruntime.GraphOptimizationLevel
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors only
+        options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except _RUNTIME_ERRORS as error:
+            raise InputError(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from error
+        self._input = self._session.get_inputs()[0]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the logits, float [N, classes], of normalised images, float [N, C, H, W].
+
+        Raises:
+            InputError: the images do not have the shape that the file takes.
+        """
+        wanted = list(self._input.shape)
+        if images.dim() != len(wanted) or list(images.shape[1:]) != wanted[1:]:
+            raise InputError(f"images are {list(images.shape)}; the file takes {wanted}.")
+        array = images.detach().to("cpu", torch.float32).contiguous().numpy()
+        return torch.from_numpy(self._session.run(None, {self._input.name: array})[0])
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How a file's logits compare with the simulation's on the same images."""
+
+    num_images: int
+    """Images compared."""
+    num_decided: int
+    """Images whose two highest simulated logits are more than the margin apart, two quantization steps by default."""
+    decided_agreement: float
+    """Percent of the decided images with the simulation's top-1 class, the lower of the two ways of running; 0 if none
+    is decided."""
+    agreement_literal: float
+    """Percent of all images with the simulation's top-1 class, the runtime's optimisations off."""
+    agreement_optimized: float
+    """Percent of all images with the simulation's top-1 class, the runtime's optimisations on."""
+    max_logit_difference_steps: float
+    """Largest difference of any logit from the simulation's, in quantization steps, of both ways of running."""
+
+
+def verify_onnx(
+    path: Path,
+    simulate: Callable[[Tensor], Tensor],
+    images: Iterable[Tensor],
+    output_step: float,
+    *,
+    threads: int | None = None,
+    margin_steps: float = 2.0,
+) -> Verification:
+    """Run the file, literally and optimised, beside the simulation, one batch at a time.
+
+    Args:
+        path: the ``.onnx`` file.
+        simulate: the simulation: float [N, C, H, W] -> logits [N, classes], two classes or more.
+        images: batches of normalised images, float [N, C, H, W].
+        output_step: quantization step of the logits (see `output_step`), above 0.
+        threads: threads of the runtime; None leaves the choice to it.
+        margin_steps: an image is decided where its two highest simulated logits are further apart than this many steps.
+            Rounding ties break differently in each runtime, and below 8 bits a deep network amplifies one such flip.
+    Raises:
+        InputError: there is no image, or the file cannot be loaded.
+    """
+    runners = (OnnxClassifier(path, optimize=False, threads=threads), OnnxClassifier(path, threads=threads))
+    num_images = num_decided = 0
+    agreed, agreed_decided, largest = [0, 0], [0, 0], 0.0
+    for batch in images:
+        with torch.no_grad():
+            expected = simulate(batch).detach().to("cpu", torch.float32)
+        top_two = expected.topk(2, dim=1).values
+        decided = top_two[:, 0] - top_two[:, 1] > margin_steps * output_step
+        num_images += len(expected)
+        num_decided += int(decided.sum())
+        for index, runner in enumerate(runners):
+            logits = runner(batch)
+            same = logits.argmax(1) == expected.argmax(1)
+            agreed[index] += int(same.sum())
+            agreed_decided[index] += int((same & decided).sum())
+            largest = max(largest, float((logits - expected).abs().max()) / output_step)
+    if num_images == 0:
+        raise InputError("verification needs at least one image.")
+    return Verification(
+        num_images=num_images,
+        num_decided=num_decided,
+        decided_agreement=100 * min(agreed_decided) / max(num_decided, 1),
+        agreement_literal=100 * agreed[0] / num_images,
+        agreement_optimized=100 * agreed[1] / num_images,
+        max_logit_difference_steps=largest,
+    )
+
+
+def require(verification: Verification, minimum: float = 99.0) -> None:
+    """Return if the file agrees with the simulation on at least ``minimum`` percent of the decided images.
+
+    Raises:
+        ExportError: it does not, or no image was decided.
+    """
+    if verification.num_decided == 0:
+        raise ExportError(
+            f"the file is not verified: on none of {verification.num_images} images are the two highest logits more "
+            "than the margin apart. Verify with images that the network tells apart."
+        )
+    if verification.decided_agreement < minimum:
+        raise ExportError(
+            f"the file disagrees with the simulation: the same class on {verification.decided_agreement:.2f} % of "
+            f"{verification.num_decided} decided images, where {minimum:g} % is required. Over all "
+            f"{verification.num_images} images: {verification.agreement_literal:.2f} % run literally, "
+            f"{verification.agreement_optimized:.2f} % optimised; logits differ by up to "
+            f"{verification.max_logit_difference_steps:.1f} quantization steps."
+        )

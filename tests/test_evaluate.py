@@ -1,0 +1,107 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from zsq.datasets import open_dataset
+from zsq.errors import InputError, NumericsError
+from zsq.evaluate import Evaluation, evaluate, evaluate_many, wilson_interval
+from zsq.types import ImageSpec
+
+
+def pixel_spec(classes: int) -> ImageSpec:
+    return ImageSpec(channels=1, height=2, width=2, classes=classes, mean=(0.0,), std=(1.0,))
+
+
+@pytest.fixture
+def numbered(tmp_path):
+    """Seven images whose every pixel is their number, labels 0 1 2 3 4 5 0."""
+
+    def open_with(classes: int):
+        images = np.broadcast_to(np.arange(7, dtype=np.uint8)[:, None, None, None], (7, 2, 2, 1))
+        np.savez(tmp_path / "set.npz", images=np.ascontiguousarray(images), labels=np.array([0, 1, 2, 3, 0, 1, 0]))
+        return open_dataset(str(tmp_path / "set.npz"), pixel_spec(classes))
+
+    return open_with
+
+
+def rank(order: list[int]):
+    """Return a predictor whose logits put the classes in this order for every image."""
+
+    def predict(images: Tensor) -> Tensor:
+        logits = torch.zeros(len(order))
+        logits[torch.tensor(order)] = torch.arange(len(order), 0, -1.0)
+        return logits.expand(len(images), -1)
+
+    return predict
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_counts(numbered, batch_size) -> None:
+    result = evaluate(rank([3, 4, 5, 2, 1, 0]), numbered(6), teacher=rank([3, 0, 1, 2, 4, 5]), batch_size=batch_size)
+    assert result == Evaluation(num_images=7, top1_correct=1, top5_correct=4, agreement_count=7)
+    assert result.top1 == pytest.approx(100 / 7)
+    assert result.top5 == pytest.approx(400 / 7)
+    assert result.teacher_agreement == 100
+
+
+def test_no_top5_below_five_classes_and_no_agreement_without_a_teacher(numbered) -> None:
+    result = evaluate(rank([0, 1, 2, 3]), numbered(4))
+    assert (result.top1_correct, result.top5, result.teacher_agreement) == (3, None, None)
+    assert json.loads(json.dumps(result.as_dict()))["top5_correct"] is None
+
+
+def test_several_networks_in_one_pass(numbered) -> None:
+    data = numbered(4)
+    reads = []
+    original = data.batches
+    data.batches = lambda size: reads.append(size) or original(size)
+    seen = []
+    results = evaluate_many(
+        {"a": rank([0, 1, 2, 3]), "b": rank([1, 0, 2, 3])},
+        data,
+        teacher=rank([1, 2, 3, 0]),
+        batch_size=4,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert {name: (r.top1_correct, r.agreement_count) for name, r in results.items()} == {"a": (3, 0), "b": (2, 7)}
+    assert reads == [4]
+    assert seen == [(4, 7), (7, 7)]
+
+
+@pytest.mark.parametrize(
+    ("correct", "count", "low", "high"),
+    [
+        (8, 10, 49.02, 94.33),  # (0.8 + 0.19207 -+ 0.31338) / 1.38415; the normal interval would end at 104.8
+        (0, 10, 0.0, 27.75),  # z^2 / (n + z^2)
+        (10, 10, 72.25, 100.0),
+        (4606, 5000, 91.34, 92.83),
+    ],
+)
+def test_wilson_interval(correct, count, low, high) -> None:
+    assert wilson_interval(correct, count) == (pytest.approx(low, abs=0.006), pytest.approx(high, abs=0.006))
+
+
+def test_a_module_gets_images_without_gradients(numbered) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert not torch.is_grad_enabled()
+            return self.fc(x.flatten(1))
+
+    assert evaluate(Net(), numbered(4)).num_images == 7
+
+
+def test_logits_of_the_wrong_shape(numbered) -> None:
+    with pytest.raises(InputError, match=r"network gives \[7\] for 7 images; \[N, classes\] is needed\."):
+        evaluate(lambda images: images[:, 0, 0, 0], numbered(4))
+
+
+def test_logits_that_are_not_finite(numbered) -> None:
+    with pytest.raises(NumericsError, match="network gives logits that are not finite"):
+        evaluate(lambda images: torch.full((len(images), 4), float("nan")), numbered(4))

@@ -1,0 +1,41 @@
+from pathlib import Path
+
+import pytest
+
+from zsq.datasets import open_dataset
+from zsq.evaluate import evaluate
+from zsq.teachers import load_teacher
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters", "norms"),
+    [
+        ("cifar10.py:cifar10_resnet20", 269_722, 19),
+        ("cifar10.py:cifar10_resnet32", 464_154, 31),
+        ("cifar10.py:cifar10_resnet44", 658_586, 43),
+        ("mobilenet_v1.py:mobilenet_v1_025", 470_072, 27),
+        ("mobilenet_v1.py:mobilenet_v1_075", 2_585_560, 27),
+    ],
+)
+def test_definitions(model, parameters, norms) -> None:
+    teacher = load_teacher(str(EXAMPLES / model), weights="random")
+    assert sum(p.numel() for p in teacher.network.parameters()) == parameters
+    assert sum("batch_norm" in str(node.target) for node in teacher.network.graph.nodes) == norms
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "weights", "images", "counts"),
+    [
+        ("cifar10.py:cifar10_resnet20", "cifar10_resnet20", "cifar10/test.npz", (4606, 5000)),
+        ("mobilenet_v1.py:mobilenet_v1_025", "imagenet_mobilenet_v1_025", "imagenet/val", (422, 650)),
+    ],
+)
+def test_real_weights_reach_their_accuracy(real_data, model, weights, images, counts) -> None:
+    teacher = load_teacher(str(EXAMPLES / model), weights=real_data / "weights" / f"{weights}.safetensors")
+    result = evaluate(teacher.network, open_dataset(str(real_data / images), teacher.spec))
+    assert result.num_images == counts[1]
+    assert result.top1_correct == pytest.approx(counts[0], abs=2)
