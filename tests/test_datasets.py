@@ -148,7 +148,7 @@ def test_digits_halves() -> None:
         ({"images": pixels(0), "labels": np.zeros(0, int)}, "holds no images."),
         ({"images": pixels(3), "labels": [0, 1, 7]}, "label 7 of image 2 is outside 0..2, the teacher's 3 classes."),
         ({"images": pixels(1), "labels": [-1]}, "label -1 of image 0 is outside 0..2"),
-        ({"images": pixels(1, channels=1), "labels": [0]}, "1-channel images; the teacher takes 3 channels."),
+        ({"images": pixels(1, channels=1), "labels": [0]}, "1-channel images; the teacher takes 3."),
         (
             {"images": pixels(1, 8, 6), "labels": [0]},
             "images 8x6; the teacher takes 8x8. Enlarge them with --resize 8.",
@@ -234,7 +234,7 @@ def test_images_too_small_or_too_deep(tmp_path) -> None:
         ("{tmp}/file.txt", "is of no known kind"),
         ("{tmp}/empty", "holds neither metadata.csv (file_name,label) nor one folder a class."),
         ("{tmp}/classes", "has 2 class folders; the teacher knows 3 classes."),
-        ("digits", "has 1-channel images; the teacher takes 3 channels."),
+        ("digits", "has 1-channel images; the teacher takes 3."),
     ],
 )
 def test_neither_kind(tmp_path, name, text) -> None:

@@ -1,6 +1,9 @@
 """Read a network's weights from a safetensors file or a PyTorch checkpoint, without running any code of the file."""
 
+import argparse
 import pickle
+import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from zsq.errors import TeacherError
-from zsq.tracing import first_line
+from zsq.tracing import FOREIGN_FAULTS, first_line
 from zsq.types import ImageSpec
 
 NESTS = ("state_dict", "model_state_dict", "model", "net")
@@ -87,19 +90,24 @@ def without_prefix(state: dict[str, Tensor], own: Mapping[str, Any]) -> dict[str
 
 
 def _unpickle(path: Path) -> Any:
+    """Return what `torch.load` reads; of Python's own objects, only the options of a training script are let in."""
+    with path.open("rb") as stream:
+        start = stream.read(1)
+    if start != b"\x80" and not zipfile.is_zipfile(path):
+        raise TeacherError(f"{path.name} is not a PyTorch checkpoint: it is neither a whole zip file nor a pickle.")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error)
-        if "GLOBAL" in reason or "Unsupported operand" in reason or "Unsupported class" in reason:
-            what = reason.partition("GLOBAL ")[2].split(" ")[0] or "a Python object"
-            raise TeacherError(
-                f"{path.name} would execute code when loaded (it holds {what}). Save the weights alone as safetensors: "
-                "safetensors.torch.save_file(net.state_dict(), 'weights.safetensors')."
-            ) from error
-        raise TeacherError(f"{path.name} is not a PyTorch checkpoint: {first_line(error)}") from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise TeacherError(f"{path.name} is not a PyTorch checkpoint: {first_line(error)}") from error
+        what = str(error).partition("GLOBAL ")[2].partition(" ")[0]
+        holds = f"holds {what}" if what else "needs Python's own unpickler"
+        raise TeacherError(
+            f"{path.name} would execute code when loaded (it {holds}). Save the weights alone as safetensors: "
+            "safetensors.torch.save_file(net.state_dict(), 'weights.safetensors')."
+        ) from error
+    except FOREIGN_FAULTS as error:
+        raise TeacherError(f"{path.name} is not a readable PyTorch checkpoint: {first_line(error)}") from error
 
 
 def _state_in(value: Any, path: Path) -> dict[str, Tensor]:

@@ -256,7 +256,7 @@ def _image_header(name: str, stream: IO[bytes]) -> tuple[int, ...]:
 def _check_array(name: str, shape: tuple[int, ...], spec: ImageSpec) -> None:
     height, width, channels = shape
     if channels != spec.channels:
-        raise InputError(f"data set '{name}' has {channels}-channel images; the teacher takes {spec.channels} channels.")
+        raise InputError(f"data set '{name}' has {channels}-channel images; the teacher takes {spec.channels}.")
     if spec.resize is None and (height < spec.height or width < spec.width):
         raise InputError(_too_small(f"data set '{name}' has images", height, width, spec))
 

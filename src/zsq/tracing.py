@@ -10,6 +10,7 @@ FOREIGN_FAULTS = (
     ArithmeticError,
     AssertionError,
     AttributeError,
+    EOFError,
     ImportError,
     LookupError,
     NotImplementedError,
@@ -38,10 +39,10 @@ WRITES = ("copy_", "fill_", "zero_")
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of a fault's text that says something, or its type, in at most 300 characters."""
+    """Return the first line of a fault's text that says something, or its type, in at most 200 characters."""
     for line in str(error).splitlines():
         if any(character.isalpha() for character in line):
-            return line.strip()[:300]
+            return line.strip()[:200]
     return type(error).__name__
 
 

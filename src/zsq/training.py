@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from zsq.errors import InputError, NumericsError
@@ -28,7 +28,7 @@ def stream(seed: int, name: str, step: int, device: torch.device | str = "cpu") 
 
 
 def cosine(learning_rate: float, step: int, steps: int) -> float:
-    """Learning rate at `step` of `steps`, annealed from `learning_rate` to 0 (Loshchilov and Hutter 2017, one cycle)."""
+    """Learning rate at `step` of `steps`, annealed from `learning_rate` to 0 (Loshchilov and Hutter 2017)."""
     return 0.5 * learning_rate * (1 + math.cos(math.pi * min(1.0, step / max(1, steps))))
 
 
@@ -55,7 +55,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     """Write tensors as safetensors, whole or not at all."""
     stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file(stored, temporary, metadata=metadata)
+        temporary.write_bytes(save(stored, metadata))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -67,7 +67,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Flatten an optimizer's moments into named tensors."""
     state = optimizer.state_dict()["state"]
-    return {f"{index}.{key}": value for index, entry in state.items() for key, value in entry.items() if value is not None}
+    return {f"{index}.{key}": v for index, entry in state.items() for key, v in entry.items() if v is not None}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, flat: dict[str, Tensor]) -> None:

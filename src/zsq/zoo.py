@@ -51,18 +51,11 @@ of osmr/imgclsmob, the evaluation scripts of the same author: mean and std as he
 resized to ceil(input size / 0.875) before the centre crop.
 """
 
-PYTORCHCV_OTHER_TASKS = (
-    "coco",
-    "voc",
-    "ade20k",
-    "cityscapes",
-    "celebamaskhq",
-    "mpii",
-    "cmupan",
-    "jasperdr",
-    "quartznet",
-)
-"""Parts of pytorchcv names whose networks do not classify images."""
+PYTORCHCV_OTHER_TASKS = ("coco", "voc", "ade20k", "cityscapes", "celebamaskhq", "cmupan")
+"""Parts of pytorchcv names whose networks find or segment objects."""
+
+PYTORCHCV_OTHER_NETWORKS = ("jasper", "lffd", "nvpattexp", "pfpcnet", "prnet", "quartznet", "superpointnet", "voca")
+"""Beginnings of pytorchcv names whose networks do something else than classify images."""
 
 CROP_FRACTION = 0.875
 """Crop over shorter side in pytorchcv's evaluation: 224 / 256."""
@@ -111,7 +104,8 @@ def zoo_names(zoo: str) -> tuple[str, ...]:
         names = [
             name
             for name in importlib.import_module("pytorchcv.model_provider")._models
-            if not any(part in PYTORCHCV_OTHER_TASKS for part in name.split("_"))
+            if not name.startswith(PYTORCHCV_OTHER_NETWORKS)
+            and not any(part in PYTORCHCV_OTHER_TASKS for part in name.split("_"))
         ]
     elif zoo == "torchvision":
         names = library.models.list_models(module=library.models)
@@ -184,7 +178,8 @@ def build(zoo: str, name: str, spec: ImageSpec, default: ImageSpec, *, pretraine
                 f"{zoo}:{name}: its weights could not be fetched ({first_line(error)}). "
                 "Give --weights FILE, or --weights random."
             ) from error
-        raise TeacherError(f"{zoo}:{name} cannot be built: {first_line(error)}") from error
+        wanted = ", ".join(f"{key}={value}" for key, value in options.items())
+        raise TeacherError(f"{zoo}:{name} cannot be built with {wanted or 'defaults'}: {first_line(error)}") from error
 
 
 def _builder(zoo: str, name: str, pretrained: bool) -> Callable[..., nn.Module]:

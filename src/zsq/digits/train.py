@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from zsq.digits import SPEC, network, split, weights_path
@@ -70,7 +70,7 @@ def write(net: nn.Module, path: Path) -> None:
     """Write the weights as safetensors, whole or not at all."""
     state = {name: value.contiguous() for name, value in net.state_dict().items() if "num_batches" not in name}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(state, temporary)
+    temporary.write_bytes(save(state))  # not save_file, which makes the file unreadable for other users
     os.replace(temporary, path)
 
 

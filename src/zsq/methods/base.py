@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+from torch import Tensor
 from torch.fx import GraphModule
 
 from zsq.teachers import Teacher
@@ -25,15 +26,20 @@ class Method(Protocol):
 
     name: ClassVar[str]
     """Name on the command line."""
+    summary: ClassVar[str]
+    """What it is, in half a line."""
     steps: int
     """Steps of `fit`; 0 where nothing is learnt."""
 
-    def fit(self, teacher: Teacher, run: Run, *, distill_steps: int = 0) -> Surrogate:
+    def fit(
+        self, teacher: Teacher, run: Run, *, distill_steps: int = 0, fitted: dict[str, Tensor] | None = None
+    ) -> Surrogate:
         """Learn what stands in for the training data; the teacher is left alone, bit for bit.
 
         Args:
             teacher: the float network.
             run: seed, device, folder for checkpoints, progress.
             distill_steps: steps of distillation that will follow, for schedules that span both.
+            fitted: the state of a source fitted before, by these settings; nothing is learnt again.
         """
         ...

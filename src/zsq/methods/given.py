@@ -40,9 +40,11 @@ class Noise:
     batch_size: int = 64
     """Images a distillation step."""
 
-    def fit(self, teacher: Teacher, run: Run, *, distill_steps: int = 0) -> Surrogate:
+    def fit(
+        self, teacher: Teacher, run: Run, *, distill_steps: int = 0, fitted: dict[str, Tensor] | None = None
+    ) -> Surrogate:
         """Return the source; nothing is learnt."""
-        del distill_steps
+        del distill_steps, fitted
         return Surrogate(NoiseSource(self, teacher.spec, run), teacher.network)
 
 
@@ -89,13 +91,15 @@ class Real:
     limit: int = 20_000
     """Most images kept in memory, as bytes; drawn evenly from the set."""
 
-    def fit(self, teacher: Teacher, run: Run, *, distill_steps: int = 0) -> Surrogate:
+    def fit(
+        self, teacher: Teacher, run: Run, *, distill_steps: int = 0, fitted: dict[str, Tensor] | None = None
+    ) -> Surrogate:
         """Read the images; nothing is learnt.
 
         Raises:
             InputError: no data set is named, or it does not fit the teacher.
         """
-        del distill_steps
+        del distill_steps, fitted
         if not self.data:
             raise InputError("method real needs images: --set method.data=SET (digits:train, an .npz or a folder).")
         return Surrogate(RealSource(self, teacher.spec, run), teacher.network)

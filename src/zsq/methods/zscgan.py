@@ -1,5 +1,6 @@
 """ZS-CGAN: a conditional generator learnt from nothing but the teacher (Choi, El-Khamy, Lee, section 2.2)."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -38,8 +39,8 @@ class ZSCGAN:
     """Adam's first momentum."""
     beta2: float = 0.999
     """Adam's second momentum."""
-    ce_weight: float = 1.0
-    """Factor of the label cross-entropy, eq. (2); 0 switches it off."""
+    ce_weight: float | None = None
+    """Factor of the label cross-entropy, eq. (2); 0 switches it off; unset, the square root of the class count."""
     bns_weight: float = 1.0
     """Factor of the batch-norm statistics loss, eq. (2); 0 switches it off."""
     generator: Literal["auto", "unet", "light"] = "auto"
@@ -67,9 +68,10 @@ class ZSCGAN:
             raise InputError("method.batch_size is 1; batch statistics need at least 2 images.")
         if self.learning_rate <= 0:
             raise InputError(f"method.learning_rate is {self.learning_rate}; it must be above 0.")
-        if min(self.ce_weight, self.bns_weight) < 0 or self.ce_weight + self.bns_weight == 0:
+        ce_weight = 1.0 if self.ce_weight is None else self.ce_weight
+        if min(ce_weight, self.bns_weight) < 0 or ce_weight + self.bns_weight == 0:
             raise InputError(
-                f"method.ce_weight is {self.ce_weight} and method.bns_weight {self.bns_weight}; "
+                f"method.ce_weight is {ce_weight} and method.bns_weight {self.bns_weight}; "
                 "neither may be negative and one must be above 0."
             )
 
@@ -88,7 +90,9 @@ class ZSCGAN:
             torch.manual_seed(stream(seed, "generator", 0).initial_seed())
             return make_generator(kind, spec, codes, **settings)
 
-    def fit(self, teacher: Teacher, run: Run, *, distill_steps: int = 0) -> Surrogate:
+    def fit(
+        self, teacher: Teacher, run: Run, *, distill_steps: int = 0, fitted: dict[str, Tensor] | None = None
+    ) -> Surrogate:
         """Train the generator by eq. (2).
 
         Raises:
@@ -96,7 +100,10 @@ class ZSCGAN:
             NumericsError: a loss is not finite.
         """
         source = GeneratorSource(self, teacher, run, distill_steps)
-        run.train("fit", source, self.steps)
+        if fitted is None:
+            run.train("fit", source, self.steps)
+        else:
+            source.load_state_dict(fitted)
         return Surrogate(source, teacher.network)
 
 
@@ -108,6 +115,8 @@ class GeneratorSource:
     def __init__(self, settings: ZSCGAN, teacher: Teacher, run: Run, distill_steps: int) -> None:
         self.settings, self.seed, self.device, self.spec = settings, run.seed, run.device, teacher.spec
         self.horizon = settings.steps + distill_steps
+        ce_weight = math.sqrt(teacher.spec.classes) if settings.ce_weight is None else settings.ce_weight
+        self.weights = {"ce": ce_weight, "bns": settings.bns_weight}
         observed = ObservedTeacher(teacher.network, teacher.name)
         self.teacher = observed.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         generator = settings.build(teacher, run.seed)
@@ -138,8 +147,7 @@ class GeneratorSource:
             "ce": label_cross_entropy(logits, labels),
             "bns": bns_loss(moments, self.teacher.target_mean, self.teacher.target_var, self.teacher.eps),
         }
-        weights = {"ce": settings.ce_weight, "bns": settings.bns_weight}
-        loss = torch.stack([weights[name] * value for name, value in losses.items() if weights[name]]).sum()
+        loss = torch.stack([factor * losses[name] for name, factor in self.weights.items() if factor]).sum()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         set_learning_rate(self.optimizer, cosine(1.0, step, self.horizon))

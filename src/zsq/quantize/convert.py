@@ -34,11 +34,18 @@ def convert(student: Student) -> GraphModule:
             grids[rounded] = module
         elif node.target in TRANSPARENT and node.args[0] in grids:
             grid = grids[node.args[0]]
+            if _only_pads_layers(node):
+                continue  # runtimes make such padding part of the layer
             if is_float(node):
                 grids[_round_behind(network, node, grid, list(node.users))] = grid
             else:
                 grids[node] = grid
     return graphs.finish(network)
+
+
+def _only_pads_layers(node: Node) -> bool:
+    pads = node.target in (graphs.aten.pad.default, graphs.aten.constant_pad_nd.default)
+    return pads and all(user.target in graphs.CONVOLUTIONS for user in node.users)
 
 
 def _round_behind(network: GraphModule, node: Node, grid: ActivationQuantizer, readers: list[Node]) -> Node:

@@ -22,7 +22,10 @@ def integer_range(bits: int) -> tuple[int, int]:
 
 
 def affine_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero point whose grid spans [low, high], widened to hold 0 exactly.
+    """Scale and zero point whose grid spans [low, high] and holds 0 exactly.
+
+    The zero point is rounded first and the scale then widened so that neither end is cut off. Keeping the scale, as is
+    often done, puts every pixel of an image in [-1, 1] halfway between two grid points.
 
     Args:
         low, high: ends of the range, any equal shape.
@@ -34,7 +37,10 @@ def affine_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     quant_min, quant_max = integer_range(bits)
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = ((high - low) / (quant_max - quant_min)).clamp(min=SMALLEST_SCALE)
-    return scale, (quant_min - low / scale).round().clamp(quant_min, quant_max)
+    zero_point = (quant_min - low / scale).round().clamp(quant_min, quant_max)
+    below = torch.where(zero_point > quant_min, -low / (zero_point - quant_min), 0)
+    above = torch.where(zero_point < quant_max, high / (quant_max - zero_point), 0)
+    return torch.maximum(below, above).clamp(min=SMALLEST_SCALE), zero_point
 
 
 class ActivationQuantizer(nn.Module):
@@ -99,14 +105,17 @@ class ActivationQuantizer(nn.Module):
             self.high.lerp_(high, averaging)
 
     def _quantize(self, x: Tensor) -> Tensor:
+        if not self.training:  # literally what the file does, division included; the fused kernels below multiply
+            zero_point = self.zero_point.detach().round()
+            integers = (x / self.scale).round_().add_(zero_point).clamp_(self.quant_min, self.quant_max)
+            return integers.sub_(zero_point).mul_(self.scale)
         if self.learnable:
             factor = 1 / math.sqrt(max(1, x[0].numel()) * self.quant_max)
             return torch._fake_quantize_learnable_per_tensor_affine(
                 x, self.scale, self.zero_point, self.quant_min, self.quant_max, factor
             )
-        if self.training:
-            self._observe(x, self.averaging)
-            self.set_range(self.low, self.high)
+        self._observe(x, self.averaging)
+        self.set_range(self.low, self.high)
         zero_point = self.zero_point.to(torch.int32)
         return torch.fake_quantize_per_tensor_affine(x, self.scale, zero_point, self.quant_min, self.quant_max)
 

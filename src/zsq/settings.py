@@ -1,0 +1,169 @@
+"""Settings: defaults, then the recipe, then what the user sets, checked and written down before a run starts."""
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import TypeAdapter, ValidationError
+
+from zsq.errors import InputError, unknown_name
+from zsq.methods import METHODS, Method
+from zsq.quantize import PTQ, QUANTIZERS
+from zsq.training import replacing
+
+SECTIONS = ("method", "quantizer")
+RECORD_SECTIONS = (*SECTIONS, "teacher", "run")
+"""What `settings.toml` holds; only `SECTIONS` are read from a recipe."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """A method and a quantizer, and which of their steps the user chose."""
+
+    method: Method
+    quantizer: PTQ
+    chosen: frozenset[str] = frozenset()
+    """Dotted names that a recipe or the user set, such as `method.steps`; a budget leaves them alone."""
+
+    def with_steps(self, *, method: int | None = None, quantizer: int | None = None) -> "Settings":
+        """Return the same settings with other schedules."""
+        changed = self
+        if method is not None:
+            changed = replace(changed, method=replace(changed.method, steps=method))  # type: ignore[type-var]
+        if quantizer is not None:
+            changed = replace(changed, quantizer=replace(changed.quantizer, steps=quantizer))
+        return changed
+
+    @property
+    def distill_steps(self) -> int:
+        """Steps of distillation, 0 for PTQ."""
+        return int(getattr(self.quantizer, "steps", 0))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the content of a TOML file.
+
+    Raises:
+        InputError: it is missing or is not TOML; the text gives the line.
+    """
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not TOML: {error}.") from error
+
+
+def resolve(
+    *,
+    method: str | None = None,
+    quantizer: str | None = None,
+    bits: str | int | None = None,
+    recipe: Path | None = None,
+    assignments: Iterable[str] = (),
+) -> Settings:
+    """Merge defaults, recipe and assignments, the last winning.
+
+    Args:
+        method, quantizer: names; None takes the recipe's, else zscgan and ptq.
+        bits: as `--bits`; None takes the recipe's.
+        recipe: a TOML file with tables `method` and `quantizer`; a run's `settings.toml` is one.
+        assignments: `method.steps=100` or `quantizer.range_rule=minmax`.
+
+    Raises:
+        InputError: a name or value is wrong; the text quotes it and the nearest known one.
+    """
+    tables: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+    if recipe is not None:
+        content = read_toml(recipe)
+        for section, table in content.items():
+            if section not in RECORD_SECTIONS:
+                raise InputError(f"{recipe}: {unknown_name('table', section, RECORD_SECTIONS)}")
+            if not isinstance(table, dict):
+                raise InputError(f"{recipe}: '{section}' is a value; a table [{section}] is expected.")
+            if section in SECTIONS:
+                tables[section] |= table
+    names = {"method": method or "zscgan", "quantizer": quantizer or "ptq"}
+    for section, asked in (("method", method), ("quantizer", quantizer)):
+        named = tables[section].pop("name", names[section])
+        if asked is not None and asked != named:
+            tables[section] = _shared(section, asked, tables[section])
+        names[section] = asked or named
+    for assignment in assignments:
+        section, key, value = _parse_assignment(assignment)
+        tables[section][key] = value
+    if bits is not None:
+        tables["quantizer"]["bits"] = str(bits)
+    chosen = frozenset(f"{section}.{key}" for section, table in tables.items() for key in table)
+    return Settings(
+        build("method", names["method"], tables["method"]),
+        build("quantizer", names["quantizer"], tables["quantizer"]),
+        chosen,
+    )
+
+
+def build(section: str, name: str, table: Mapping[str, Any]) -> Any:
+    """Return the settings dataclass of a method or quantizer.
+
+    Raises:
+        InputError: unknown name, unknown key or a value of the wrong kind.
+    """
+    known: Mapping[str, type] = METHODS if section == "method" else QUANTIZERS  # type: ignore[assignment]
+    if name not in known:
+        raise unknown_name(section, name, known)
+    kind = known[name]
+    keys = [field.name for field in fields(kind)]
+    for key in table:
+        if key not in keys:
+            raise unknown_name(f"{section} setting", f"{section}.{key}", [f"{section}.{k}" for k in keys])
+    table = {key: str(value) if key == "bits" else value for key, value in table.items()}
+    try:
+        return TypeAdapter(kind).validate_python(table)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join([section, *map(str, first["loc"])])
+        cause = first.get("ctx", {}).get("error")
+        reason = str(cause) if isinstance(cause, InputError) else f"{where} is {first['input']!r}: {first['msg']}."
+        raise InputError(reason) from error
+
+
+def _shared(section: str, name: str, table: dict[str, Any]) -> dict[str, Any]:
+    """Keep what a recipe written for another method or quantizer says of settings that this one has, too."""
+    known: Mapping[str, type] = METHODS if section == "method" else QUANTIZERS  # type: ignore[assignment]
+    if name not in known:
+        raise unknown_name(section, name, known)
+    keys = {field.name for field in fields(known[name])}
+    return {key: value for key, value in table.items() if key in keys}
+
+
+def _parse_assignment(text: str) -> tuple[str, str, Any]:
+    """Split `method.steps=100`."""
+    path, equals, value = text.partition("=")
+    section, dot, key = path.strip().partition(".")
+    if not equals or not dot or section not in SECTIONS:
+        raise InputError(f"--set takes method.NAME=VALUE or quantizer.NAME=VALUE; got '{text}'.")
+    value = value.strip()
+    return section, key, None if value.lower() == "none" else value
+
+
+def to_tables(settings: Settings) -> dict[str, dict[str, Any]]:
+    """Return the tables `method` and `quantizer`, fit for TOML: what is None is left out."""
+    tables = {}
+    for section, part in (("method", settings.method), ("quantizer", settings.quantizer)):
+        values = asdict(part)  # type: ignore[call-overload]
+        tables[section] = {"name": part.name} | {k: v for k, v in values.items() if v is not None}
+    return tables
+
+
+def write_settings(path: Path, settings: Settings, teacher: dict[str, Any], run: dict[str, Any]) -> None:
+    """Write the resolved settings; the file is a recipe that repeats the run."""
+    content = {"teacher": teacher, **to_tables(settings), "run": run}
+    with replacing(path) as temporary:
+        temporary.write_text(tomli_w.dumps({k: _without_none(v) for k, v in content.items()}))
+
+
+def _without_none(table: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in table.items() if value is not None}
