@@ -26,9 +26,7 @@ class _Moments(torch.autograd.Function):
         return mean.flatten(), var
 
     @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, grad_mean: Tensor, grad_var: Tensor
-    ) -> Tensor:
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad_mean: Tensor, grad_var: Tensor) -> Tensor:
         x, mean = ctx.saved_tensors  # type: ignore[attr-defined]
         count = x.numel() // x.shape[1]
         slope = (2 / count) * grad_var.view_as(mean)

@@ -217,9 +217,7 @@ def _make_activations_unsigned(graph: fx.Graph) -> None:
             call.args = (tensor, scale, zero_point - quant_min, 0, quant_max - quant_min, torch.uint8)
 
 
-def _quantize_to_onnx(  # noqa: PLR0917 - the operator's own signature
-    input: Any, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: int
-) -> Any:
+def _quantize_to_onnx(input: Any, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: int) -> Any:
     """Translate ``quantize_per_tensor``: QuantizeLinear saturates at the type's limits, Clip at narrower ones."""
     kind = ir.DataType(dtype).numpy()
 

@@ -40,7 +40,9 @@ def set_tensor(network: GraphModule, name: str, value: Tensor, *, trainable: boo
 
 def tensor_of(network: GraphModule, node: Any) -> Tensor | None:
     """Return the tensor that a `get_attr` node reads, or None where the argument is absent."""
-    return get_attribute(network, str(node.target)).detach() if isinstance(node, Node) and node.op == "get_attr" else None
+    return (
+        get_attribute(network, str(node.target)).detach() if isinstance(node, Node) and node.op == "get_attr" else None
+    )
 
 
 def argument(node: Node, index: int, default: Any = None) -> Any:

@@ -37,9 +37,7 @@ def gaussian_kl(mean: Tensor, var: Tensor, target_mean: Tensor, target_var: Tens
     return 0.5 * (distance + ratio - torch.log(ratio) - 1).sum()
 
 
-def bns_loss(
-    moments: list[tuple[Tensor, Tensor]], target_mean: Tensor, target_var: Tensor, eps: Tensor
-) -> Tensor:
+def bns_loss(moments: list[tuple[Tensor, Tensor]], target_mean: Tensor, target_var: Tensor, eps: Tensor) -> Tensor:
     """Distance of the batch's statistics from those that the teacher stores, summed over layers and channels.
 
     Args:

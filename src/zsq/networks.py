@@ -1,6 +1,8 @@
 """Generators: label and noise in, valid image out."""
 
+import itertools
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +40,7 @@ class ConditionalNorm(nn.Module):
         self.eps, self.momentum = 1e-5, 0.1
 
     def forward(self, x: Tensor, code: Tensor) -> Tensor:
-        """Normalise x [N, C, ...] by the batch's statistics (training) or the running ones, then scale by code [N, E]."""
+        """Normalise x [N, C, ...] by the statistics of the batch, else the running ones, and scale by code [N, E]."""
         if self.training:
             mean, var = moments(x)
             with torch.no_grad():
@@ -58,7 +60,7 @@ class _Block(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, code_size: int, *, kernel: int = 3, stride: int = 1) -> None:
         super().__init__()
-        mode = "reflect" if kernel > 1 else "zeros"
+        mode: Literal["reflect", "zeros"] = "reflect" if kernel > 1 else "zeros"
         self.convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, padding_mode=mode, bias=False)
         self.norm = ConditionalNorm(outputs, code_size)
 
@@ -181,7 +183,7 @@ class LightDecoder(Generator):
         self.widths = widths
         self.stem = nn.Linear(noise_channels + code_size, widths[0] * math.prod(self.start), bias=False)
         self.norm = ConditionalNorm(widths[0], code_size)
-        pairs = zip(widths[:-1], widths[1:], strict=True)
+        pairs = itertools.pairwise(widths)
         self.blocks = nn.ModuleList(_Block(inputs, outputs, code_size) for inputs, outputs in pairs)
         self.refine = _Block(widths[-1], widths[-1], code_size)
         self.to_pixels = nn.Conv2d(widths[-1], spec.channels * self.shuffle**2, 3, padding=1, padding_mode="reflect")

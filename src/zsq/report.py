@@ -1,6 +1,5 @@
 """Pictures and tables of what a run recorded; nothing here runs a network but a generator."""
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +10,6 @@ from PIL import Image
 from rich.table import Table
 from torch import Tensor
 
-from zsq.errors import InputError
 from zsq.training import replacing
 from zsq.types import Batch, ImageSpec
 
@@ -72,18 +70,6 @@ def write_grid(images: np.ndarray, path: Path) -> None:
         Image.fromarray(canvas).save(temporary, format="PNG")
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """Return the content of a run's `result.json`.
-
-    Raises:
-        InputError: the folder holds no finished run.
-    """
-    path = folder / "result.json"
-    if not path.is_file():
-        raise InputError(f"{folder} holds no result.json; the run has not finished: --resume continues it.")
-    return json.loads(path.read_text())
-
-
 def percent(value: float | None, digits: int = 2) -> str:
     """Return a percentage for a table; a dash where it was not measured."""
     return "-" if value is None else f"{value:.{digits}f}"
@@ -97,8 +83,14 @@ def summary_rows(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "method", f"{record['method']} ({kind}), {scheme}"
     if record["num_eval_images"]:
         low, high = record["evaluation"]["quantized"]["top1_interval"]
-        yield "float top-1", f"{percent(record['float_top1'])} % of {record['num_eval_images']} images of {record['data']}"
-        yield "quantized top-1", f"{percent(record['quantized_top1'])} % (95 % interval {low:.2f} to {high:.2f}), model.onnx"
+        yield (
+            "float top-1",
+            f"{percent(record['float_top1'])} % of {record['num_eval_images']} images of {record['data']}",
+        )
+        yield (
+            "quantized top-1",
+            f"{percent(record['quantized_top1'])} % (95 % interval {low:.2f} to {high:.2f}), model.onnx",
+        )
         yield "simulated top-1", f"{percent(record['simulated_top1'])} %"
         yield "agreement with teacher", f"{percent(record['teacher_agreement'])} %"
     check = record["verification"]

@@ -34,7 +34,7 @@ class Settings:
         if method is not None:
             changed = replace(changed, method=replace(changed.method, steps=method))  # type: ignore[type-var]
         if quantizer is not None:
-            changed = replace(changed, quantizer=replace(changed.quantizer, steps=quantizer))
+            changed = replace(changed, quantizer=replace(changed.quantizer, steps=quantizer))  # type: ignore[call-arg]
         return changed
 
     @property
@@ -111,7 +111,7 @@ def build(section: str, name: str, table: Mapping[str, Any]) -> Any:
     Raises:
         InputError: unknown name, unknown key or a value of the wrong kind.
     """
-    known: Mapping[str, type] = METHODS if section == "method" else QUANTIZERS  # type: ignore[assignment]
+    known: Mapping[str, type] = METHODS if section == "method" else QUANTIZERS
     if name not in known:
         raise unknown_name(section, name, known)
     kind = known[name]
@@ -132,7 +132,7 @@ def build(section: str, name: str, table: Mapping[str, Any]) -> Any:
 
 def _shared(section: str, name: str, table: dict[str, Any]) -> dict[str, Any]:
     """Keep what a recipe written for another method or quantizer says of settings that this one has, too."""
-    known: Mapping[str, type] = METHODS if section == "method" else QUANTIZERS  # type: ignore[assignment]
+    known: Mapping[str, type] = METHODS if section == "method" else QUANTIZERS
     if name not in known:
         raise unknown_name(section, name, known)
     keys = {field.name for field in fields(known[name])}
@@ -153,7 +153,7 @@ def to_tables(settings: Settings) -> dict[str, dict[str, Any]]:
     """Return the tables `method` and `quantizer`, fit for TOML: what is None is left out."""
     tables = {}
     for section, part in (("method", settings.method), ("quantizer", settings.quantizer)):
-        values = asdict(part)  # type: ignore[call-overload]
+        values = asdict(part)  # type: ignore[arg-type]
         tables[section] = {"name": part.name} | {k: v for k, v in values.items() if v is not None}
     return tables
 

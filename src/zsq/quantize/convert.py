@@ -99,9 +99,7 @@ def _dequantize(
     with graph.inserting_before(layer):
         stored = graph.get_attr(name)
         if scale.numel() == 1:
-            return graph.call_function(
-                _ops.dequantize_per_tensor.default, (stored, float(scale), 0, low, high, dtype)
-            )
+            return graph.call_function(_ops.dequantize_per_tensor.default, (stored, float(scale), 0, low, high, dtype))
         graphs.set_tensor(network, f"{name}_scale", scale)
         graphs.set_tensor(network, f"{name}_zero_point", torch.zeros(len(scale), dtype=torch.int64))
         scales, zeros = graph.get_attr(f"{name}_scale"), graph.get_attr(f"{name}_zero_point")

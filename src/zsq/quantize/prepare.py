@@ -17,9 +17,7 @@ ENDS_BITS = 8
 """Bits of the network's input and of its logits, always."""
 
 FUSED = {
-    target
-    for name in ("relu", "relu6", "hardtanh", "clamp", "clamp_min")
-    for target in [getattr(aten, name).default]
+    target for name in ("relu", "relu6", "hardtanh", "clamp", "clamp_min") for target in [getattr(aten, name).default]
 }
 """Activations that the layer or addition in front of them computes before it rounds."""
 
@@ -157,11 +155,10 @@ class _Placer:
             return ends
         return self.scheme.bits.activation
 
-    def origin(self, node: Node) -> Node:  # type: ignore[override]
+    def origin(self, node: object) -> Node:
         """Follow operators that only move values back to where the values were computed."""
-        while node.target in TRANSPARENT:
-            node = node.args[0]  # type: ignore[assignment]
-        return node
+        assert isinstance(node, Node)
+        return self.origin(node.args[0]) if node.target in TRANSPARENT else node
 
     def place_activations(self) -> None:
         """Insert a quantizer behind each activation that the scheme rounds."""
@@ -187,8 +184,9 @@ class _Placer:
         users = list(node.users)
         return not (len(users) == 1 and users[0].target in FUSED and node.op == "call_function")
 
-    def insert(self, node: Node, bits: int, *, only_layers: bool) -> None:
+    def insert(self, node: object, bits: int, *, only_layers: bool) -> None:
         """Insert one activation quantizer behind a node, for all readers or for layers only."""
+        assert isinstance(node, Node)
         name = f"activation_{len(self.placed)}"
         self.network.add_submodule(name, ActivationQuantizer(bits, learnable=self.scheme.learnable))
         with self.network.graph.inserting_after(node):
@@ -209,9 +207,7 @@ class _Placer:
         ends = layer in (self.layers[0], self.layers[-1])
         bits = self.scheme.first_last_bits if ends and self.scheme.first_last_bits else self.scheme.bits.weight
         name = f"weight_{self.layers.index(layer)}"
-        quantizer = WeightQuantizer(
-            weight, bits, per_channel=self.scheme.per_channel, learnable=self.scheme.learnable
-        )
+        quantizer = WeightQuantizer(weight, bits, per_channel=self.scheme.per_channel, learnable=self.scheme.learnable)
         self.network.add_submodule(name, quantizer)
         graphs.set_tensor(self.network, str(source.target), weight, trainable=True)
         graph = self.network.graph
@@ -231,7 +227,7 @@ class _Placer:
         """Return a node that reads the scale of the grid on which the layer's input lies."""
         node = layer.args[0]
         while isinstance(node, Node) and node.op != "call_module":
-            node = node.args[0]  # type: ignore[assignment]
+            node = node.args[0]
         assert isinstance(node, Node)
         return self.network.graph.get_attr(f"{self.placed[node]}.scale")
 

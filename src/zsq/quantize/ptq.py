@@ -112,4 +112,3 @@ def calibrate(student: Student, images: Callable[[], Iterator[Batch]], settings:
         if not bool(torch.isfinite(torch.cat([low.view(1), high.view(1)])).all()):
             raise InputError(f"calibration saw the range [{float(low)}, {float(high)}]; the images are not finite.")
         quantizer.set_range(low, high)
-

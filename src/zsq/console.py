@@ -1,0 +1,62 @@
+"""What a run shows while it works, on stderr: a bar in a terminal, a line now and then in a log."""
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LINE_EVERY = 30
+"""Seconds between two lines where stderr is not a terminal."""
+
+
+def say(text: str) -> None:
+    """Print a line that the user should read."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class TerminalProgress:
+    """Shows each phase with its latest losses and the time left; use it as a context."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._bars = Progress(
+            TextColumn("{task.description:14}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[losses]}"),
+            console=self._console,
+        )
+        self._tasks: dict[str, int] = {}
+        self._shown = 0.0
+        self._begun: dict[str, tuple[float, int]] = {}
+
+    def __enter__(self) -> "TerminalProgress":
+        if self._console.is_terminal:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._console.is_terminal:
+            self._bars.stop()
+
+    def update(self, phase: str, done: int, total: int, values: dict[str, float]) -> None:
+        """Show that `done` of `total` steps of `phase` are finished, with the latest values."""
+        losses = " ".join(f"{name} {value:.3g}" for name, value in values.items())
+        if self._console.is_terminal:
+            if phase not in self._tasks:
+                self._tasks[phase] = self._bars.add_task(phase, total=total, losses="")
+            self._bars.update(self._tasks[phase], completed=done, total=total, losses=losses)  # type: ignore[arg-type]
+            return
+        now = time.monotonic()
+        start, first = self._begun.setdefault(phase, (now, done))
+        if now - self._shown > LINE_EVERY or (done >= total and values):
+            self._shown = now
+            left = (now - start) / max(1, done - first) * (total - done)
+            say(f"{phase}: {done}/{total}, about {left:.0f} s left {losses}".rstrip())

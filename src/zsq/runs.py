@@ -1,0 +1,258 @@
+"""A run's folder and what was decided before it starts: device, settings, schedule."""
+
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zsq.budget import Plan, parse_duration, plan
+from zsq.errors import InputError
+from zsq.methods import Method
+from zsq.quantize import PTQ
+from zsq.settings import Settings, read_toml, resolve, to_tables
+from zsq.teachers import Teacher
+from zsq.training import Run, load_tensors
+from zsq.types import ImageSpec
+
+ARTIFACTS = (
+    "settings.toml",
+    "generator.safetensors",
+    "model.onnx",
+    "model.pt2",
+    "metrics.jsonl",
+    "samples.png",
+    "result.json",
+)
+"""Files of a run's folder, beside `checkpoints/`."""
+
+DEFAULT_BUDGET = "10m"
+
+Say = Callable[[str], None]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions on which a result depends, and the processor's kind."""
+    names = ("zsq", "torch", "onnx", "onnxruntime")
+    return {name: metadata.version(name) for name in names} | {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device that `cpu`, `cuda` or `auto` means here.
+
+    Raises:
+        InputError: an unknown name, or CUDA where there is none.
+    """
+    if name not in ("cpu", "cuda", "auto"):
+        raise InputError(f"device is '{name}'; cpu, cuda and auto work.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device is 'cuda' and PyTorch sees no CUDA device here; cpu and auto work.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class FittedRun:
+    """A finished fit that another run reuses."""
+
+    folder: Path
+    method: Method
+    state: dict[str, Tensor]
+
+    @classmethod
+    def open(cls, folder: Path, teacher: Teacher) -> "FittedRun":
+        """Read the generator of a run.
+
+        Raises:
+            InputError: the folder holds no generator, or one of another teacher.
+        """
+        path = folder / "generator.safetensors"
+        if not path.is_file():
+            raise InputError(f"{folder} holds no generator.safetensors; --from takes a folder whose run fitted one.")
+        state, meta = load_tensors(path)
+        if meta.get("weights_sha256") != teacher.weights_sha256:
+            raise InputError(
+                f"{path} was fitted to other weights (sha256 {meta.get('weights_sha256', 'unknown')[:12]}) "
+                f"than those of '{teacher.name}' ({teacher.weights_sha256[:12]})."
+            )
+        return cls(folder, resolve(recipe=folder / "settings.toml").method, state)
+
+
+def open_folder(folder: Path, *, resume: bool, overwrite: bool) -> bool:
+    """Take a folder for a run, or refuse to mix two; return whether a run is continued.
+
+    Raises:
+        InputError: the folder holds another run and neither flag is given.
+    """
+    if resume and overwrite:
+        raise InputError("--resume continues a run and --overwrite discards it; give one of them.")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; --out takes a folder.")
+    holds_run = any((folder / name).exists() for name in (*ARTIFACTS, "checkpoints"))
+    if holds_run and not resume and not overwrite:
+        raise InputError(f"{folder} holds another run; --resume continues it, --overwrite discards it.")
+    if overwrite:  # only what a run wrote, and nothing else that may lie there
+        for path in [*(folder / name for name in ARTIFACTS), *(folder / "checkpoints").glob("*.safetensors")]:
+            path.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    return resume and (folder / "settings.toml").exists()
+
+
+def resolve_settings(
+    method: str | Method | None,
+    quantizer: str | PTQ | None,
+    bits: str | int | None,
+    *,
+    recipe: str | Path | None = None,
+    assignments: tuple[str, ...] = (),
+    source_run: FittedRun | None = None,
+) -> Settings:
+    """Merge names, objects, recipe and assignments; a reused generator brings its method's settings along.
+
+    Raises:
+        InputError: a name or value is wrong, or would change the generator that is reused.
+    """
+    extra: list[str] = []
+    names: list[str | None] = []
+    for section, given in (("method", method), ("quantizer", quantizer)):
+        if given is None or isinstance(given, str):
+            names.append(given)
+            continue
+        names.append(given.name)
+        table = to_tables(Settings(given, given))[section]  # type: ignore[arg-type]
+        extra += [f"{section}.{key}={value}" for key, value in table.items() if key != "name"]
+    merged = resolve(
+        method=names[0] or (source_run.method.name if source_run else None),
+        quantizer=names[1],
+        bits=bits,
+        recipe=None if recipe is None else Path(recipe),
+        assignments=[*extra, *assignments],
+    )
+    if source_run is None:
+        return merged
+    clash = [key for key in sorted(merged.chosen) if key.startswith("method.")]
+    if names[0] not in (None, source_run.method.name) or (clash and recipe is None):
+        raise InputError(
+            f"--from reuses a generator fitted by method {source_run.method.name} with the settings of "
+            f"{source_run.folder / 'settings.toml'}; {(clash or ['--method'])[0]} cannot change it any more."
+        )
+    return Settings(source_run.method, merged.quantizer, merged.chosen | {"method.steps"})
+
+
+def choose_schedule(
+    wanted: Settings,
+    teacher: Teacher,
+    run: Run,
+    budget: str | float | None,
+    *,
+    recipe: str | Path | None,
+    num_eval_images: int,
+    fitted: bool,
+    say: Say,
+) -> tuple[Settings, dict[str, Any]]:
+    """Fit the schedule to the budget; return settings and what was measured, for the record."""
+    if budget is None and recipe is None and not _has_schedule(wanted):
+        budget = DEFAULT_BUDGET
+    if budget is None:
+        return wanted, {}
+    seconds = parse_duration(budget)
+    say(f"measuring a step, to fit the schedule into {seconds:.0f} s")
+    planned = plan(wanted, teacher, run, seconds, num_eval_images=num_eval_images, fitted=fitted)
+    say(_describe(planned))
+    return planned.settings, {
+        "budget_seconds": seconds,
+        "fit_step_seconds": round(planned.fit_step_seconds, 4),
+        "distill_step_seconds": round(planned.distill_step_seconds, 4),
+    }
+
+
+def stored_settings(folder: Path, wanted: Settings, teacher: Teacher, seed: int) -> Settings:
+    """Return the settings of the run that is resumed.
+
+    Raises:
+        InputError: what is asked for now differs from what that run was started with.
+    """
+    path = folder / "settings.toml"
+    content = read_toml(path)
+    stored = resolve(recipe=path)
+    tables, asked = to_tables(stored), to_tables(wanted)
+    differing = []
+    for section, key in (name.split(".", 1) for name in sorted(wanted.chosen)):
+        if tables[section].get(key) != asked[section].get(key):
+            differing.append(f"{section}.{key} is {tables[section].get(key)} there, not {asked[section].get(key)}")
+    was = content.get("teacher", {})
+    if was.get("weights_sha256") != teacher.weights_sha256:
+        differing.append(f"its network '{was.get('model')}' had other weights")
+    if content.get("run", {}).get("seed") != seed:
+        differing.append(f"its seed is {content.get('run', {}).get('seed')}, not {seed}")
+    if differing:
+        raise InputError(f"{folder} holds a run that differs: {differing[0]}. --overwrite starts anew.")
+    return stored
+
+
+def teacher_table(teacher: Teacher) -> dict[str, Any]:
+    """Return what `settings.toml` says of the teacher."""
+    spec = teacher.spec
+    return {
+        "model": teacher.name,
+        "weights": teacher.weights_source,
+        "weights_sha256": teacher.weights_sha256,
+        "channels": spec.channels,
+        "height": spec.height,
+        "width": spec.width,
+        "classes": spec.classes,
+        "mean": list(spec.mean),
+        "std": list(spec.std),
+        "resize": spec.resize,
+    }
+
+
+def stored_spec(folder: Path) -> ImageSpec:
+    """Return the image spec of a run's teacher.
+
+    Raises:
+        InputError: the folder holds no settings.toml with a teacher.
+    """
+    table = read_toml(folder / "settings.toml").get("teacher", {})
+    sizes = {name: table.get(name, 0) for name in ("channels", "height", "width", "classes")}
+    mean, std = tuple(table.get("mean", ())), tuple(table.get("std", ()))
+    return ImageSpec(**sizes, mean=mean, std=std, resize=table.get("resize"))
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return the content of a run's `result.json`.
+
+    Raises:
+        InputError: the folder holds no finished run.
+    """
+    path = folder / "result.json"
+    if not path.is_file():
+        raise InputError(f"{folder} holds no result.json; the run has not finished: --resume continues it.")
+    return json.loads(path.read_text())
+
+
+def _has_schedule(settings: Settings) -> bool:
+    """Whether no step is left for a budget to choose."""
+    free = []
+    if settings.method.steps:
+        free.append("method.steps")
+    if settings.distill_steps:
+        free.append("quantizer.steps")
+    return all(name in settings.chosen for name in free)
+
+
+def _describe(planned: Plan) -> str:
+    parts = []
+    if planned.fit_step_seconds:
+        parts.append(f"{planned.settings.method.steps} generator steps of {planned.fit_step_seconds:.3f} s")
+    if planned.distill_step_seconds:
+        parts.append(f"{planned.settings.distill_steps} distillation steps of {planned.distill_step_seconds:.3f} s")
+    steps = " and ".join(parts) or "nothing to train"
+    return f"schedule: {steps}, {planned.fixed_seconds:.0f} s for the rest; {planned.expected_seconds:.0f} s expected"

@@ -1,0 +1,79 @@
+"""Write synthetic images for use in other tools."""
+
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from zsq.errors import InputError
+from zsq.report import save_grid
+from zsq.runs import FittedRun, Say, choose_schedule, pick_device, resolve_settings
+from zsq.teachers import Teacher
+from zsq.training import Progress, Run, replacing
+from zsq.types import Batch, ImageSpec
+
+
+def synthesize(
+    teacher: Teacher,
+    *,
+    out: str | Path,
+    count: int = 1000,
+    method: str | None = None,
+    recipe: str | Path | None = None,
+    settings: tuple[str, ...] = (),
+    budget: str | float | None = None,
+    from_run: str | Path | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    say: Say = lambda text: None,
+) -> list[Path]:
+    """Write `images.npz` (images uint8 [N, H, W, C], labels int64 [N]) and `samples.png`, one row a class.
+
+    The arguments are those of `zsq.quantize`; images stream into the file, so any number fits in memory.
+
+    Raises:
+        InputError: an argument does not fit, or the folder holds images already.
+    """
+    folder = Path(out)
+    written = [folder / "images.npz", folder / "samples.png"]
+    if count < 1:
+        raise InputError(f"count is {count}; at least 1 image is made.")
+    if not overwrite and any(path.exists() for path in written):
+        raise InputError(f"{folder} holds images already; --overwrite replaces them.")
+    where = pick_device(device)
+    teacher = teacher.to(where) if where.type != "cpu" else teacher
+    run = Run(seed=seed, device=where, progress=progress)
+    source_run = None if from_run is None else FittedRun.open(Path(from_run), teacher)
+    wanted = resolve_settings(method, None, None, recipe=recipe, assignments=tuple(settings), source_run=source_run)
+    chosen, _ = choose_schedule(
+        wanted, teacher, run, budget, recipe=recipe, num_eval_images=0, fitted=source_run is not None, say=say
+    )
+    source = chosen.method.fit(teacher, run, fitted=source_run.state if source_run else None).source
+    write_npz(written[0], source.sample(count), teacher.spec, count)
+    save_grid(source, teacher.spec, written[1])
+    return written
+
+
+def write_npz(path: Path, batches: Iterable[Batch], spec: ImageSpec, count: int) -> None:
+    """Stream normalised batches of `count` images in all into an .npz as `zsq evaluate` reads it.
+
+    Raises:
+        InputError: the source holds fewer images.
+    """
+    labels = []
+    shape = (count, spec.height, spec.width, spec.channels)
+    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("images.npy", "w", force_zip64=True) as member:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(member, header)
+            for batch in batches:
+                member.write(spec.to_pixels(batch.images.cpu()).numpy().tobytes())
+                labels.append(batch.labels.cpu().numpy())
+        found = np.concatenate(labels)
+        if len(found) != count:
+            raise InputError(f"the source holds {len(found)} images; --count is {count}.")
+        with archive.open("labels.npy", "w") as member:
+            np.lib.format.write_array(member, found)
