@@ -18,8 +18,8 @@ from zsq.teachers import Teacher
 from zsq.training import Run, cosine, flatten_optimizer, part, restore_optimizer, set_learning_rate, stream, under
 from zsq.types import Batch
 
-LARGE_IMAGE = 96
-"""Shorter side in pixels from which `generator = auto` takes the light decoder."""
+SMALL_IMAGE, LARGE_IMAGE = 16, 96
+"""Shorter side in pixels: `generator = auto` takes the U-Net from the first and the light decoder from the second on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +31,8 @@ class ZSCGAN:
 
     steps: int = 4000
     """Generator updates before the first sample is taken."""
-    batch_size: int = 64
-    """Images a step, in `fit` and in distillation."""
+    batch_size: int | None = None
+    """Images a step, in `fit` and in distillation; unset, 64, and 32 from 96 pixels on."""
     learning_rate: float = 1e-3
     """Adam's step size, annealed by a cosine over fit and distillation together."""
     beta1: float = 0.5
@@ -44,7 +44,7 @@ class ZSCGAN:
     bns_weight: float = 1.0
     """Factor of the batch-norm statistics loss, eq. (2); 0 switches it off."""
     generator: Literal["auto", "unet", "light"] = "auto"
-    """Network: the paper's U-Net, the light decoder, or the U-Net below 96 pixels and the light decoder from there."""
+    """Network: the paper's U-Net or the light decoder; auto takes the U-Net from 16 to 95 pixels."""
     width: int = 24
     """Channels of the generator's layers."""
     levels: int = 5
@@ -59,13 +59,13 @@ class ZSCGAN:
     """Longest code of a label."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "width", "levels", "skip", "noise_channels", "code_size"):
+        for name in ("width", "levels", "skip", "noise_channels", "code_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"method.{name} is {getattr(self, name)}; it must be at least 1.")
         if self.steps < 0:
             raise InputError(f"method.steps is {self.steps}; it must be at least 0.")
-        if self.batch_size < 2:
-            raise InputError("method.batch_size is 1; batch statistics need at least 2 images.")
+        if self.batch_size is not None and self.batch_size < 2:
+            raise InputError(f"method.batch_size is {self.batch_size}; batch statistics need at least 2 images.")
         if self.learning_rate <= 0:
             raise InputError(f"method.learning_rate is {self.learning_rate}; it must be above 0.")
         ce_weight = 1.0 if self.ce_weight is None else self.ce_weight
@@ -82,7 +82,7 @@ class ZSCGAN:
         codes = label_codes(spec.classes, weight, self.code_size, stream(seed, "codes", 0))
         kind = self.generator
         if kind == "auto":
-            kind = "light" if min(spec.height, spec.width) >= LARGE_IMAGE else "unet"
+            kind = "unet" if SMALL_IMAGE <= min(spec.height, spec.width) < LARGE_IMAGE else "light"
         settings = {"width": self.width, "noise_channels": self.noise_channels, "style_size": self.style_size}
         if kind == "unet":
             settings |= {"levels": self.levels, "skip": self.skip}
@@ -114,6 +114,8 @@ class GeneratorSource:
 
     def __init__(self, settings: ZSCGAN, teacher: Teacher, run: Run, distill_steps: int) -> None:
         self.settings, self.seed, self.device, self.spec = settings, run.seed, run.device, teacher.spec
+        large = min(teacher.spec.height, teacher.spec.width) >= LARGE_IMAGE
+        self.batch_size = settings.batch_size or (32 if large else 64)
         self.horizon = settings.steps + distill_steps
         ce_weight = math.sqrt(teacher.spec.classes) if settings.ce_weight is None else settings.ce_weight
         self.weights = {"ce": ce_weight, "bns": settings.bns_weight}
@@ -138,8 +140,7 @@ class GeneratorSource:
         return self._update(self.settings.steps + step)
 
     def _update(self, step: int) -> Batch:
-        settings = self.settings
-        labels, noise = self._draw("fit", step, settings.batch_size)
+        labels, noise = self._draw("fit", step, self.batch_size)
         self.generator.train()
         images = self.generator(noise, labels)
         logits, moments = self.teacher(images)

@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule
 
 from zsq.batchnorm import fold
-from zsq.errors import InputError, unknown_name
+from zsq.errors import InputError
+from zsq.quantize.correction import IMAGES, correct_biases
 from zsq.quantize.fakequant import ActivationQuantizer, quantizers, set_mode
-from zsq.quantize.prepare import Bits, Scheme, Student, prepare, prepared_layers, quantized_weight
-from zsq.quantize.ranges import NEEDS_HISTOGRAM, RULES, weight_mse
+from zsq.quantize.prepare import ENDS_BITS, Bits, Scheme, Student, prepare, prepared_layers, quantized_weight
+from zsq.quantize.ranges import NEEDS_HISTOGRAM, RULES, minmax, weight_mse
 from zsq.training import Run
 from zsq.types import Batch
 
@@ -26,10 +28,14 @@ class PTQ:
     """Widths: 8, 6, 4 or any from 2 to 8; W4A8 for weights and activations apart."""
     num_samples: int = 2000
     """Calibration images; the paper takes 10,000."""
-    range_rule: Literal["minmax", "moving-average", "percentile", "mse"] = "mse"
-    """How the range of an activation is chosen; the paper takes minmax."""
-    weight_range_rule: Literal["minmax", "mse"] = "mse"
+    range_rule: Literal["auto", "minmax", "moving-average", "percentile", "mse"] = "auto"
+    """How the range of an activation is chosen: auto is minmax at 8 bits and mse below; the paper takes minmax."""
+    weight_range_rule: Literal["minmax", "mse"] = "minmax"
     """How the range of a weight is chosen."""
+    logit_headroom: float = 1.5
+    """Factor on the range of the logits, since synthetic images reach smaller ones than real images do; the paper: 1."""
+    bias_correction: bool = True
+    """Shift biases by what rounding adds to each layer's mean output; the paper does not."""
     weight_granularity: Literal["channel", "tensor"] = "channel"
     """One scale an output channel, or one a weight."""
     activation_scope: Literal["all", "layers"] = "all"
@@ -43,8 +49,15 @@ class PTQ:
             raise InputError(f"quantizer.num_samples is {self.num_samples}; at least 1 image is needed.")
         if self.first_last_bits is not None and not 2 <= self.first_last_bits <= 8:
             raise InputError(f"quantizer.first_last_bits is {self.first_last_bits}; widths from 2 to 8 work.")
-        if self.range_rule not in RULES:
-            raise unknown_name("range rule", self.range_rule, RULES)
+        if self.logit_headroom < 1:
+            raise InputError(f"quantizer.logit_headroom is {self.logit_headroom}; it must be at least 1.")
+
+    @property
+    def resolved_range_rule(self) -> str:
+        """The rule that `auto` stands for."""
+        if self.range_rule != "auto":
+            return self.range_rule
+        return "minmax" if Bits.parse(self.bits).activation == ENDS_BITS else "mse"
 
     def scheme(self, *, learnable: bool = False) -> Scheme:
         """Return what is quantized, and how."""
@@ -88,16 +101,29 @@ def quantize_ptq(
             quantizer.set_scale(weight_mse(quantizer, weight.detach()))
     calibrate(student, images, settings, run)
     set_mode(student, "quantize")
+    if settings.bias_correction:
+        correct_biases(student, folded.to(run.device), first_images(images(), run))
     return student
+
+
+def first_images(batches: Iterator[Batch], run: Run) -> Tensor:
+    """Return the first images of a stream, as many as bias correction takes, [N, C, H, W] on the run's device."""
+    found: list[Tensor] = []
+    for batch in batches:
+        found.append(batch.images.to(run.device))
+        if sum(map(len, found)) >= IMAGES:
+            break
+    return torch.cat(found)[:IMAGES]
 
 
 @torch.no_grad()
 def calibrate(student: Student, images: Callable[[], Iterator[Batch]], settings: PTQ, run: Run) -> None:
     """Set the range of every activation quantizer; images stream, so memory does not grow with their number."""
+    rule = settings.resolved_range_rule
     activations = [q for q in quantizers(student) if isinstance(q, ActivationQuantizer)]
     for quantizer in activations:
-        quantizer.average_ranges = settings.range_rule == "moving-average"
-    passes = ["observe", "histogram"] if settings.range_rule in NEEDS_HISTOGRAM else ["observe"]
+        quantizer.average_ranges = rule == "moving-average"
+    passes = ["observe", "histogram"] if rule in NEEDS_HISTOGRAM else ["observe"]
     for number, mode in enumerate(passes, 1):
         set_mode(student, mode)  # type: ignore[arg-type]
         title = f"calibrate {number}/{len(passes)}"
@@ -107,8 +133,11 @@ def calibrate(student: Student, images: Callable[[], Iterator[Batch]], settings:
             seen += len(batch.images)
         if not seen:
             raise InputError("calibration was given no image.")
-    for quantizer in activations:
-        low, high = RULES[settings.range_rule](quantizer)
+    logits = student.network.get_submodule(student.output_name)
+    for quantizer in activations:  # the largest logit decides the class, so none may be cut off
+        low, high = minmax(quantizer) if quantizer is logits else RULES[rule](quantizer)
+        if quantizer is logits:
+            low, high = low * settings.logit_headroom, high * settings.logit_headroom
         if not bool(torch.isfinite(torch.cat([low.view(1), high.view(1)])).all()):
             raise InputError(f"calibration saw the range [{float(low)}, {float(high)}]; the images are not finite.")
         quantizer.set_range(low, high)
