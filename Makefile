@@ -1,0 +1,35 @@
+# Everything runs in .venv; it is made once, and again only when pyproject.toml changes.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: help demo test check bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Error: $(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=24'
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP)  ## quantize the bundled network to INT8, INT6 and INT4 and print one table
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)  ## run all tests
+	$(BIN)/python -m pytest -n 2
+
+check: $(STAMP)  ## format, lint, types and the fast tests
+	$(BIN)/ruff format --check src tests examples benchmarks
+	$(BIN)/ruff check src tests examples benchmarks
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not real'
+
+bench: $(STAMP)  ## measure the single steps; writes to benchmarks/results
+	$(BIN)/python benchmarks/moments.py
+
+clean:  ## remove the environment and the runs
+	rm -rf .venv runs

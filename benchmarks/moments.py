@@ -1,0 +1,76 @@
+"""Cost of batch statistics with their gradient: `zsq.batchnorm.moments` against torch.var_mean, in one process.
+
+    python benchmarks/moments.py
+
+Prints the ratio and appends a dated line with versions and hardware to benchmarks/results/moments.jsonl.
+"""
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from zsq.batchnorm import frozen_norm, moments
+from zsq.runs import versions
+
+SHAPE = (64, 16, 32, 32)
+REPEATS = 30
+
+
+def milliseconds(action: Callable[[], None]) -> float:
+    """Return the fastest of several calls."""
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        action()
+        times.append(1e3 * (time.perf_counter() - start))
+    return min(times)
+
+
+def main() -> None:
+    """Time four ways of computing the same."""
+    torch.set_num_threads(1)
+    x = torch.randn(SHAPE).to(memory_format=torch.channels_last).requires_grad_()
+    ones = torch.ones(SHAPE[1])
+    scale = torch.rand(1, SHAPE[1], 1, 1)
+    upstream = torch.randn(SHAPE).to(memory_format=torch.channels_last)
+
+    def ours() -> None:
+        mean, var = moments(x)
+        (mean.sum() + var.sum()).backward()
+
+    def torchs() -> None:
+        var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+        (mean.sum() + var.sum()).backward()
+
+    def our_norm() -> None:
+        frozen_norm(x, scale, scale).backward(upstream)
+
+    def torchs_norm() -> None:
+        torch.nn.functional.batch_norm(x, ones, ones, ones, ones, False).backward(upstream)
+
+    times = {f.__name__: round(milliseconds(f), 3) for f in (ours, torchs, our_norm, torchs_norm)}
+    record = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "shape": SHAPE,
+        "milliseconds": times,
+        "moments_ratio": round(times["torchs"] / times["ours"], 2),
+        "norm_ratio": round(times["torchs_norm"] / times["our_norm"], 2),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        **versions(),
+    }
+    line = json.dumps(record)
+    print(line)
+    results = Path(__file__).parent / "results"
+    results.mkdir(exist_ok=True)
+    with open(results / "moments.jsonl", "a") as file:
+        file.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()
