@@ -74,7 +74,7 @@ class BatchNorm:
 
 
 def batch_norms(network: GraphModule) -> list[BatchNorm]:
-    """List the batch norms that normalise by stored statistics, in the order of the graph.
+    """List the batch norms that normalise by stored statistics and scale by stored values, in the order of the graph.
 
     Module and functional forms, 1d to 3d and SyncBatchNorm are one operator in the exported graph.
     """
@@ -82,10 +82,10 @@ def batch_norms(network: GraphModule) -> list[BatchNorm]:
     for node in network.graph.nodes:
         if node.target is not aten.batch_norm.default:
             continue
-        mean, var = tensor_of(network, argument(node, 3)), tensor_of(network, argument(node, 4))
-        if mean is None or var is None:
+        gamma, beta, mean, var = (tensor_of(network, argument(node, index)) for index in (1, 2, 3, 4))
+        computed = (gamma is None and argument(node, 1)) or (beta is None and argument(node, 2))
+        if mean is None or var is None or computed or argument(node, 5):  # the last: normalises by the batch
             continue
-        gamma, beta = tensor_of(network, argument(node, 1)), tensor_of(network, argument(node, 2))
         gamma = torch.ones_like(mean) if gamma is None else gamma
         beta = torch.zeros_like(mean) if beta is None else beta
         found.append(BatchNorm(node, gamma, beta, mean, var, float(argument(node, 7, 1e-5))))
@@ -139,6 +139,7 @@ class ObservedTeacher(nn.Module):
             shift = network.graph.get_attr(f"observed_shift_{index}")
             normalised = network.graph.call_function(frozen_norm, (x, scale, shift))
             statistics = network.graph.call_function(moments, (x,))
+        normalised.meta["val"] = norm.node.meta["val"]
         norm.node.replace_all_uses_with(normalised)
         network.graph.erase_node(norm.node)
         return statistics
@@ -153,7 +154,7 @@ class ObservedTeacher(nn.Module):
 def fold(network: GraphModule) -> tuple[GraphModule, dict[str, tuple[Tensor, Tensor]]]:
     """Fold each batch norm into the convolution or linear layer in front of it.
 
-    A batch norm whose input has another reader, or does not come from such a layer, stays.
+    A batch norm whose input has another reader, does not come from such a layer, or has its channels elsewhere, stays.
 
     Returns:
         The folded copy, and ``{weight name: (gamma, beta)}`` of what was folded: both [C], destroyed by the folding
@@ -165,15 +166,18 @@ def fold(network: GraphModule) -> tuple[GraphModule, dict[str, tuple[Tensor, Ten
         layer = norm.node.args[0]
         if not isinstance(layer, Node) or layer.target not in graphs.LAYERS or len(layer.users) != 1:
             continue
-        weight = tensor_of(network, layer.args[1])
-        if weight is None:
+        if layer.target is aten.linear.default and layer.meta["val"].dim() != 2:
+            continue  # [N, tokens, C]: the norm's channels are the tokens
+        weight, bias = tensor_of(network, layer.args[1]), tensor_of(network, argument(layer, 2))
+        if weight is None or (bias is None and argument(layer, 2) is not None):
             continue
         name = str(layer.args[1].target)  # type: ignore[union-attr]
         if len(layer.args[1].users) > 1:  # type: ignore[union-attr]
             name = f"{name}_{layer.name}"  # a weight that two layers share gets a copy, since their norms differ
-        bias = tensor_of(network, argument(layer, 2))
         bias = torch.zeros_like(norm.mean) if bias is None else bias
         bias_name = f"{name.removesuffix('.weight')}.bias" if name.endswith(".weight") else f"{name}_bias"
+        if _read_elsewhere(network, bias_name, layer):
+            bias_name = f"{name}_{layer.name}_bias"
         graphs.set_tensor(network, name, weight * norm.scale.view(-1, *[1] * (weight.dim() - 1)))
         graphs.set_tensor(network, bias_name, bias * norm.scale + norm.shift)
         weight_node = graphs.read_attribute(network, name, layer)
@@ -183,3 +187,9 @@ def fold(network: GraphModule) -> tuple[GraphModule, dict[str, tuple[Tensor, Ten
         network.graph.erase_node(norm.node)
         record[name] = (norm.gamma, norm.beta)
     return graphs.finish(network), record
+
+
+def _read_elsewhere(network: GraphModule, name: str, layer: Node) -> bool:
+    """Tell whether any node but `layer` reads the tensor of that name."""
+    readers = {u for n in network.graph.nodes if n.op == "get_attr" and n.target == name for u in n.users}
+    return bool(readers - {layer})

@@ -1,5 +1,6 @@
 """Fit the schedule into a wall-clock time: measure the steps first, then choose how many."""
 
+import math
 import re
 import time
 from collections.abc import Callable
@@ -15,6 +16,9 @@ from zsq.training import Run
 MOST_FIT_STEPS = 200_000
 MOST_DISTILL_STEPS = 50_000
 """The paper's schedule (section 3): a budget never chooses more."""
+
+LEAST_STEPS = 10
+"""Steps of a phase below which a budget is refused."""
 
 FIT_SHARE = 0.6
 """Share of the training time that goes to the generator when distillation follows."""
@@ -124,12 +128,16 @@ def _choose(
     share = FIT_SHARE if fit_free and distill_free else 1.0
     fit = int(available * share / fit_seconds) if fit_free else None
     distill = int(available * (1 - share if fit_free else 1.0) / distill_seconds) if distill_free else None
-    for name, steps in (("fit", fit), ("distillation", distill)):
-        if steps is not None and steps < 10:
-            needed = (10 * fit_seconds + 10 * distill_seconds) / RESERVE
+    phases = (
+        ("fit", "method.steps", fit, fit_seconds, share),
+        ("distillation", "quantizer.steps", distill, distill_seconds, 1 - share if fit_free else 1.0),
+    )
+    needed = max((LEAST_STEPS * each / part for _, _, steps, each, part in phases if steps is not None), default=0.0)
+    for name, setting, steps, each, _ in phases:
+        if steps is not None and steps < LEAST_STEPS:
             raise InputError(
-                f"the budget leaves {max(0, steps)} steps of {name}, at {fit_seconds or distill_seconds:.2f} s a step; "
-                f"give at least {needed:.0f} s more, or choose the steps: --set method.steps=N --set quantizer.steps=N."
+                f"the budget leaves {max(0, steps)} steps of {name}, at {each:.2f} s a step; give at least "
+                f"{math.ceil((needed - available) / RESERVE)} s more, or choose the steps: --set {setting}=N."
             )
     if distill_free and fit is not None and fit > MOST_FIT_STEPS:
         distill = int((available - MOST_FIT_STEPS * fit_seconds) / distill_seconds)

@@ -1,14 +1,26 @@
 """The command line: parse, call the library, print; one handler turns every expected fault into one line."""
 
+import functools
+import inspect
 import json
+import operator
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 from rich.console import Console
-from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg, subcommand
+from tyro.conf import (
+    DisallowNone,
+    FlagCreatePairsOff,
+    Positional,
+    PositionalMetavarFromFieldName,
+    UseAppendAction,
+    arg,
+    subcommand,
+)
 
 from zsq import doctor
 from zsq.console import TerminalProgress, say
@@ -24,7 +36,19 @@ from zsq.samples import synthesize
 from zsq.teachers import Teacher, known_models, load_teacher
 from zsq.verification import OnnxClassifier
 
-Numbers = Annotated[str | None, arg(metavar="A,B,C")]
+
+def _unset(metavar: str, name: str | None = None) -> Any:
+    """Describe an option that is absent by default, so that its help shows no "None"."""
+    return arg(name=name, metavar=metavar, help_behavior_hint="")
+
+
+Text = Annotated[str | None, _unset("NAME")]
+Numbers = Annotated[str | None, _unset("A,B,C")]
+Count = Annotated[int | None, _unset("N")]
+Time = Annotated[str | None, _unset("TIME")]
+File = Annotated[Path | None, _unset("FILE")]
+Folder = Annotated[Path, arg(metavar="DIR")]
+FromRun = Annotated[Path | None, _unset("DIR", name="from")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,24 +57,24 @@ class TeacherOptions:
 
     model: Positional[str]
     """digits, pytorchcv:NAME, timm:NAME, torchvision:NAME, FILE.py:FACTORY or PACKAGE.MODULE:FACTORY."""
-    weights: str | None = None
+    weights: Annotated[str | None, _unset("FILE")] = None
     """Weights file (safetensors or PyTorch checkpoint), or `random`; unset, those that MODEL brings."""
-    input: Annotated[str | None, arg(metavar="CxHxW")] = None
+    input: Annotated[str | None, _unset("CxHxW")] = None
     """Image shape such as 3x32x32; known for zoos."""
-    classes: int | None = None
+    classes: Count = None
     """Number of classes; known for zoos."""
     mean: Numbers = None
     """Mean of each channel, pixels in [0, 1]."""
     std: Numbers = None
     """Standard deviation of each channel, pixels in [0, 1]."""
-    resize: Annotated[str | None, arg(metavar="N|none")] = None
+    resize: Annotated[str | None, _unset("N|none")] = None
     """Shorter side in pixels before the centre crop, or none; unset, what MODEL says."""
 
     def load(self) -> Teacher:
         """Return the teacher."""
         resize: Any = "zoo"
         if self.resize is not None:
-            resize = None if self.resize.lower() == "none" else _integers("resize", self.resize, ",")[0]
+            resize = None if self.resize.lower() == "none" else _whole("resize", self.resize)
         return load_teacher(
             self.model,
             weights=self.weights,
@@ -63,43 +87,51 @@ class TeacherOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quantize(TeacherOptions):
-    """Quantize a network without its training data and write verified files.
+class RunOptions(TeacherOptions):
+    """What stands in for the training data, and how long it may take."""
 
-    Examples:
-      zsq quantize digits --budget 1m --data digits --out runs/digits
-      zsq quantize examples/cifar10.py:cifar10_resnet20 --weights resnet20.safetensors --quantizer qat --bits 4 --out r4
-      zsq quantize pytorchcv:resnet18 --bits 8 --data imagenet/val --out runs/resnet18
-      zsq quantize digits --bits 4 --from runs/digits --out runs/digits4
-    """
-
-    out: Path
-    """Folder of the run."""
-    method: str | None = None
+    out: Folder
+    """Folder of what is written."""
+    method: Text = None
     """What stands in for the training data; see `zsq methods`. Default zscgan."""
-    quantizer: str | None = None
-    """ptq (calibration only) or qat (distillation as well). Default ptq."""
-    bits: str | None = None
-    """8, 6, 4, any width from 2 to 8, or W4A8. Default 8."""
-    recipe: Path | None = None
+    recipe: File = None
     """TOML file of settings, such as a run's settings.toml."""
-    budget: str | None = None
+    budget: Time = None
     """Wall-clock time to fill, such as 90s, 5m or 1h; 10m without recipe and chosen steps."""
     set: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="SECTION.NAME=VALUE")] = ()
     """A setting, such as method.steps=500 or quantizer.range_rule=minmax; may be repeated. `zsq methods` lists them."""
-    from_run: Annotated[Path | None, arg(name="from", metavar="DIR")] = None
+    from_run: FromRun = None
     """Use the generator that another run has fitted."""
     seed: int = 0
     """Of every random draw."""
     device: Literal["cpu", "cuda", "auto"] = "auto"
     """Where to compute."""
-    data: str | None = None
+    overwrite: bool = False
+    """Discard the run or the images that --out holds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize(RunOptions):
+    """Quantize a network without its training data and write verified files.
+
+    Examples:
+      zsq quantize digits --budget 1m --data digits --out runs/digits
+      zsq quantize digits --bits 4 --from runs/digits --out runs/digits4
+      zsq quantize pytorchcv:resnet18 --data imagenet/val --out runs/r18
+      zsq quantize net.py:build --weights net.pth --input 3x32x32 --classes 10 \\
+          --mean 0.49,0.48,0.45 --std 0.25,0.24,0.26 --quantizer qat --bits W4A8 \\
+          --budget 10m --data test.npz --out runs/net
+    """
+
+    quantizer: Text = None
+    """ptq (calibration only) or qat (distillation as well). Default ptq."""
+    bits: Annotated[str | None, _unset("N|WnAn")] = None
+    """8, 6, 4, any width from 2 to 8, or W4A8. Default 8."""
+    data: Annotated[str | None, _unset("SET")] = None
     """Labelled images on which teacher and result are evaluated: digits, FILE.npz or a folder."""
     resume: bool = False
     """Continue the run that --out holds."""
-    overwrite: bool = False
-    """Discard the run that --out holds."""
-    checkpoint_every: int | None = None
+    checkpoint_every: Count = None
     """Steps between checkpoints; unset, every 30 seconds."""
     json: bool = False
     """Print the record as one JSON object."""
@@ -135,7 +167,7 @@ class Quantize(TeacherOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Synthesize(TeacherOptions):
+class Synthesize(RunOptions):
     """Write synthetic images for use in any tool: an .npz (images, labels) and a picture with one row a class.
 
     Examples:
@@ -143,26 +175,8 @@ class Synthesize(TeacherOptions):
       zsq synthesize digits --from runs/digits --count 10000 --out images
     """
 
-    out: Path
-    """Folder for images.npz and samples.png."""
     count: int = 1000
     """Number of images."""
-    method: str | None = None
-    """See `zsq methods`. Default zscgan."""
-    recipe: Path | None = None
-    """TOML file of settings."""
-    budget: str | None = None
-    """Wall-clock time to fill; 10m without recipe and chosen steps."""
-    set: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="method.NAME=VALUE")] = ()
-    """A setting; may be repeated."""
-    from_run: Annotated[Path | None, arg(name="from", metavar="DIR")] = None
-    """Use the generator that another run has fitted."""
-    seed: int = 0
-    """Of every random draw."""
-    device: Literal["cpu", "cuda", "auto"] = "auto"
-    """Where to compute."""
-    overwrite: bool = False
-    """Replace the images that --out holds."""
 
     def run(self, console: Console) -> None:
         """Do it and print the outcome."""
@@ -197,7 +211,7 @@ class EvaluateOptions(TeacherOptions):
 
     model: Positional[str]
     """Folder of a run, or a network as for `zsq quantize`."""
-    data: str
+    data: Annotated[str, arg(metavar="SET")]
     """Labelled images: digits, FILE.npz, or a folder with metadata.csv or one folder a class."""
     device: Literal["cpu", "cuda", "auto"] = "auto"
     """Where the float network computes."""
@@ -219,7 +233,7 @@ class EvaluateOptions(TeacherOptions):
             def show(done: int, total: int) -> None:
                 progress.update("evaluate", done, total, {})
 
-            if Path(self.model).is_dir():
+            if Path(self.model).is_dir() and self.model != "digits":
                 file = OnnxClassifier(Path(self.model) / "model.onnx")
                 data = open_dataset(self.data, stored_spec(Path(self.model)))
                 return evaluate_many({"model.onnx": file}, data, progress=show)
@@ -237,7 +251,7 @@ class Methods:
       zsq methods zscgan
     """
 
-    name: Positional[str | None] = None
+    name: Annotated[Positional[str | None], arg(help_behavior_hint="")] = None
     """Method or quantizer whose settings are shown."""
 
     def run(self, console: Console) -> None:
@@ -266,7 +280,7 @@ class Models:
       zsq models resnet20
     """
 
-    search: Positional[str] = ""
+    search: Annotated[Positional[str], arg(help_behavior_hint="")] = ""
     """Show zoo networks whose name contains this."""
 
     def run(self, console: Console) -> None:
@@ -294,33 +308,54 @@ class Doctor:
             console.print(f"{name + ':':24} {text}", soft_wrap=True, highlight=False, markup=False)
 
 
-Command = (
-    Annotated[Quantize, subcommand("quantize")]
-    | Annotated[Synthesize, subcommand("synthesize")]
-    | Annotated[EvaluateOptions, subcommand("evaluate")]
-    | Annotated[Methods, subcommand("methods")]
-    | Annotated[Models, subcommand("models")]
-    | Annotated[Doctor, subcommand("doctor")]
-)
+COMMANDS: dict[str, Any] = {
+    "quantize": Quantize,
+    "synthesize": Synthesize,
+    "evaluate": EvaluateOptions,
+    "methods": Methods,
+    "models": Models,
+    "doctor": Doctor,
+}
+
+
+def _described(kind: type, with_examples: bool) -> str:
+    """Return a command's docstring line by line, or its summary alone for the list of commands."""
+    text = inspect.cleandoc(kind.__doc__ or "")
+    return text if with_examples else text.partition("\n\n")[0]
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits 1 on an expected fault, 2 on wrong usage."""
+    asked = (sys.argv[1:] if arguments is None else arguments)[:1]
+    forms = tuple(
+        Annotated[kind, subcommand(name, description=_described(kind, with_examples=asked == [name]))]
+        for name, kind in COMMANDS.items()
+    )
+    any_of: Any = functools.reduce(operator.or_, forms)
     command: Any = tyro.cli(
-        Command,
+        any_of,
         prog="zsq",
         description="Quantize a pretrained image classifier without any of its training data.",
         args=arguments,
-        config=(FlagCreatePairsOff,),
+        config=(FlagCreatePairsOff, DisallowNone, PositionalMetavarFromFieldName),
     )
     try:
         command.run(Console())
     except ZsqError as error:
-        print(f"Error: {' '.join(str(error).split())}", file=sys.stderr)
+        _stop(str(error))
+    except BrokenPipeError:  # whoever read the output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:  # the disk is full, a folder may not be written
+        _stop(f"{error.filename or 'writing'}: {error.strerror or error}.")
     except KeyboardInterrupt:
         print("Stopped; --resume continues.", file=sys.stderr)
         sys.exit(130)
+
+
+def _stop(text: str) -> NoReturn:
+    print(f"Error: {' '.join(text.split())}", file=sys.stderr)
+    sys.exit(1)
 
 
 def _row(name: str, found: Evaluation) -> list[str]:
@@ -336,11 +371,11 @@ def _row(name: str, found: Evaluation) -> list[str]:
     ]
 
 
-def _integers(name: str, text: str, separator: str) -> list[int]:
+def _whole(name: str, text: str) -> int:
     try:
-        return [int(part) for part in text.split(separator)]
+        return int(text)
     except ValueError:
-        raise InputError(f"--{name} is '{text}'; whole numbers separated by '{separator}' are expected.") from None
+        raise InputError(f"--{name} is '{text}'; a whole number or none is expected.") from None
 
 
 def _floats(name: str, text: str | None) -> tuple[float, ...] | None:
@@ -355,7 +390,7 @@ def _floats(name: str, text: str | None) -> tuple[float, ...] | None:
 def _shape(text: str | None) -> tuple[int, int, int] | None:
     if text is None:
         return None
-    sizes = _integers("input", text.lower(), "x")
-    if len(sizes) != 3:
+    sizes = text.lower().split("x")
+    if len(sizes) != 3 or not all(size.isdecimal() for size in sizes):
         raise InputError(f"--input is '{text}'; channels x height x width are expected, such as 3x32x32.")
-    return sizes[0], sizes[1], sizes[2]
+    return int(sizes[0]), int(sizes[1]), int(sizes[2])

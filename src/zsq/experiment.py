@@ -25,6 +25,7 @@ from zsq.runs import (
     FittedRun,
     Say,
     choose_schedule,
+    clear_folder,
     open_folder,
     pick_device,
     resolve_settings,
@@ -117,6 +118,8 @@ def quantize(
         if spec is None:
             raise InputError("quantize(module, spec, ...) needs the ImageSpec of the module.")
         teacher = teacher_from_module(teacher, spec)
+    if teacher.spec.classes < 2:
+        raise InputError(f"'{teacher.name}' knows {teacher.spec.classes} class; a classifier has at least 2.")
     where = pick_device(device)
     teacher = teacher.to(where) if where.type != "cpu" else teacher
     folder = Path(out)
@@ -125,7 +128,8 @@ def quantize(
     wanted = resolve_settings(method, quantizer, bits, recipe=recipe, assignments=tuple(settings), source_run=reused)
     run = Run(folder, seed=seed, device=where, checkpoint_steps=checkpoint_every, progress=progress)
     if open_folder(folder, resume=resume, overwrite=overwrite):
-        chosen = stored_settings(folder, wanted, teacher, seed)
+        chosen = stored_settings(folder, wanted, teacher, seed, reused)
+        clear_folder(folder, everything=False)
     else:
         chosen, measured = choose_schedule(
             wanted,
@@ -137,7 +141,11 @@ def quantize(
             fitted=reused is not None,
             say=say,
         )
-        facts = {"seed": seed, "device": where.type, "threads": torch.get_num_threads()} | measured | versions()
+        clear_folder(folder, everything=True)
+        origin = {"generator_sha256": reused.sha256} if reused else {}
+        facts = (
+            {"seed": seed, "device": where.type, "threads": torch.get_num_threads()} | origin | measured | versions()
+        )
         write_settings(folder / "settings.toml", chosen, teacher_table(teacher), facts)
     return _Job(teacher, folder, run, images, say, reused).carry_out(chosen, begin)
 
@@ -171,6 +179,7 @@ class _Job:
         accuracy = timed("evaluate", lambda: self._evaluate(student))
         record = self._record(settings, surrogate, verification, accuracy)
         record["label_recognition"] = recognition
+        record["num_calibration_images"] = student.num_calibration_images
         record["seconds"] = round(time.perf_counter() - begin, 2)
         record["seconds_by_phase"] = seconds
         with replacing(self.folder / "result.json") as temporary:
@@ -264,7 +273,7 @@ class _Job:
             "quantizer": quantizer.name,
             "bits": quantizer.bits,
             "activation_scope": quantizer.activation_scope,
-            "range_rule": quantizer.range_rule,
+            "range_rule": quantizer.resolved_range_rule,
             "seed": self.run.seed,
             "data": self.data.name if self.data else None,
             **{f"{name}_top1": found[name].top1 if found else None for name in ("float", "quantized", "simulated")},
@@ -272,7 +281,6 @@ class _Job:
             "runtime_agreement": verification.agreement_literal,
             "verification": asdict(verification),
             "num_eval_images": self.data.num_images if self.data else 0,
-            "num_calibration_images": quantizer.num_samples,
             "evaluation": {name: value.as_dict() for name, value in found.items()},
             "artifacts": {
                 name: {"bytes": path.stat().st_size, "sha256": canonical_sha256(path)}

@@ -1,5 +1,6 @@
 """A run's folder and what was decided before it starts: device, settings, schedule."""
 
+import hashlib
 import json
 import platform
 from collections.abc import Callable
@@ -30,6 +31,8 @@ ARTIFACTS = (
     "result.json",
 )
 """Files of a run's folder, beside `checkpoints/`."""
+
+CHECKPOINTS = ("fit.safetensors", "distill.safetensors")
 
 DEFAULT_BUDGET = "10m"
 
@@ -65,13 +68,15 @@ class FittedRun:
     folder: Path
     method: Method
     state: dict[str, Tensor]
+    sha256: str
+    """Of the file, so that a resumed run can tell whether it is the one that it was started with."""
 
     @classmethod
     def open(cls, folder: Path, teacher: Teacher) -> "FittedRun":
         """Read the generator of a run.
 
         Raises:
-            InputError: the folder holds no generator, or one of another teacher.
+            InputError: the folder holds no generator, a damaged one, or one of another teacher.
         """
         path = folder / "generator.safetensors"
         if not path.is_file():
@@ -82,14 +87,20 @@ class FittedRun:
                 f"{path} was fitted to other weights (sha256 {meta.get('weights_sha256', 'unknown')[:12]}) "
                 f"than those of '{teacher.name}' ({teacher.weights_sha256[:12]})."
             )
-        return cls(folder, resolve(recipe=folder / "settings.toml").method, state)
+        was = stored_spec(folder)
+        if _shape(was) != _shape(teacher.spec):
+            raise InputError(
+                f"{path} was fitted to images of {_shape(was)}; '{teacher.name}' takes {_shape(teacher.spec)}."
+            )
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        return cls(folder, resolve(recipe=folder / "settings.toml").method, state, sha256)
 
 
 def open_folder(folder: Path, *, resume: bool, overwrite: bool) -> bool:
-    """Take a folder for a run, or refuse to mix two; return whether a run is continued.
+    """Take a folder for a run, or refuse to mix two; return whether a run is continued. Nothing is deleted yet.
 
     Raises:
-        InputError: the folder holds another run and neither flag is given.
+        InputError: the folder holds another run and neither flag is given, or it cannot be made.
     """
     if resume and overwrite:
         raise InputError("--resume continues a run and --overwrite discards it; give one of them.")
@@ -98,11 +109,23 @@ def open_folder(folder: Path, *, resume: bool, overwrite: bool) -> bool:
     holds_run = any((folder / name).exists() for name in (*ARTIFACTS, "checkpoints"))
     if holds_run and not resume and not overwrite:
         raise InputError(f"{folder} holds another run; --resume continues it, --overwrite discards it.")
-    if overwrite:  # only what a run wrote, and nothing else that may lie there
-        for path in [*(folder / name for name in ARTIFACTS), *(folder / "checkpoints").glob("*.safetensors")]:
+    if holds_run and resume and not (folder / "settings.toml").exists():
+        raise InputError(f"{folder} holds a run without settings.toml, which --resume needs; --overwrite discards it.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made: {error.strerror}; --out takes a folder.") from error
+    return resume and holds_run
+
+
+def clear_folder(folder: Path, *, everything: bool) -> None:
+    """Delete what killed runs left half-written, and with `everything` what a run wrote; other files stay."""
+    places = [folder / name for name in ARTIFACTS] + [folder / "checkpoints" / name for name in CHECKPOINTS]
+    for path in places:
+        for rest in path.parent.glob(f".{path.name}.*"):
+            rest.unlink(missing_ok=True)
+        if everything:
             path.unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    return resume and (folder / "settings.toml").exists()
 
 
 def resolve_settings(
@@ -137,8 +160,8 @@ def resolve_settings(
     )
     if source_run is None:
         return merged
-    clash = [key for key in sorted(merged.chosen) if key.startswith("method.")]
-    if names[0] not in (None, source_run.method.name) or (clash and recipe is None):
+    clash = [text.partition("=")[0] for text in (*extra, *assignments) if text.startswith("method.")]
+    if names[0] not in (None, source_run.method.name) or clash:
         raise InputError(
             f"--from reuses a generator fitted by method {source_run.method.name} with the settings of "
             f"{source_run.folder / 'settings.toml'}; {(clash or ['--method'])[0]} cannot change it any more."
@@ -173,7 +196,9 @@ def choose_schedule(
     }
 
 
-def stored_settings(folder: Path, wanted: Settings, teacher: Teacher, seed: int) -> Settings:
+def stored_settings(
+    folder: Path, wanted: Settings, teacher: Teacher, seed: int, source_run: FittedRun | None = None
+) -> Settings:
     """Return the settings of the run that is resumed.
 
     Raises:
@@ -184,14 +209,21 @@ def stored_settings(folder: Path, wanted: Settings, teacher: Teacher, seed: int)
     stored = resolve(recipe=path)
     tables, asked = to_tables(stored), to_tables(wanted)
     differing = []
-    for section, key in (name.split(".", 1) for name in sorted(wanted.chosen)):
+    chosen = sorted(wanted.chosen, key=lambda name: (not name.endswith(".name"), name))
+    for section, key in (name.split(".", 1) for name in chosen):
         if tables[section].get(key) != asked[section].get(key):
             differing.append(f"{section}.{key} is {tables[section].get(key)} there, not {asked[section].get(key)}")
     was = content.get("teacher", {})
     if was.get("weights_sha256") != teacher.weights_sha256:
         differing.append(f"its network '{was.get('model')}' had other weights")
-    if content.get("run", {}).get("seed") != seed:
-        differing.append(f"its seed is {content.get('run', {}).get('seed')}, not {seed}")
+    elif _shape(spec := stored_spec(folder)) != _shape(teacher.spec):
+        differing.append(f"its images were {_shape(spec)}, not {_shape(teacher.spec)}")
+    facts = content.get("run", {})
+    if facts.get("seed") != seed:
+        differing.append(f"its seed is {facts.get('seed')}, not {seed}")
+    if facts.get("generator_sha256") != (source_run.sha256 if source_run else None):
+        began = "with --from another folder" if source_run else "with --from; give it again"
+        differing.append(f"it was started {began if 'generator_sha256' in facts else 'without --from'}")
     if differing:
         raise InputError(f"{folder} holds a run that differs: {differing[0]}. --overwrite starts anew.")
     return stored
@@ -220,7 +252,10 @@ def stored_spec(folder: Path) -> ImageSpec:
     Raises:
         InputError: the folder holds no settings.toml with a teacher.
     """
-    table = read_toml(folder / "settings.toml").get("teacher", {})
+    path = folder / "settings.toml"
+    table = read_toml(path).get("teacher")
+    if not isinstance(table, dict):
+        raise InputError(f"{path} names no teacher; it is not a run's.")
     sizes = {name: table.get(name, 0) for name in ("channels", "height", "width", "classes")}
     mean, std = tuple(table.get("mean", ())), tuple(table.get("std", ()))
     return ImageSpec(**sizes, mean=mean, std=std, resize=table.get("resize"))
@@ -235,7 +270,16 @@ def read_record(folder: Path) -> dict[str, Any]:
     path = folder / "result.json"
     if not path.is_file():
         raise InputError(f"{folder} holds no result.json; the run has not finished: --resume continues it.")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}.") from error
+
+
+def _shape(spec: ImageSpec) -> str:
+    """Say all of an image spec that a generator depends on; `resize` serves files only."""
+    values = f"mean {list(spec.mean)}, std {list(spec.std)}"
+    return f"{spec.channels}x{spec.height}x{spec.width} in {spec.classes} classes, {values}"
 
 
 def _has_schedule(settings: Settings) -> bool:

@@ -41,6 +41,8 @@ def synthesize(
     written = [folder / "images.npz", folder / "samples.png"]
     if count < 1:
         raise InputError(f"count is {count}; at least 1 image is made.")
+    if any(path.is_file() for path in (folder, *folder.parents)):
+        raise InputError(f"{folder} is a file or lies below one; --out takes a folder.")
     if not overwrite and any(path.exists() for path in written):
         raise InputError(f"{folder} holds images already; --overwrite replaces them.")
     where = pick_device(device)

@@ -1,5 +1,6 @@
 """Settings: defaults, then the recipe, then what the user sets, checked and written down before a run starts."""
 
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -26,7 +27,10 @@ class Settings:
     method: Method
     quantizer: PTQ
     chosen: frozenset[str] = frozenset()
-    """Dotted names that a recipe or the user set, such as `method.steps`; a budget leaves them alone."""
+    """Dotted names that a recipe or the user set, such as `method.steps`; a budget leaves them alone.
+
+    `method.name` and `quantizer.name` are among them where they were asked for.
+    """
 
     def with_steps(self, *, method: int | None = None, quantizer: int | None = None) -> "Settings":
         """Return the same settings with other schedules."""
@@ -86,9 +90,14 @@ def resolve(
                 raise InputError(f"{recipe}: '{section}' is a value; a table [{section}] is expected.")
             if section in SECTIONS:
                 tables[section] |= table
+    named_anywhere: set[str] = set()
     names = {"method": method or "zscgan", "quantizer": quantizer or "ptq"}
     for section, asked in (("method", method), ("quantizer", quantizer)):
-        named = tables[section].pop("name", names[section])
+        named = tables[section].pop("name", None)
+        if named is not None and not isinstance(named, str):
+            raise InputError(f"{recipe}: {section}.name is {named!r}; a name is expected.")
+        named_anywhere |= {f"{section}.name"} if named or asked else set()
+        named = named or names[section]
         if asked is not None and asked != named:
             tables[section] = _shared(section, asked, tables[section])
         names[section] = asked or named
@@ -101,7 +110,7 @@ def resolve(
     return Settings(
         build("method", names["method"], tables["method"]),
         build("quantizer", names["quantizer"], tables["quantizer"]),
-        chosen,
+        chosen | named_anywhere,
     )
 
 
@@ -121,13 +130,18 @@ def build(section: str, name: str, table: Mapping[str, Any]) -> Any:
             raise unknown_name(f"{section} setting", f"{section}.{key}", [f"{section}.{k}" for k in keys])
     table = {key: str(value) if key == "bits" else value for key, value in table.items()}
     try:
-        return TypeAdapter(kind).validate_python(table)
+        built: Any = TypeAdapter(kind).validate_python(table)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join([section, *map(str, first["loc"])])
         cause = first.get("ctx", {}).get("error")
         reason = str(cause) if isinstance(cause, InputError) else f"{where} is {first['input']!r}: {first['msg']}."
         raise InputError(reason) from error
+    for key in table:
+        value = getattr(built, key)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{section}.{key} is {value}; a finite number is expected.")
+    return built
 
 
 def _shared(section: str, name: str, table: dict[str, Any]) -> dict[str, Any]:

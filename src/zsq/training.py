@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -59,9 +59,16 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read what `save_tensors` wrote: tensors and metadata."""
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    """Read what `save_tensors` wrote: tensors and metadata.
+
+    Raises:
+        InputError: the file is damaged or missing.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a readable safetensors file: {error}.") from error
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -71,10 +78,18 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, flat: dict[str, Tensor]) -> None:
-    """Undo `flatten_optimizer`."""
+    """Undo `flatten_optimizer`.
+
+    Moments take their parameter's memory layout again, which files do not keep and fused optimizers rely on.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
-    for name, value in flat.items():
+    for name, stored in flat.items():
         index, key = name.split(".", 1)
+        parameter = parameters[int(index)]
+        value = stored.clone()
+        if stored.shape == parameter.shape:
+            value = torch.empty_like(parameter, dtype=stored.dtype, requires_grad=False).copy_(stored)
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -159,7 +174,12 @@ class Run:
         pending: list[tuple[int, dict[str, Tensor]]] = []
         saved = time.monotonic()
         for step in range(first, steps):
-            pending.append((step, learner.step(step)))
+            try:
+                pending.append((step, learner.step(step)))
+            except RuntimeError:
+                if pending:  # an earlier loss that was not finite explains what this step choked on
+                    self._flush(phase, pending, steps)
+                raise
             due = step + 1 == steps or self._due(step + 1, saved)
             if due or len(pending) == FLUSH_EVERY:
                 self._flush(phase, pending, steps)
@@ -188,11 +208,15 @@ class Run:
         path = self._path(phase)
         if path is None:
             return 0
+        path.parents[1].mkdir(parents=True, exist_ok=True)
         first = 0
         if path.exists():
             state, metadata = load_tensors(path)
-            learner.load_state_dict(state)
-            first = int(metadata["step"])
+            try:
+                learner.load_state_dict(state)
+                first = int(metadata["step"])
+            except (LookupError, RuntimeError, ValueError) as error:
+                raise InputError(f"{path} is no checkpoint of this run; --overwrite starts anew.") from error
         _forget_metrics(path.parents[1] / "metrics.jsonl", phase, first)
         return first
 
@@ -227,9 +251,10 @@ def _forget_metrics(path: Path, phase: str, last_step: int) -> None:
     for line in path.read_text().splitlines():
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+            again = record["phase"] == phase and record["step"] > last_step
+        except (json.JSONDecodeError, LookupError, TypeError):
             continue
-        if record["phase"] != phase or record["step"] <= last_step:
+        if not again:
             kept.append(line)
     with replacing(path) as temporary:
         temporary.write_text("".join(f"{line}\n" for line in kept))

@@ -114,9 +114,10 @@ class RealSource(_Stateless):
         self.settings, self.spec, self.seed, self.device = settings, spec, run.seed, run.device
         data = open_dataset(settings.data, spec)
         every = max(1, -(-data.num_images // settings.limit))
-        pixels, labels = [], []
+        pixels, labels, seen = [], [], 0
         for batch in data.batches():
-            keep = slice(None, None, every)
+            keep = slice(-seen % every, None, every)
+            seen += len(batch.labels)
             pixels.append(spec.to_pixels(batch.images[keep]))
             labels.append(batch.labels[keep])
         self.pixels, self.labels = torch.cat(pixels), torch.cat(labels)
@@ -128,7 +129,7 @@ class RealSource(_Stateless):
     def sample(self, count: int, batch_size: int = 100) -> Iterator[Batch]:
         """Stream `count` images in random order, each at most once; fewer where the set is smaller."""
         order = torch.randperm(len(self.labels), generator=stream(self.seed, "sample", 0))[:count]
-        for rows in order.split(batch_size):
+        for rows in order.split(batch_size) if len(order) else ():
             yield self._pick(rows)
 
     def batch(self, step: int, student: nn.Module | None) -> Batch:

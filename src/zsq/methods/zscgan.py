@@ -19,7 +19,7 @@ from zsq.training import Run, cosine, flatten_optimizer, part, restore_optimizer
 from zsq.types import Batch
 
 SMALL_IMAGE, LARGE_IMAGE = 16, 96
-"""Shorter side in pixels: `generator = auto` takes the U-Net from the first and the light decoder from the second on."""
+"""Shorter side in pixels: `generator = auto` takes the U-Net from the first to below the second."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

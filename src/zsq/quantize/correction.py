@@ -1,5 +1,6 @@
 """Bias correction: take out of each layer's bias what rounding adds to its mean output."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,14 +10,30 @@ from torch.fx import GraphModule, Interpreter, Node
 from zsq import graphs
 from zsq.quantize.fakequant import quantize_bias
 from zsq.quantize.prepare import Student
+from zsq.types import Batch
 
 IMAGES = 256
 """Images over which means are taken, held at once; activations are dropped as soon as they are read."""
 
 
-def channel_mean(x: Tensor) -> Tensor:
-    """Mean of each channel of a convolution's [N, C, ...] or a linear layer's [N, C] output."""
-    return x.mean([0, *range(2, x.dim())])
+def first_images(batches: Iterable[Batch], device: torch.device) -> Tensor:
+    """Return the first images of a stream, as many as are held at once, [N, C, H, W] on the device."""
+    found: list[Tensor] = []
+    for batch in batches:
+        found.append(batch.images.to(device))
+        if sum(map(len, found)) >= IMAGES:
+            break
+    return torch.cat(found)[:IMAGES]
+
+
+def channel_mean(x: Tensor, channel: int) -> Tensor:
+    """Mean over all dimensions but `channel`."""
+    return x.mean([dim for dim in range(x.dim()) if dim != channel % x.dim()])
+
+
+def channel_dim(layer: Node) -> int:
+    """Dimension of a layer's channels: a convolution gives [N, C, ...], a linear layer [..., C]."""
+    return 1 if layer.target in graphs.CONVOLUTIONS else -1
 
 
 class _Recorder(Interpreter):
@@ -30,7 +47,7 @@ class _Recorder(Interpreter):
         """Run one node."""
         value = super().run_node(n)
         if n.target in graphs.LAYERS:
-            self.means[n.name] = channel_mean(value)
+            self.means[n.name] = channel_mean(value, channel_dim(n))
         return value
 
 
@@ -46,11 +63,15 @@ class _Corrector(Interpreter):
         value = super().run_node(n)
         bias = graphs.argument(n, 2) if n.target in graphs.LAYERS else None
         if isinstance(bias, Node) and bias.target is quantize_bias:
-            difference = self.means[n.name] - channel_mean(value)
-            stored = bias.args[0]
-            assert isinstance(stored, Node)
-            graphs.get_attribute(self.network, str(stored.target)).add_(difference)
-            value = value + difference.view(-1, *[1] * (value.dim() - 2))
+            channel = channel_dim(n)
+            difference = self.means[n.name] - channel_mean(value, channel)
+            stored, *scales = (
+                graphs.get_attribute(self.network, str(source.target)) for source in bias.all_input_nodes
+            )
+            before = quantize_bias(stored, *scales)
+            stored.copy_(before + difference)
+            change = quantize_bias(stored, *scales) - before  # the difference, in steps of the file's integers
+            value = value + change.view(-1, *[1] * (value.dim() - 2 if channel == 1 else 0))
         return value
 
 

@@ -10,6 +10,8 @@ Mode = Literal["off", "observe", "histogram", "quantize"]
 
 HISTOGRAM_BINS = 2048
 SMALLEST_SCALE = 1e-8
+DEAD_CHANNEL = 2.0**-16
+"""Least scale of a channel over the largest of its weight: a channel of zeros needs one that its bias can live on."""
 
 
 def integer_range(bits: int) -> tuple[int, int]:
@@ -22,9 +24,9 @@ def integer_range(bits: int) -> tuple[int, int]:
 
 
 def affine_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero point whose grid spans [low, high] and holds 0 exactly.
+    """Scale and zero point whose grid spans [low, high] and holds 0 exactly; an end within half a step of 0 becomes 0.
 
-    The zero point is rounded first and the scale then widened so that neither end is cut off. Keeping the scale, as is
+    The zero point is rounded first and the scale then widened so that no other end is cut off. Keeping the scale, as is
     often done, puts every pixel of an image in [-1, 1] halfway between two grid points.
 
     Args:
@@ -53,7 +55,7 @@ class ActivationQuantizer(nn.Module):
 
     Attributes:
         mode: `observe` records the range, `histogram` counts values within it, `quantize` rounds, `off` passes on.
-        scale, zero_point: the grid, each [1].
+        scale, zero_point: the grid, each [1]; scale is 0 until a range is set.
         low, high: the range seen, each [1].
     """
 
@@ -68,8 +70,9 @@ class ActivationQuantizer(nn.Module):
         self.bits, self.learnable, self.averaging = bits, learnable, averaging
         self.quant_min, self.quant_max = integer_range(bits)
         self.mode: Mode = "off"
+        self.smallest = SMALLEST_SCALE
         self.average_ranges = False
-        self.scale = nn.Parameter(torch.ones(1), requires_grad=learnable)
+        self.scale = nn.Parameter(torch.zeros(1), requires_grad=learnable)
         self.zero_point = nn.Parameter(torch.zeros(1), requires_grad=learnable)
         self.register_buffer("low", torch.full((1,), math.inf))
         self.register_buffer("high", torch.full((1,), -math.inf))
@@ -111,8 +114,9 @@ class ActivationQuantizer(nn.Module):
             return integers.sub_(zero_point).mul_(self.scale)
         if self.learnable:
             factor = 1 / math.sqrt(max(1, x[0].numel()) * self.quant_max)
+            levels = self.quant_max - self.quant_min  # from 0 up: the kernel's backward misrounds zero points below 0
             return torch._fake_quantize_learnable_per_tensor_affine(
-                x, self.scale, self.zero_point, self.quant_min, self.quant_max, factor
+                x, self.scale, self.zero_point - self.quant_min, 0, levels, factor
             )
         self._observe(x, self.averaging)
         self.set_range(self.low, self.high)
@@ -174,9 +178,10 @@ class WeightQuantizer(nn.Module):
         self.set_scale(largest * 2 / (self.quant_max - self.quant_min))
 
     def set_scale(self, scale: Tensor) -> None:
-        """Take these scales, [C] or [1]."""
+        """Take these scales, [C] or [1], raised to what keeps int32 biases from saturating."""
         with torch.no_grad():
-            self.scale.copy_(scale.clamp(min=SMALLEST_SCALE))
+            self.smallest = max(SMALLEST_SCALE, float(scale.max()) * DEAD_CHANNEL)
+            self.scale.copy_(scale.clamp(min=self.smallest))
 
 
 def quantize_bias(bias: Tensor, activation_scale: Tensor, weight_scale: Tensor) -> Tensor:
@@ -184,14 +189,15 @@ def quantize_bias(bias: Tensor, activation_scale: Tensor, weight_scale: Tensor) 
 
     Args:
         bias: [C].
-        activation_scale: of the layer's input, [1].
+        activation_scale: of the layer's input, [1]; at 0, before calibration, the bias stays as it is.
         weight_scale: [C] or [1].
 
     Returns:
         [C].
     """
     scale = (activation_scale * weight_scale).detach()
-    return bias + (bias_integers(bias.detach(), scale) * scale - bias).detach()
+    rounded = torch.where(scale > 0, bias_integers(bias.detach(), scale) * scale, bias)
+    return bias + (rounded - bias).detach()
 
 
 def bias_integers(bias: Tensor, scale: Tensor) -> Tensor:
@@ -215,5 +221,5 @@ def set_mode(network: nn.Module, mode: Mode) -> None:
 def constrain(network: nn.Module) -> None:
     """Keep learnt scales positive and zero points on the integers; to be called after each optimizer step."""
     for quantizer in quantizers(network):
-        quantizer.scale.clamp_(min=SMALLEST_SCALE)
+        quantizer.scale.clamp_(min=quantizer.smallest)
         quantizer.zero_point.clamp_(quantizer.quant_min, quantizer.quant_max)

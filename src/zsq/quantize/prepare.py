@@ -94,20 +94,16 @@ class Student(nn.Module):
     Attributes:
         network: the graph; activations and weights pass through `ActivationQuantizer` and `WeightQuantizer` modules.
         output_name: name of the quantizer of the logits.
+        num_calibration_images: images from which its grids were chosen.
     """
 
     def __init__(self, network: GraphModule, output_name: str) -> None:
         super().__init__()
-        self.network, self.output_name = network, output_name
+        self.network, self.output_name, self.num_calibration_images = network, output_name, 0
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images [N, C, H, W] to logits [N, classes]."""
         return self.network(images)
-
-    @property
-    def output_step(self) -> float:
-        """Distance between two neighbouring logits of the grid."""
-        return float(self.network.get_submodule(self.output_name).scale)  # type: ignore[arg-type]
 
 
 def is_float(node: Node) -> bool:
@@ -139,9 +135,7 @@ class _Placer:
     def __init__(self, network: GraphModule, scheme: Scheme, every_layer: list[Node]) -> None:
         self.network, self.scheme, self.layers = network, scheme, every_layer
         self.output = network.graph.output_node()
-        logits = self.output.args[0]
-        assert isinstance(logits, Node)
-        self.logits = logits
+        self.logits = self.origin(self.output.args[0])
         self.inputs = [node for node in network.graph.nodes if node.op == "placeholder"]
         self.placed: dict[Node, str] = {}
         self.output_name = ""
@@ -200,10 +194,7 @@ class _Placer:
 
     def place_weight(self, layer: Node) -> None:
         """Insert the quantizers of a layer's weight and bias."""
-        source = layer.args[1]
-        assert isinstance(source, Node)
-        weight = tensor_of(self.network, source)
-        assert weight is not None
+        source, weight = self.own(layer, layer.args[1])
         ends = layer in (self.layers[0], self.layers[-1])
         bits = self.scheme.first_last_bits if ends and self.scheme.first_last_bits else self.scheme.bits.weight
         name = f"weight_{self.layers.index(layer)}"
@@ -215,13 +206,23 @@ class _Placer:
             quantized = graph.call_module(name, (source,))
         bias = argument(layer, 2)
         if isinstance(bias, Node):
-            value = tensor_of(self.network, bias)
-            assert value is not None
+            bias, value = self.own(layer, bias)
             graphs.set_tensor(self.network, str(bias.target), value, trainable=True)
             with graph.inserting_before(layer):
                 scales = (self.input_scale(layer), graph.get_attr(f"{name}.scale"))
                 bias = graph.call_function(quantize_bias, (bias, *scales))
         layer.args = (layer.args[0], quantized, bias, *layer.args[3:])
+
+    def own(self, layer: Node, read: object) -> tuple[Node, Tensor]:
+        """Return the node that reads a layer's weight or bias, and its value; a shared one is copied for the layer."""
+        assert isinstance(read, Node)
+        value = tensor_of(self.network, read)
+        assert value is not None
+        if len(read.users) > 1:
+            name, value = f"{read.target}_{layer.name}", value.clone()
+            graphs.set_tensor(self.network, name, value)
+            read = graphs.read_attribute(self.network, name, layer)
+        return read, value
 
     def input_scale(self, layer: Node) -> Node:
         """Return a node that reads the scale of the grid on which the layer's input lies."""

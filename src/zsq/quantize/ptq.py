@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule
 
 from zsq.batchnorm import fold
 from zsq.errors import InputError
-from zsq.quantize.correction import IMAGES, correct_biases
+from zsq.quantize.correction import correct_biases, first_images
 from zsq.quantize.fakequant import ActivationQuantizer, quantizers, set_mode
 from zsq.quantize.prepare import ENDS_BITS, Bits, Scheme, Student, prepare, prepared_layers, quantized_weight
 from zsq.quantize.ranges import NEEDS_HISTOGRAM, RULES, minmax, weight_mse
@@ -33,7 +32,7 @@ class PTQ:
     weight_range_rule: Literal["minmax", "mse"] = "minmax"
     """How the range of a weight is chosen."""
     logit_headroom: float = 1.5
-    """Factor on the range of the logits, since synthetic images reach smaller ones than real images do; the paper: 1."""
+    """Factor on the range of the logits, since synthetic images reach smaller ones than real ones; the paper: 1."""
     bias_correction: bool = True
     """Shift biases by what rounding adds to each layer's mean output; the paper does not."""
     weight_granularity: Literal["channel", "tensor"] = "channel"
@@ -102,18 +101,8 @@ def quantize_ptq(
     calibrate(student, images, settings, run)
     set_mode(student, "quantize")
     if settings.bias_correction:
-        correct_biases(student, folded.to(run.device), first_images(images(), run))
+        correct_biases(student, folded.to(run.device), first_images(images(), run.device))
     return student
-
-
-def first_images(batches: Iterator[Batch], run: Run) -> Tensor:
-    """Return the first images of a stream, as many as bias correction takes, [N, C, H, W] on the run's device."""
-    found: list[Tensor] = []
-    for batch in batches:
-        found.append(batch.images.to(run.device))
-        if sum(map(len, found)) >= IMAGES:
-            break
-    return torch.cat(found)[:IMAGES]
 
 
 @torch.no_grad()
@@ -133,6 +122,7 @@ def calibrate(student: Student, images: Callable[[], Iterator[Batch]], settings:
             seen += len(batch.images)
         if not seen:
             raise InputError("calibration was given no image.")
+        student.num_calibration_images = seen
     logits = student.network.get_submodule(student.output_name)
     for quantizer in activations:  # the largest logit decides the class, so none may be cut off
         low, high = minmax(quantizer) if quantizer is logits else RULES[rule](quantizer)

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from zsq.errors import InputError
 from zsq.losses import distillation_loss
+from zsq.quantize.centring import centre_biases, plain_biases
+from zsq.quantize.correction import IMAGES, first_images
 from zsq.quantize.fakequant import ActivationQuantizer, WeightQuantizer, constrain, quantizers
 from zsq.quantize.prepare import Student
 from zsq.quantize.ptq import PTQ
@@ -57,6 +59,7 @@ class Distiller:
     ) -> None:
         self.student, self.teacher, self.source, self.settings = student, teacher, source, settings
         self.device = device
+        centre_biases(student, first_images(source.sample(IMAGES), device))
         grids = {
             id(tensor)
             for q in quantizers(student)
@@ -128,3 +131,4 @@ def distill(student: Student, teacher: nn.Module, source: SampleSource, settings
     """
     run.train("distill", Distiller(student, teacher, source, settings, run.device), settings.steps)
     student.eval()
+    plain_biases(student)

@@ -31,6 +31,8 @@ def percentile(quantizer: ActivationQuantizer) -> tuple[Tensor, Tensor]:
 
 def mse(quantizer: ActivationQuantizer) -> tuple[Tensor, Tensor]:
     """Return the range of least squared rounding error: both ends shrunk together, then each alone."""
+    if not quantizer.histogram.any():  # every value was the same
+        return minmax(quantizer)
     fractions = FRACTIONS.to(quantizer.low.device)
     low, high = quantizer.low, quantizer.high
     best = _least(quantizer, low * fractions, high * fractions)

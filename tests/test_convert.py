@@ -1,0 +1,138 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from toys import SPEC, Branchy, ConvHead, Plain, SharedLayer, Tokens, graph, images, quantized
+
+from zsq.export import output_step, write_onnx
+from zsq.quantize import PTQ
+from zsq.quantize.convert import convert
+from zsq.quantize.fakequant import WeightQuantizer, integer_range, quantizers
+from zsq.quantize.prepare import Student
+from zsq.verification import verify_onnx
+
+NETWORKS = [Plain, Branchy, ConvHead, SharedLayer, Tokens]
+QD = torch.ops.quantized_decomposed
+
+
+def student_of(make: Callable[[], nn.Module], bits: str = "8", **options: object) -> Student:
+    return quantized(graph(make), PTQ(bits=bits, **options))
+
+
+def stored(converted: GraphModule) -> dict[str, Tensor]:
+    return {name: value for name, value in converted.named_buffers() if not name.endswith(("_scale", "_zero_point"))}
+
+
+def agree(student: Student, converted: GraphModule, x: Tensor) -> float:
+    """Share of logits that are the same; the rest differs by at most a step, where a value lay on a tie."""
+    with torch.no_grad():
+        steps = (student(x) - converted(x)) / output_step(converted)
+    assert steps.abs().max() <= 2.01
+    return (steps.abs() < 1e-3).float().mean().item()
+
+
+@pytest.mark.parametrize("make", NETWORKS)
+@pytest.mark.parametrize("bits", ["8", "6", "4", "W4A8"])
+def test_the_converted_graph_computes_what_was_simulated(make: Callable[[], nn.Module], bits: str) -> None:
+    student = student_of(make, bits)
+    assert agree(student, convert(student), images(200, seed=5)) >= 0.99
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weight_granularity": "tensor"},
+        {"activation_scope": "layers"},
+        {"first_last_bits": 8},
+        {"weight_range_rule": "mse", "range_rule": "percentile"},
+        {"bias_correction": False},
+    ],
+    ids="-".join,
+)
+@pytest.mark.parametrize("make", [Branchy, ConvHead, SharedLayer])
+def test_under_every_option_too(make: Callable[[], nn.Module], options: dict[str, object]) -> None:
+    student = student_of(make, "6", **options)
+    assert agree(student, convert(student), images(200, seed=5)) >= 0.99
+
+
+def test_learnt_grids_convert_to_what_evaluation_computes() -> None:
+    student = quantized(graph(Branchy), PTQ(bits="4"), learnable=True)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for quantizer in quantizers(student):
+            quantizer.scale.mul_(torch.rand(quantizer.scale.shape, generator=generator) * 0.3 + 0.9)
+            if not isinstance(quantizer, WeightQuantizer):
+                quantizer.zero_point.add_(torch.rand(1, generator=generator) - 0.5)
+                quantizer.zero_point.clamp_(quantizer.quant_min, quantizer.quant_max)
+    assert agree(student, convert(student), images(200, seed=5)) >= 0.99
+
+
+@pytest.mark.parametrize("bits", ["8", "4", "W4A8"])
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_weights_are_stored_as_int8_and_biases_as_int32(bits: str, granularity: str) -> None:
+    values = stored(convert(student_of(Branchy, bits, weight_granularity=granularity)))
+    names = [f"{layer}.{kind}" for layer in ("stem", "down", "left", "right", "head") for kind in ("weight", "bias")]
+    assert sorted(values) == sorted(names)
+    low, high = integer_range(int(bits.removeprefix("W")[0]))
+    for name, value in values.items():
+        assert value.dtype == (torch.int8 if name.endswith("weight") else torch.int32)
+        if name.endswith("weight"):
+            assert low <= value.min() <= value.max() <= high
+            assert value.abs().max() >= high
+
+
+def test_no_float_weight_is_left() -> None:
+    converted = convert(student_of(Branchy))
+    assert list(converted.parameters()) == []
+    floats = [name for name, value in converted.named_buffers() if value.is_floating_point()]
+    assert floats
+    assert all(name.endswith("_scale") for name in floats)
+    assert not any(node.op == "call_module" for node in converted.graph.nodes)
+
+
+def test_values_that_only_move_keep_their_grid() -> None:
+    converted = convert(student_of(Branchy, "4"))
+    pools = [n for n in converted.graph.nodes if n.target is torch.ops.aten.max_pool2d.default]
+    flattened = [n for n in converted.graph.nodes if n.target is torch.ops.aten.flatten.using_ints]
+    for node in pools + flattened:
+        (reader,) = node.users
+        assert reader.target is QD.quantize_per_tensor.default
+        assert node.args[0].target is QD.dequantize_per_tensor.default
+        assert reader.args[1:] == node.args[0].args[1:]
+    assert len(pools) == len(flattened) == 1
+
+
+def test_convert_leaves_the_student_alone() -> None:
+    student = student_of(Plain)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    code = student.network.code
+    convert(student)
+    assert student.network.code == code
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+def test_integers_by_hand() -> None:
+    student = student_of(Plain, bias_correction=False)
+    converted = convert(student)
+    network = student.network
+    scale = network.weight_1.scale.detach()
+    wanted = (network.second.weight.detach() / scale.view(-1, 1, 1, 1)).round().clamp(-128, 127)
+    assert (converted.second.weight - wanted).abs().max() <= 1  # 1 where the quotient is a tie
+    assert (converted.second.weight != wanted).float().mean() < 0.02
+    product = network.activation_1.scale.detach() * scale
+    bias = (network.second.bias.detach() / product).round()
+    assert torch.equal(converted.second.bias.float(), bias)
+    torch.testing.assert_close(converted.second.bias_scale, product)
+
+
+@pytest.mark.parametrize("make", [ConvHead, SharedLayer, Branchy])
+def test_the_file_agrees_for_unusual_networks(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    student = student_of(make, "4")
+    converted = convert(student)
+    write_onnx(converted, SPEC, tmp_path / "model.onnx")
+    x = images(100, seed=5)
+    found = verify_onnx(tmp_path / "model.onnx", student, [x], output_step(converted), threads=1)
+    assert found.agreement_literal >= 99

@@ -1,0 +1,519 @@
+"""Whole runs, as small as they get: the bundled digits, five generator steps, four of distillation."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import zsq
+from zsq import experiment, runs
+from zsq.budget import Plan
+from zsq.datasets import open_dataset
+from zsq.errors import ExportError, InputError, NumericsError
+from zsq.evaluate import evaluate
+from zsq.experiment import HASHED, Result, quantize
+from zsq.export import canonical_sha256
+from zsq.methods import ZSCGAN
+from zsq.quantize import QAT
+from zsq.runs import ARTIFACTS
+from zsq.settings import resolve
+from zsq.teachers import Teacher, load_teacher
+from zsq.training import load_tensors
+from zsq.types import ImageSpec
+from zsq.verification import OnnxClassifier
+
+FIT = ("method.steps=5", "method.batch_size=16", "method.width=8")
+PTQ = (*FIT, "quantizer.num_samples=64")
+QAT_ = (*PTQ, "quantizer.steps=4")
+
+ISSUE_FIELDS = {
+    *("model", "weights_sha256", "method", "quantizer", "bits", "seed"),
+    *("float_top1", "quantized_top1", "simulated_top1", "teacher_agreement", "runtime_agreement", "label_recognition"),
+    *("num_eval_images", "num_calibration_images", "seconds", "artifacts"),
+}
+PERCENTAGES = ("float_top1", "quantized_top1", "simulated_top1", "teacher_agreement", "runtime_agreement")
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Teacher:
+    return load_teacher("digits")
+
+
+@pytest.fixture(scope="module")
+def ptq(teacher, tmp_path_factory) -> Result:
+    """An unbroken run, evaluated."""
+    return quantize(teacher, out=tmp_path_factory.mktemp("ptq") / "run", settings=PTQ, data="digits")
+
+
+@pytest.fixture(scope="module")
+def qat(teacher, tmp_path_factory) -> Result:
+    """An unbroken run with distillation."""
+    return quantize(teacher, out=tmp_path_factory.mktemp("qat") / "run", settings=QAT_, quantizer="qat", bits=4)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {name: canonical_sha256(folder / name) for name in HASHED if (folder / name).exists()}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_all_files_of_the_run_exist(ptq, qat):
+    assert {path.name for path in ptq.folder.iterdir()} == {*ARTIFACTS, "checkpoints"}
+    assert [path.name for path in (ptq.folder / "checkpoints").iterdir()] == ["fit.safetensors"]
+    assert {path.name for path in qat.folder.iterdir()} == {*ARTIFACTS, "checkpoints"}
+    assert sorted(p.name for p in (qat.folder / "checkpoints").iterdir()) == ["distill.safetensors", "fit.safetensors"]
+    with Image.open(ptq.folder / "samples.png") as picture:
+        assert picture.size == (500, 500)
+
+
+def test_result_has_the_promised_fields(ptq):
+    record = json.loads((ptq.folder / "result.json").read_text())
+    assert record == ptq.record
+    assert record.keys() >= ISSUE_FIELDS
+    assert (record["model"], record["method"], record["quantizer"], record["bits"]) == ("digits", "zscgan", "ptq", "8")
+    assert (record["seed"], record["num_eval_images"], record["num_calibration_images"]) == (0, 899, 64)
+    assert len(record["weights_sha256"]) == 64
+    assert record["seconds"] > 0
+    assert record["activation_scope"] == "all"
+    assert record["data_free"] is True
+    assert record["weights"] == "bundled"
+
+
+@pytest.mark.parametrize("name", [*PERCENTAGES, "label_recognition"])
+def test_percentages_run_from_0_to_100(ptq, name):
+    assert isinstance(ptq.record[name], float)
+    assert 0 <= ptq.record[name] <= 100
+    if name == "float_top1":
+        assert ptq.record[name] > 95  # a share would be below 1
+    if name == "runtime_agreement":
+        assert ptq.record[name] > 95
+
+
+def test_artifacts_are_listed_with_size_and_hash(ptq):
+    assert ptq.record["artifacts"].keys() == set(HASHED)
+    for name, artifact in ptq.record["artifacts"].items():
+        assert artifact["bytes"] == (ptq.folder / name).stat().st_size
+        assert artifact["sha256"] == canonical_sha256(ptq.folder / name)
+
+
+def test_recorded_accuracy_is_that_of_the_file(ptq, teacher):
+    data = open_dataset("digits", teacher.spec)
+    file = evaluate(OnnxClassifier(ptq.folder / "model.onnx"), data, teacher=teacher.network)
+    assert ptq.record["evaluation"]["quantized"] == json.loads(json.dumps(file.as_dict()))
+    assert ptq.record["quantized_top1"] == file.top1
+    assert ptq.record["teacher_agreement"] == file.teacher_agreement
+    float_ = evaluate(teacher.network, data)
+    assert ptq.record["float_top1"] == float_.top1
+    assert ptq.record["evaluation"]["float"]["teacher_agreement"] == 100
+
+
+def test_without_data_no_accuracy_is_claimed(qat):
+    for name in ("float_top1", "quantized_top1", "simulated_top1", "teacher_agreement", "data"):
+        assert qat.record[name] is None
+    assert qat.record["num_eval_images"] == 0
+    assert qat.record["evaluation"] == {}
+    assert qat.record["verification"]["num_images"] == 500
+
+
+def test_settings_are_resolved_and_facts_are_written(qat, teacher):
+    content = tomllib.loads((qat.folder / "settings.toml").read_text())
+    assert content["teacher"]["weights_sha256"] == teacher.weights_sha256
+    assert content["method"]["steps"] == 5
+    assert content["quantizer"] | {"name": "qat", "bits": "4", "steps": 4} == content["quantizer"]
+    assert content["run"].keys() >= {"seed", "device", "threads", "zsq", "torch", "onnxruntime", "python"}
+    assert content["run"]["threads"] == torch.get_num_threads()
+
+
+def test_metrics_tell_each_loss_of_both_phases(qat):
+    lines = [json.loads(line) for line in (qat.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["phase"], line["step"]) for line in lines] == [("fit", 5), ("distill", 4)]
+    assert lines[0].keys() >= {"ce", "bns", "label_recognition"}
+    assert lines[1].keys() >= {"kd", "agreement", "ce", "bns", "label_recognition"}
+
+
+def test_low_recognition_is_a_loud_warning(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "write_onnx", _stop)
+    said = []
+    with pytest.raises(InputError, match="far enough"):
+        quantize(teacher, out=tmp_path, settings=PTQ, say=said.append)
+    assert [text for text in said if text.startswith("WARNING: the teacher recognises ")]
+
+
+def _stop(*_) -> None:
+    raise InputError("far enough")
+
+
+@pytest.mark.parametrize("name", ["ptq", "qat"])
+def test_two_repetitions_give_the_same_hashes(request, teacher, tmp_path, name):
+    """Evaluation, checkpoints and folder enter no hash; the written settings are the recipe."""
+    first: Result = request.getfixturevalue(name)
+    torch.manual_seed(12345)
+    again = quantize(teacher, out=tmp_path / "again", recipe=first.folder / "settings.toml", checkpoint_every=2)
+    assert hashes(again.folder) == hashes(first.folder)
+    assert again.record["artifacts"] == first.record["artifacts"]
+    assert (again.folder / "model.onnx").read_bytes() == (first.folder / "model.onnx").read_bytes()
+    assert (again.folder / "samples.png").read_bytes() == (first.folder / "samples.png").read_bytes()
+
+
+def test_another_seed_gives_another_generator(ptq, teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "write_onnx", _stop)
+    with pytest.raises(InputError, match="far enough"):
+        quantize(teacher, out=tmp_path, settings=PTQ, seed=1)
+    assert hashes(tmp_path)["generator.safetensors"] != hashes(ptq.folder)["generator.safetensors"]
+
+
+def test_the_teacher_is_left_alone(qat, teacher):
+    assert load_teacher("digits").weights_sha256 == teacher.weights_sha256 == qat.record["weights_sha256"]
+    fresh = load_teacher("digits").network.state_dict()
+    assert all(value.equal(fresh[name]) for name, value in teacher.network.state_dict().items())
+
+
+@pytest.mark.slow
+def test_several_widths_take_one_fit(ptq, teacher, tmp_path):
+    before = contents(ptq.folder)
+    models = set()
+    for quantizer, bits in (("ptq", "6"), ("qat", "W4A8")):
+        settings = tuple(text for text in (QAT_ if quantizer == "qat" else PTQ) if text.startswith("quantizer."))
+        result = quantize(
+            teacher,
+            out=tmp_path / bits,
+            settings=settings,
+            from_run=ptq.folder,
+            quantizer=quantizer,
+            bits=bits,
+            data="digits",
+        )
+        assert hashes(result.folder)["generator.safetensors"] == hashes(ptq.folder)["generator.safetensors"]
+        assert not (result.folder / "checkpoints" / "fit.safetensors").exists()
+        assert result.record["settings"]["method"] == ptq.record["settings"]["method"]
+        assert result.record["bits"] == bits
+        assert result.record["label_recognition"] == ptq.record["label_recognition"]
+        models.add(hashes(result.folder)["model.onnx"])
+    assert len(models) == 2
+    assert contents(ptq.folder) == before
+
+
+def test_a_reused_generator_gives_the_model_of_its_own_run(ptq, teacher, tmp_path):
+    result = quantize(teacher, out=tmp_path / "run", settings=("quantizer.num_samples=64",), from_run=ptq.folder)
+    assert hashes(result.folder) == hashes(ptq.folder)
+
+
+def network(channels: int = 4, classes: int = 7) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Conv2d(channels, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 12, 3, stride=2),
+            nn.BatchNorm2d(12),
+            nn.ReLU(inplace=True),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(12, classes),
+        )
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.running_var, 0.5, 2.0)
+        nn.init.normal_(net[-1].weight, std=3.0)
+    return net
+
+
+SPEC = ImageSpec(channels=4, height=9, width=12, classes=7, mean=(0.5, 0.4, 0.3, 0.2), std=(0.25, 0.2, 0.3, 0.5))
+
+
+def test_a_generator_of_another_network_is_refused(ptq, tmp_path):
+    spec = replace(SPEC, channels=1, height=8, width=8, classes=10, mean=(0.3050,), std=(0.3757,))
+    with pytest.raises(InputError, match=r"generator\.safetensors was fitted to other weights"):
+        quantize(network(1, 10), spec, out=tmp_path / "other", from_run=ptq.folder)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_module_in_memory_with_4_channels_and_7_classes(tmp_path):
+    net = network()
+    net.train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    result = zsq.quantize(net, SPEC, bits="W4A8", settings=PTQ, out=tmp_path / "run")
+    logits = result.model(torch.randn(5, 4, 9, 12))
+    assert logits.shape == (5, 7)
+    assert result.record["weights"] == "memory"
+    assert net.training
+    assert all(value.equal(before[name]) for name, value in net.state_dict().items())
+    with Image.open(tmp_path / "run" / "samples.png") as picture:
+        assert picture.height == 7 * (5 * 9 + 2)
+
+
+def test_settings_objects_work_in_place_of_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "write_onnx", _stop)
+    method, quantizer = ZSCGAN(steps=3, batch_size=8, width=8), QAT(steps=2, num_samples=32, bits="6")
+    with pytest.raises(InputError, match="far enough"):
+        quantize(network(), SPEC, method=method, quantizer=quantizer, out=tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["phase"], line["step"]) for line in lines] == [("fit", 3), ("distill", 2)]
+    written = resolve(recipe=tmp_path / "settings.toml")
+    assert (written.method, written.quantizer) == (method, quantizer)
+
+
+def test_a_module_needs_its_spec(tmp_path):
+    with pytest.raises(InputError, match="needs the ImageSpec of the module"):
+        quantize(network(), out=tmp_path / "run")
+
+
+def test_two_classes_work(tmp_path):
+    record = quantize(network(4, 2), replace(SPEC, classes=2), out=tmp_path / "run", settings=PTQ).record
+    assert record["runtime_agreement"] > 95
+
+
+def test_one_class_is_refused(tmp_path):
+    with pytest.raises(InputError, match="'network' knows 1 class; a classifier has at least 2"):
+        quantize(network(4, 1), replace(SPEC, classes=1), out=tmp_path / "run", settings=PTQ)
+
+
+@pytest.mark.slow
+def test_real_images_calibrate_what_there_are(teacher, tmp_path):
+    settings = ("method.data=digits:train", "quantizer.num_samples=5000")
+    record = quantize(teacher, out=tmp_path / "run", method="real", settings=settings, data="digits").record
+    assert record["data_free"] is False
+    assert record["num_calibration_images"] == 898
+    assert record["label_recognition"] > 98
+    assert record["quantized_top1"] > 97
+    assert "generator.safetensors" not in record["artifacts"]
+    assert (tmp_path / "run" / "samples.png").exists()
+
+
+@pytest.mark.slow
+def test_noise_serves_both_quantizers(teacher, tmp_path):
+    settings = ("method.batch_size=16", "quantizer.num_samples=300", "quantizer.steps=4")
+    record = quantize(teacher, out=tmp_path / "run", method="noise", quantizer="qat", settings=settings).record
+    assert record["method"] == "noise"
+    assert record["data_free"] is True
+    assert record["artifacts"].keys() == {"model.onnx", "model.pt2"}
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["phase"], line["step"]) for line in lines] == [("distill", 4)]
+
+
+def test_noise_has_no_generator_to_reuse(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "write_onnx", _stop)
+    with pytest.raises(InputError, match="far enough"):
+        quantize(teacher, out=tmp_path / "noise", method="noise", settings=("quantizer.num_samples=8",))
+    with pytest.raises(InputError, match=r"holds no generator\.safetensors"):
+        quantize(teacher, out=tmp_path / "next", from_run=tmp_path / "noise")
+
+
+def test_a_file_that_disagrees_fails_and_keeps_everything(ptq, teacher, tmp_path, monkeypatch):
+    honest = experiment.verify_onnx
+
+    def disagree(*arguments, **rest):
+        return replace(honest(*arguments, **rest), decided_agreement=98.5)
+
+    monkeypatch.setattr(experiment, "verify_onnx", disagree)
+    with pytest.raises(ExportError, match=r"the same class on 98\.50 % of \d+ decided images, where 99 % is required"):
+        quantize(teacher, out=tmp_path / "run", settings=PTQ, data="digits")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {*ARTIFACTS, "checkpoints"}
+    assert hashes(tmp_path / "run") == hashes(ptq.folder)
+    record = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert record["verification"]["decided_agreement"] == 98.5
+    assert record["quantized_top1"] == ptq.record["quantized_top1"]
+
+
+def test_a_network_that_cannot_be_exported_to_onnx_keeps_the_fit(teacher, tmp_path, monkeypatch):
+    def fail(*_) -> None:
+        raise ExportError("the network has no ONNX form")
+
+    monkeypatch.setattr(experiment, "write_onnx", fail)
+    with pytest.raises(ExportError, match="no ONNX form"):
+        quantize(teacher, out=tmp_path, settings=PTQ)
+    assert {"settings.toml", "generator.safetensors", "samples.png", "metrics.jsonl", "checkpoints"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_it(teacher, tmp_path):
+    settings = ("method.steps=40", "method.batch_size=16", "method.width=8", "method.learning_rate=1e30")
+    with pytest.raises(NumericsError, match=r"fit: loss '(ce|bns)' is (nan|inf) at step \d+ of 40"):
+        quantize(teacher, out=tmp_path, settings=settings)
+    assert not (tmp_path / "generator.safetensors").exists()
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_kept(ptq, teacher):
+    before = contents(ptq.folder)
+    with pytest.raises(InputError, match="holds another run"):
+        quantize(teacher, out=ptq.folder, settings=PTQ)
+    with pytest.raises(InputError, match=r"method\.steps is 5 there, not 6"):
+        quantize(teacher, out=ptq.folder, settings=("method.steps=6",), resume=True)
+    assert contents(ptq.folder) == before
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"budget": "5x"},
+        {"budget": 1e-6},
+        {"settings": ("method.step=3",)},
+        {"data": "nowhere.npz"},
+        {"bits": "9"},
+        {"from_run": "nowhere"},
+        {"device": "tpu"},
+        {"checkpoint_every": 0},
+        {"recipe": "nowhere.toml"},
+    ],
+)
+def test_a_mistake_beside_overwrite_loses_nothing(ptq, teacher, wrong):
+    before = contents(ptq.folder)
+    with pytest.raises(InputError):
+        quantize(teacher, out=ptq.folder, overwrite=True, **wrong)
+    assert contents(ptq.folder) == before
+
+
+def test_a_budget_chooses_steps_that_repeat_the_run(ptq, teacher, tmp_path, monkeypatch):
+    def chosen(settings, *_, **__):
+        return Plan(settings.with_steps(method=5), 0.25, 0.0, 3.0)
+
+    monkeypatch.setattr(runs, "plan", chosen)
+    monkeypatch.setattr(experiment, "write_onnx", _stop)
+    said = []
+    settings = tuple(text for text in PTQ if "steps" not in text)
+    with pytest.raises(InputError, match="far enough"):
+        quantize(teacher, out=tmp_path, settings=settings, budget="1m", say=said.append)
+    content = tomllib.loads((tmp_path / "settings.toml").read_text())
+    assert content["method"]["steps"] == 5
+    assert content["run"]["budget_seconds"] == 60
+    assert "schedule: 5 generator steps of 0.250 s, 3 s for the rest; 4 s expected" in said
+    assert hashes(tmp_path)["generator.safetensors"] == hashes(ptq.folder)["generator.safetensors"]
+
+
+def test_a_finished_run_may_be_resumed_and_knows_its_settings(ptq, teacher):
+    before = hashes(ptq.folder)
+    result = quantize(teacher, out=ptq.folder, data="digits", resume=True)
+    assert hashes(ptq.folder) == before
+    assert result.record["quantized_top1"] == ptq.record["quantized_top1"]
+    assert result.record["settings"] == ptq.record["settings"]
+
+
+def test_overwrite_starts_anew(ptq, teacher, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    for name in ("settings.toml", "generator.safetensors", "checkpoints/fit.safetensors", "metrics.jsonl"):
+        (folder / name).write_text("of another run")
+    (folder / "notes.txt").write_text("mine")
+    monkeypatch.setattr(experiment, "write_onnx", _stop)
+    with pytest.raises(InputError, match="far enough"):
+        quantize(teacher, out=folder, settings=PTQ, overwrite=True)
+    assert hashes(folder)["generator.safetensors"] == hashes(ptq.folder)["generator.safetensors"]
+    assert (folder / "metrics.jsonl").read_bytes() == (ptq.folder / "metrics.jsonl").read_bytes()
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+MOMENTS = {
+    "in a later step of fit": ("update", "fit", 4),
+    "while a checkpoint of fit is written": ("replace", "fit.safetensors", 3),
+    "while the generator is written": ("replace", "generator.safetensors", 1),
+    "during calibration": ("update", "calibrate 1/2", 1),
+    "while a checkpoint of distillation is written": ("replace", "distill.safetensors", 2),
+    "in the last step of distillation": ("update", "distill", 4),
+    "between the two exported files": ("replace", "model.pt2", 1),
+}
+"""When a run is killed: at the n-th file of this name, or at the n-th sign of progress of this phase."""
+
+DRIVER = """
+import json, os, signal, sys, torch, zsq
+torch.set_num_threads(1)
+teacher = zsq.load_teacher("digits")
+jobs = json.loads(sys.argv[1])
+
+def run(kind, name, count, arguments):
+    seen, replace = [], os.replace
+
+    def reached(found):
+        seen.append(found)
+        if seen.count(name) == count and found == name:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    class Watch:
+        def update(self, phase, done, total, values):
+            if kind == "update":
+                reached(phase)
+
+    def watched(source, target):
+        if kind == "replace":
+            reached(os.path.basename(target))
+        replace(source, target)
+
+    os.replace = watched
+    zsq.quantize(teacher, progress=Watch(), checkpoint_every=1, **arguments)
+
+for job in jobs:
+    child = os.fork()
+    if child == 0:
+        try:
+            run(*job)
+        finally:
+            os._exit(3)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+"""Runs each job in a child process of its own, so that torch is imported once."""
+
+KILLED_ARGUMENTS = {"settings": QAT_, "quantizer": "qat", "bits": "4", "seed": 0}
+
+
+def kill(jobs: list[tuple]) -> list[int]:
+    """Run jobs (kind, name, count, arguments) until each is killed; return the exit codes."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", DRIVER, json.dumps(jobs)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    return [int(line) for line in done.stdout.split()]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory, ptq) -> Path:
+    """A folder with a killed run for each moment, and one that was killed while it reused a generator."""
+    folder = tmp_path_factory.mktemp("killed")
+    jobs = [(*moment, KILLED_ARGUMENTS | {"out": str(folder / name)}) for name, moment in MOMENTS.items()]
+    settings = ("quantizer.steps=4", "quantizer.num_samples=64")
+    reuse = {"settings": settings, "quantizer": "qat", "bits": "4", "from_run": str(ptq.folder)}
+    jobs.append(("update", "distill", 2, reuse | {"out": str(folder / "from")}))
+    codes = kill(jobs)
+    assert codes == [-signal.SIGKILL] * len(jobs), dict(zip([*MOMENTS, "from"], codes, strict=True))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_ends_in_the_same_hashes(qat, killed, teacher, moment):
+    folder = killed / moment
+    assert not (folder / "result.json").exists()
+    result = quantize(teacher, out=folder, resume=True, checkpoint_every=1, **KILLED_ARGUMENTS)
+    assert hashes(folder) == hashes(qat.folder)
+    assert result.record["artifacts"] == qat.record["artifacts"]
+    assert {path.name for path in folder.iterdir()} == {*ARTIFACTS, "checkpoints"}  # nothing half-written is left
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    wanted = [("fit", step) for step in range(1, 6)] + [("distill", step) for step in range(1, 5)]
+    assert [(line["phase"], line["step"]) for line in steps] == wanted
+    whole = [json.loads(line) for line in (qat.folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps[4] == whole[0]
+    assert steps[-1] == whole[-1]
+    assert load_tensors(folder / "checkpoints" / "distill.safetensors")[1]["step"] == "4"
+
+
+@pytest.mark.slow
+def test_a_killed_run_on_a_reused_generator_goes_on_with_it(ptq, killed, teacher, tmp_path):
+    folder, settings = killed / "from", ("quantizer.steps=4", "quantizer.num_samples=64")
+    with pytest.raises(InputError, match="it was started with --from; give it again"):
+        quantize(teacher, out=folder, resume=True)
+    arguments = {"settings": settings, "quantizer": "qat", "bits": 4, "from_run": ptq.folder}
+    quantize(teacher, out=folder, resume=True, **arguments)
+    quantize(teacher, out=tmp_path / "whole", **arguments)
+    assert hashes(folder) == hashes(tmp_path / "whole")
+    assert hashes(folder)["generator.safetensors"] == hashes(ptq.folder)["generator.safetensors"]

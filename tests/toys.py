@@ -1,0 +1,133 @@
+"""Small networks and what it takes to quantize them, for tests of several parts."""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn import functional as F
+
+from zsq.graphs import copy_network
+from zsq.quantize import PTQ
+from zsq.quantize.prepare import Student
+from zsq.quantize.ptq import quantize_ptq
+from zsq.tracing import trace
+from zsq.training import Run
+from zsq.types import Batch, ImageSpec
+
+SPEC = ImageSpec(channels=3, height=8, width=8, classes=5, mean=(0.5,) * 3, std=(0.25,) * 3)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def images(count: int = 32, seed: int = 1, spec: ImageSpec = SPEC) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, spec.channels, spec.height, spec.width, generator=generator)
+
+
+def settle(net: nn.Module, seed: int = 0) -> nn.Module:
+    """Give each batch norm statistics, scales and shifts far from 0 and 1, and freeze the network."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in net.modules():
+        if isinstance(module, NORMS):
+            if module.track_running_stats:
+                module.running_mean.normal_(generator=generator)
+                module.running_var.uniform_(0.3, 3, generator=generator)
+            if module.affine:
+                module.weight.data.uniform_(0.5, 2, generator=generator)
+                module.bias.data.normal_(generator=generator)
+    return net.requires_grad_(False).eval()
+
+
+def graph(make: Callable[[], nn.Module], spec: ImageSpec = SPEC) -> GraphModule:
+    """Build a network from a fixed seed and export it as teachers are."""
+    return copy_network(_traced(make, spec))
+
+
+@functools.cache
+def _traced(make: Callable[[], nn.Module], spec: ImageSpec) -> GraphModule:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return trace(settle(make()), spec, "toy")
+
+
+def stream_of(pixels: Tensor, size: int = 16) -> Callable[[], Iterator[Batch]]:
+    return lambda: (Batch(part, torch.zeros(len(part), dtype=torch.int64)) for part in pixels.split(size))
+
+
+def quantized(network: GraphModule, settings: PTQ, *, learnable: bool = False, count: int = 32) -> Student:
+    return quantize_ptq(network, stream_of(images(count)), settings, Run(), learnable=learnable)
+
+
+class Plain(nn.Module):
+    """Two convolutions, the first normalised, and a linear layer."""
+
+    def __init__(self, classes: int = 5) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(6)
+        self.second = nn.Conv2d(6, 8, 3, stride=2, padding=1)
+        self.head = nn.Linear(8, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.conv(x)))
+        x = F.relu6(self.second(x))
+        return self.head(x.mean((2, 3)))
+
+
+class Branchy(nn.Module):
+    """A residual network with max-pool, an option-A shortcut, a concatenation, average pool and flatten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+        self.stem_norm = nn.BatchNorm2d(4)
+        self.down = nn.Conv2d(4, 8, 3, stride=2, padding=1, bias=False)
+        self.down_norm = nn.BatchNorm2d(8)
+        self.left = nn.Conv2d(8, 4, 1)
+        self.right = nn.Conv2d(8, 4, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(torch.relu(self.stem_norm(self.stem(x))), 3, stride=1, padding=1)
+        shortcut = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))
+        x = torch.relu(self.down_norm(self.down(x)) + shortcut)
+        x = torch.cat([torch.relu(self.left(x)), self.right(x)], dim=1)
+        return self.head(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+
+
+class ConvHead(nn.Module):
+    """Logits from a convolution, flattened last, as pytorchcv's MobileNets make them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.norm = nn.BatchNorm2d(6)
+        self.head = nn.Conv2d(6, 5, 6, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.hardtanh(self.norm(self.conv(x)), 0.0, 6.0)).view(x.size(0), -1)
+
+
+class SharedLayer(nn.Module):
+    """One convolution used twice, at two input scales."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.head = nn.Linear(3, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(self.conv(x) * 3).mean((2, 3)))
+
+
+class Tokens(nn.Module):
+    """Linear layers over [N, tokens, C], as transformers have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(64, 7)
+        self.head = nn.Linear(21, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.mix(x.flatten(2))).flatten(1))
