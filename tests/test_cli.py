@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -175,7 +176,7 @@ def test_methods_of_one_lists_each_setting_with_default_and_text(name):
     lines = zsq("methods", name).out.splitlines()
     shown = [re.fullmatch(rf"--set {section}\.(\w+)=(\S*) +(\S.*\.)", line) for line in lines]
     assert all(shown), lines
-    assert [match[1] for match in shown if match] == list(kind.__dataclass_fields__)
+    assert [match[1] for match in shown if match] == [field.name for field in fields(kind)]
     values = {match[1]: match[2] for match in shown if match}
     assert values["batch_size" if section == "method" else "bits"] == {"zscgan": "none"}.get(
         name, "64" if section == "method" else "8"
@@ -189,7 +190,7 @@ def test_methods_of_an_unknown_name():
 def test_models_names_each_form():
     found = zsq("models")
     assert found.code == 0
-    for form in ("digits", "pytorchcv:NAME", "torchvision:NAME", "timm:NAME", ".py:"):
+    for form in ("digits", "pytorchcv:NAME", "torchvision:NAME", "timm:NAME", "FILE.py:FACTORY", "MODULE:FACTORY"):
         assert form in found.out
 
 
@@ -203,7 +204,8 @@ def test_models_searches_the_zoos():
 def test_doctor_checks_the_machine():
     found = zsq("doctor")
     assert found.code == 0
-    lines = dict(re.split(r": +", line, maxsplit=1) for line in found.out.splitlines())
+    lines = dict(re.split(r":? {2,}", line, maxsplit=1) for line in found.out.splitlines())
+    assert lines["FILE.py:FACTORY"]  # no emoji
     assert lines["torch"] == torch.__version__
     assert lines["threads"] == str(torch.get_num_threads())
     assert re.fullmatch(r"passed: digits float 98\.67 %, INT8 from noise [\d.]+ % in ONNX Runtime", lines["self-test"])
@@ -242,7 +244,7 @@ def test_help_shows_the_examples_line_by_line(command):
 @pytest.mark.parametrize("command", HELP_FLAGS)
 def test_help_spells_the_flags_as_documented(command):
     text = zsq(command, "--help").out
-    flags = re.findall(r"│ (?:-h, )?--([a-z-]+)", text)
+    flags = re.findall(r"^[│|] (?:-h, )?--([a-z-]+)", text, re.M)
     assert sorted(flags) == sorted(["help", *HELP_FLAGS[command].split()])
     assert "None" not in text
     assert "--no-" not in text
@@ -574,11 +576,18 @@ def test_a_process_killed_at_any_moment_continues_to_the_same_hashes(tmp_path):
 
 @pytest.mark.slow
 def test_the_program_exits_with_its_status_and_prints_no_traceback(tmp_path):
-    wrong = subprocess.run(
-        [*ZSQ, "quantize", "digits", "--bits", "99", "--out", "run"], capture_output=True, text=True, cwd=tmp_path
-    )
+    command = [*ZSQ, "quantize", "digits", "--bits", "99", "--out", "run"]
+    wrong = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert error_of(Outcome(wrong.returncode, wrong.stdout, wrong.stderr)).startswith("bits")
-    reader = subprocess.Popen([*ZSQ, "models", "resnet"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path)
-    reader.stdout.close()  # as `head` does
-    assert reader.stderr.read() == b""
-    assert reader.wait() == 1
+
+
+@pytest.mark.slow
+def test_a_reader_that_has_seen_enough_is_no_fault(tmp_path):
+    """As in `zsq models resnet | head -1`."""
+    command = [*ZSQ, "models", "resnet"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as reader:
+        assert reader.stdout is not None
+        reader.stdout.close()
+        assert reader.stderr is not None
+        assert reader.stderr.read() == b""
+    assert reader.returncode == 1

@@ -162,8 +162,8 @@ class Quantize(RunOptions):
             print(json.dumps(result.record))
             return
         for name, text in summary_rows(result.record):
-            console.print(f"{name + ':':24} {text}", soft_wrap=True, highlight=False, markup=False)
-        console.print(f"{'folder:':24} {result.folder}", soft_wrap=True, highlight=False, markup=False)
+            console.print(f"{name + ':':24} {text}", soft_wrap=True)
+        console.print(f"{'folder:':24} {result.folder}", soft_wrap=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +197,7 @@ class Synthesize(RunOptions):
                 say=say,
             )
         for path in written:
-            console.print(str(path), soft_wrap=True, highlight=False, markup=False)
+            console.print(str(path), soft_wrap=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,14 +261,14 @@ class Methods:
             rows = [("--method", name, kind.summary) for name, kind in METHODS.items()]
             rows += [("--quantizer", name, (kind.__doc__ or "").splitlines()[0]) for name, kind in QUANTIZERS.items()]
             for option, name, text in rows:
-                console.print(f"{option:12} {name:12} {text}", soft_wrap=True, highlight=False, markup=False)
+                console.print(f"{option:12} {name:12} {text}", soft_wrap=True)
             return
         if self.name not in known:
             raise unknown_name("method or quantizer", self.name, known)
         section = "method" if self.name in METHODS else "quantizer"
         for setting, default, text in doctor.settings_of(known[self.name]):
             line = f"--set {section}.{setting}={default}"
-            console.print(f"{line:52} {text}", soft_wrap=True, highlight=False, markup=False)
+            console.print(f"{line:52} {text}", soft_wrap=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,11 +287,11 @@ class Models:
         """Print them."""
         for group in known_models():
             state = "" if group.installed else "not usable here: "
-            console.print(f"{group.form:26} {state}{group.reason}", soft_wrap=True, highlight=False, markup=False)
+            console.print(f"{group.form:26} {state}{group.reason}", soft_wrap=True)
             if self.search and ":" in group.form:
                 for name in group.names:
                     if self.search in name:
-                        console.print(f"  {group.form.split(':')[0]}:{name}", highlight=False, markup=False)
+                        console.print(f"  {group.form.split(':')[0]}:{name}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,7 +305,7 @@ class Doctor:
     def run(self, console: Console) -> None:
         """Print what was found; an expected fault if something does not work."""
         for name, text in doctor.report():
-            console.print(f"{name + ':':24} {text}", soft_wrap=True, highlight=False, markup=False)
+            console.print(f"{name + ':':24} {text}", soft_wrap=True)
 
 
 COMMANDS: dict[str, Any] = {
@@ -340,7 +340,7 @@ def main(arguments: list[str] | None = None) -> None:
         config=(FlagCreatePairsOff, DisallowNone, PositionalMetavarFromFieldName),
     )
     try:
-        command.run(Console())
+        command.run(Console(markup=False, emoji=False, highlight=False))
     except ZsqError as error:
         _stop(str(error))
     except BrokenPipeError:  # whoever read the output has seen enough, as `head` does

@@ -1,5 +1,10 @@
 """A network in, the graph that everything else works on out."""
 
+import contextlib
+import io
+import logging
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -64,7 +69,7 @@ def trace(net: nn.Module, spec: ImageSpec, name: str) -> fx.GraphModule:
     _check_forward(net, images, spec, name)
     batch = torch.export.Dim("batch", min=1)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _quiet_export():
             program = torch.export.export(net, (images,), dynamic_shapes=({0: batch},))
             exported = program.module(check_guards=False)
     except FOREIGN_FAULTS as error:
@@ -83,6 +88,19 @@ def trace(net: nn.Module, spec: ImageSpec, name: str) -> fx.GraphModule:
         parameter.requires_grad_(False)
     _check_graph(net, network, spec, name)
     return network
+
+
+@contextlib.contextmanager
+def _quiet_export() -> Iterator[None]:
+    """Keep the graphs that torch.export prints on stderr beside its exception from the user."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _functionalize(graph: fx.Graph) -> None:

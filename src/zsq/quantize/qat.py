@@ -33,7 +33,7 @@ class QAT(PTQ):
     """Nesterov momentum."""
     scales: Literal["learnable", "moving-average"] = "learnable"
     """Train the grids with the weights, or let them follow the ranges."""
-    scale_learning_rate: float = 1e-3
+    scale_learning_rate: float = 1e-4
     """Step size of learnable grids."""
     kd_weight: float = 1.0
     """Lambda of eq. (3): share of the teacher's answers against the labels."""
