@@ -292,15 +292,22 @@ def test_real_images_calibrate_what_there_are(teacher, tmp_path):
     assert (tmp_path / "run" / "samples.png").exists()
 
 
-@pytest.mark.slow
-def test_noise_serves_both_quantizers(teacher, tmp_path):
+def test_noise_serves_distillation(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "write_onnx", _stop)
     settings = ("method.batch_size=16", "quantizer.num_samples=300", "quantizer.steps=4")
-    record = quantize(teacher, out=tmp_path / "run", method="noise", quantizer="qat", settings=settings).record
-    assert record["method"] == "noise"
-    assert record["data_free"] is True
-    assert record["artifacts"].keys() == {"model.onnx", "model.pt2"}
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    with pytest.raises(InputError, match="far enough"):
+        quantize(teacher, out=tmp_path, method="noise", quantizer="qat", settings=settings)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["phase"], line["step"]) for line in lines] == [("distill", 4)]
+    assert not (tmp_path / "generator.safetensors").exists()
+    assert (tmp_path / "samples.png").exists()
+
+
+@pytest.mark.slow
+def test_noise_alone_calibrates(teacher, tmp_path):
+    record = quantize(teacher, out=tmp_path / "run", method="noise", settings=("quantizer.num_samples=300",)).record
+    assert (record["method"], record["data_free"], record["num_calibration_images"]) == ("noise", True, 300)
+    assert record["artifacts"].keys() == {"model.onnx", "model.pt2"}
 
 
 def test_noise_has_no_generator_to_reuse(teacher, tmp_path, monkeypatch):
@@ -508,12 +515,16 @@ def test_a_killed_run_ends_in_the_same_hashes(qat, killed, teacher, moment):
 
 
 @pytest.mark.slow
-def test_a_killed_run_on_a_reused_generator_goes_on_with_it(ptq, killed, teacher, tmp_path):
+def test_a_killed_run_on_a_reused_generator_goes_on_with_it(ptq, killed, teacher, tmp_path, monkeypatch):
     folder, settings = killed / "from", ("quantizer.steps=4", "quantizer.num_samples=64")
     with pytest.raises(InputError, match="it was started with --from; give it again"):
         quantize(teacher, out=folder, resume=True)
     arguments = {"settings": settings, "quantizer": "qat", "bits": 4, "from_run": ptq.folder}
-    quantize(teacher, out=folder, resume=True, **arguments)
-    quantize(teacher, out=tmp_path / "whole", **arguments)
-    assert hashes(folder) == hashes(tmp_path / "whole")
-    assert hashes(folder)["generator.safetensors"] == hashes(ptq.folder)["generator.safetensors"]
+    monkeypatch.setattr(experiment, "write_onnx", _stop)  # what is exported follows from the last checkpoint
+    for out, resume in ((folder, True), (tmp_path / "whole", False)):
+        with pytest.raises(InputError, match="far enough"):
+            quantize(teacher, out=out, resume=resume, checkpoint_every=1, **arguments)
+        assert hashes(out)["generator.safetensors"] == hashes(ptq.folder)["generator.safetensors"]
+    last = Path("checkpoints", "distill.safetensors")
+    assert canonical_sha256(folder / last) == canonical_sha256(tmp_path / "whole" / last)
+    assert (folder / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()

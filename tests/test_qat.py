@@ -86,7 +86,7 @@ def test_distillation_lowers_the_loss_on_other_images(scales: str, bits: str, ru
 
 
 def test_learnable_grids_and_all_weights_move(teacher: Teacher) -> None:
-    distiller = distiller_of(teacher, settings_of())
+    distiller = distiller_of(teacher, settings_of(scale_learning_rate=1e-2))
     student = distiller.student
     before = copied(dict(student.named_parameters()))
     distiller.step(0)
