@@ -141,6 +141,7 @@ def test_evaluate_measures_a_float_network(finished, monkeypatch, tmp_path):
     assert json.loads(finished[1].out)["float_top1"] == pytest.approx(98.67, abs=0.005)
 
 
+@pytest.mark.slow
 def test_the_summary_names_what_was_measured(finished, tmp_path):
     shown = zsq("quantize", "digits", "--from", finished[0], "--bits", "4", "--out", tmp_path / "four")
     assert shown.code == 0
@@ -201,6 +202,7 @@ def test_models_searches_the_zoos():
     assert "mobilenet_w1" not in found.out
 
 
+@pytest.mark.slow
 def test_doctor_checks_the_machine():
     found = zsq("doctor")
     assert found.code == 0

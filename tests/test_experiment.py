@@ -154,6 +154,7 @@ def _stop(*_) -> None:
     raise InputError("far enough")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ptq", "qat"])
 def test_two_repetitions_give_the_same_hashes(request, teacher, tmp_path, name):
     """Evaluation, checkpoints and folder enter no hash; the written settings are the recipe."""
@@ -204,6 +205,7 @@ def test_several_widths_take_one_fit(ptq, teacher, tmp_path):
     assert contents(ptq.folder) == before
 
 
+@pytest.mark.slow
 def test_a_reused_generator_gives_the_model_of_its_own_run(ptq, teacher, tmp_path):
     result = quantize(teacher, out=tmp_path / "run", settings=("quantizer.num_samples=64",), from_run=ptq.folder)
     assert hashes(result.folder) == hashes(ptq.folder)
@@ -270,6 +272,7 @@ def test_a_module_needs_its_spec(tmp_path):
         quantize(network(), out=tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_two_classes_work(tmp_path):
     record = quantize(network(4, 2), replace(SPEC, classes=2), out=tmp_path / "run", settings=PTQ).record
     assert record["runtime_agreement"] > 95
@@ -318,6 +321,7 @@ def test_noise_has_no_generator_to_reuse(teacher, tmp_path, monkeypatch):
         quantize(teacher, out=tmp_path / "next", from_run=tmp_path / "noise")
 
 
+@pytest.mark.slow
 def test_a_file_that_disagrees_fails_and_keeps_everything(ptq, teacher, tmp_path, monkeypatch):
     honest = experiment.verify_onnx
 
@@ -400,6 +404,7 @@ def test_a_budget_chooses_steps_that_repeat_the_run(ptq, teacher, tmp_path, monk
     assert hashes(tmp_path)["generator.safetensors"] == hashes(ptq.folder)["generator.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_may_be_resumed_and_knows_its_settings(ptq, teacher):
     before = hashes(ptq.folder)
     result = quantize(teacher, out=ptq.folder, data="digits", resume=True)

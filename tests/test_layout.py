@@ -35,7 +35,7 @@ FLOORS = {
     "quantize.ranges": 31,
     "quantize.prepare": 31,
     "quantize.correction": 32,
-    "quantize.centring": 32,
+    "quantize.centring": 33,
     "quantize.ptq": 33,
     "quantize.qat": 34,
     "quantize.convert": 35,
