@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py
 
-Runs `zsq quantize digits` in fresh processes and appends a dated line with the peaks to benchmarks/results/memory.jsonl.
+Runs digits in fresh processes and appends a dated line with the peaks to benchmarks/results/memory.jsonl.
 """
 
 import json

@@ -200,7 +200,7 @@ def test_factory_with_and_without_an_image_spec(factories) -> None:
     assert (changed.spec.mean, changed.spec.std, changed.spec.resize) == ((0.1, 0.2), (0.25, 0.25), None)
     flagged = load_teacher(f"{factories}:small", input=(2, 6, 6), classes=4)
     assert (flagged.spec.mean, flagged.spec.std, flagged.spec.resize) == ((0.0, 0.0), (1.0, 1.0), None)
-    with pytest.raises(TeacherError, match=r"give --input C,H,W and --classes N, with --mean and --std"):
+    with pytest.raises(TeacherError, match=r"give --input CxHxW and --classes N, with --mean and --std"):
         load_teacher(f"{factories}:small")
     with pytest.raises(TeacherError, match=r"give --classes N, with"):
         load_teacher(f"{factories}:small", input=(2, 6, 6))

@@ -324,21 +324,26 @@ def _described(kind: type, with_examples: bool) -> str:
     return text if with_examples else text.partition("\n\n")[0]
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; exits 1 on an expected fault, 2 on wrong usage."""
+def parse(arguments: list[str] | None = None) -> Any:
+    """Return the command that the arguments ask for, ready to run; exits 2 on wrong usage."""
     asked = (sys.argv[1:] if arguments is None else arguments)[:1]
     forms = tuple(
         Annotated[kind, subcommand(name, description=_described(kind, with_examples=asked == [name]))]
         for name, kind in COMMANDS.items()
     )
     any_of: Any = functools.reduce(operator.or_, forms)
-    command: Any = tyro.cli(
+    return tyro.cli(
         any_of,
         prog="zsq",
         description="Quantize a pretrained image classifier without any of its training data.",
         args=arguments,
         config=(FlagCreatePairsOff, DisallowNone, PositionalMetavarFromFieldName),
     )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; exits 1 on an expected fault, 2 on wrong usage."""
+    command = parse(arguments)
     try:
         command.run(Console(markup=False, emoji=False, highlight=False))
     except ZsqError as error:

@@ -186,6 +186,9 @@ def choose_schedule(
     if budget is None:
         return wanted, {}
     seconds = parse_duration(budget)
+    if _has_schedule(wanted):
+        say("no number of steps is left to choose, so --budget changes nothing")
+        return wanted, {}
     say(f"measuring a step, to fit the schedule into {seconds:.0f} s")
     planned = plan(wanted, teacher, run, seconds, num_eval_images=num_eval_images, fitted=fitted)
     say(_describe(planned))

@@ -49,7 +49,7 @@ def synthesize(
     teacher = teacher.to(where) if where.type != "cpu" else teacher
     run = Run(seed=seed, device=where, progress=progress)
     source_run = None if from_run is None else FittedRun.open(Path(from_run), teacher)
-    wanted = resolve_settings(method, None, None, recipe=recipe, assignments=tuple(settings), source_run=source_run)
+    wanted = resolve_settings(method, "ptq", None, recipe=recipe, assignments=tuple(settings), source_run=source_run)
     chosen, _ = choose_schedule(
         wanted, teacher, run, budget, recipe=recipe, num_eval_images=0, fitted=source_run is not None, say=say
     )

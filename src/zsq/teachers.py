@@ -88,7 +88,7 @@ class _Flags:
     def alone(self, model: str) -> ImageSpec:
         """Return the user's values where the model brings none: pixels in [0, 1] unless mean and std are given."""
         missing = [
-            flag for flag, value in (("--input C,H,W", self.input), ("--classes N", self.classes)) if value is None
+            flag for flag, value in (("--input CxHxW", self.input), ("--classes N", self.classes)) if value is None
         ]
         if missing:
             raise TeacherError(

@@ -15,6 +15,12 @@ from zsq.training import Run, stream
 from zsq.types import Batch, ImageSpec
 
 
+def _require_positive(settings: object, *names: str) -> None:
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise InputError(f"method.{name} is {getattr(settings, name)}; it must be at least 1.")
+
+
 class _Stateless:
     """A source that does not learn: its batches are pure functions of seed and step."""
 
@@ -39,6 +45,9 @@ class Noise:
     """Standard normal as the network takes it, or uniform pixels in [0, 1]."""
     batch_size: int = 64
     """Images a distillation step."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "batch_size")
 
     def fit(
         self, teacher: Teacher, run: Run, *, distill_steps: int = 0, fitted: dict[str, Tensor] | None = None
@@ -90,6 +99,9 @@ class Real:
     """Images a distillation step."""
     limit: int = 20_000
     """Most images kept in memory, as bytes; drawn evenly from the set."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "batch_size", "limit")
 
     def fit(
         self, teacher: Teacher, run: Run, *, distill_steps: int = 0, fitted: dict[str, Tensor] | None = None

@@ -1,6 +1,5 @@
 """ZS-CGAN: a conditional generator learnt from nothing but the teacher (Choi, El-Khamy, Lee, section 2.2)."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -40,7 +39,7 @@ class ZSCGAN:
     beta2: float = 0.999
     """Adam's second momentum."""
     ce_weight: float | None = None
-    """Factor of the label cross-entropy, eq. (2); 0 switches it off; unset, the square root of the class count."""
+    """Factor of the label cross-entropy, eq. (2); 0: none; unset: 1 up to 32 classes and classes / 32 above."""
     bns_weight: float = 1.0
     """Factor of the batch-norm statistics loss, eq. (2); 0 switches it off."""
     generator: Literal["auto", "unet", "light"] = "auto"
@@ -66,6 +65,11 @@ class ZSCGAN:
             raise InputError(f"method.steps is {self.steps}; it must be at least 0.")
         if self.batch_size is not None and self.batch_size < 2:
             raise InputError(f"method.batch_size is {self.batch_size}; batch statistics need at least 2 images.")
+        if self.style_size < 0:
+            raise InputError(f"method.style_size is {self.style_size}; it must be at least 0.")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"method.{name} is {getattr(self, name)}; it must lie in [0, 1).")
         if self.learning_rate <= 0:
             raise InputError(f"method.learning_rate is {self.learning_rate}; it must be above 0.")
         ce_weight = 1.0 if self.ce_weight is None else self.ce_weight
@@ -117,7 +121,7 @@ class GeneratorSource:
         large = min(teacher.spec.height, teacher.spec.width) >= LARGE_IMAGE
         self.batch_size = settings.batch_size or (32 if large else 64)
         self.horizon = settings.steps + distill_steps
-        ce_weight = math.sqrt(teacher.spec.classes) if settings.ce_weight is None else settings.ce_weight
+        ce_weight = max(1.0, teacher.spec.classes / 32) if settings.ce_weight is None else settings.ce_weight
         self.weights = {"ce": ce_weight, "bns": settings.bns_weight}
         observed = ObservedTeacher(teacher.network, teacher.name)
         self.teacher = observed.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -32,7 +32,7 @@ class QAT(PTQ):
     momentum: float = 0.9
     """Nesterov momentum."""
     scales: Literal["learnable", "moving-average"] = "learnable"
-    """Train the grids with the weights, or let them follow the ranges."""
+    """Train the grids with the weights, or let them follow moving averages of the smallest and largest values."""
     scale_learning_rate: float = 1e-4
     """Step size of learnable grids."""
     kd_weight: float = 1.0
@@ -47,6 +47,8 @@ class QAT(PTQ):
         for name in ("learning_rate", "scale_learning_rate", "temperature"):
             if getattr(self, name) <= 0:
                 raise InputError(f"quantizer.{name} is {getattr(self, name)}; it must be above 0.")
+        if not 0 <= self.momentum < 1:
+            raise InputError(f"quantizer.momentum is {self.momentum}; it must lie in [0, 1).")
         if not 0 <= self.kd_weight <= 1:
             raise InputError(f"quantizer.kd_weight is {self.kd_weight}; it must lie in [0, 1].")
 
