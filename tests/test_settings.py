@@ -172,3 +172,21 @@ def test_with_steps_changes_nothing_else():
 def test_build_quotes_the_unknown_name():
     with pytest.raises(InputError, match="Unknown quantizer 'gptq'"):
         build("quantizer", "gptq", {})
+
+
+@pytest.mark.parametrize(
+    ("method", "assignment", "text"),
+    [
+        ("zscgan", "method.beta1=2", "method.beta1 is 2.0; it must lie in [0, 1)."),
+        ("zscgan", "method.style_size=-1", "method.style_size is -1; it must be at least 0."),
+        ("zscgan", "method.batch_size=1", "method.batch_size is 1; batch statistics need at least 2 images."),
+        ("noise", "method.batch_size=0", "method.batch_size is 0; it must be at least 1."),
+        ("real", "method.limit=0", "method.limit is 0; it must be at least 1."),
+        ("noise", "quantizer.momentum=-1", "quantizer.momentum is -1.0; it must lie in [0, 1)."),
+        ("noise", "quantizer.logit_headroom=0.5", "quantizer.logit_headroom is 0.5; it must be at least 1."),
+    ],
+)
+def test_values_out_of_range_are_refused(method: str, assignment: str, text: str) -> None:
+    with pytest.raises(InputError) as caught:
+        resolve(method=method, quantizer="qat", assignments=[assignment])
+    assert str(caught.value) == text

@@ -14,8 +14,8 @@ from zsq.training import replacing
 from zsq.types import Batch, ImageSpec
 
 GRID_ROWS, GRID_COLUMNS = 10, 10
-SMALLEST_TILE = 48
-"""Pixels a side of a tile; smaller images are enlarged by a whole factor, pixel by pixel."""
+SMALLEST_TILE, LARGEST_TILE = 48, 112
+"""Pixels a side of a tile: smaller images are enlarged by a whole factor, larger ones averaged over whole blocks."""
 
 SEARCHED = 2000
 """Images looked through for those of the wanted labels, where a source cannot be asked for a label."""
@@ -61,6 +61,13 @@ def write_grid(images: np.ndarray, path: Path) -> None:
     """Write uint8 [rows, columns, H, W, C] as one PNG; other than 3 channels show the first as grey."""
     if images.shape[-1] != 3:
         images = images[..., :1].repeat(3, axis=-1)
+    block = -(-max(images.shape[2:4]) // LARGEST_TILE)
+    if block > 1:
+        rows, columns, height, width = (
+            side // block if axis > 1 else side for axis, side in enumerate(images.shape[:4])
+        )
+        whole = images[:, :, : height * block, : width * block]
+        images = whole.reshape(rows, columns, height, block, width, block, 3).mean((3, 5)).round().astype(np.uint8)
     factor = max(1, SMALLEST_TILE // min(images.shape[2:4]))
     images = images.repeat(factor, axis=2).repeat(factor, axis=3)
     images = np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
