@@ -33,7 +33,7 @@ class TerminalProgress:
         )
         self._tasks: dict[str, int] = {}
         self._shown = 0.0
-        self._begun: dict[str, tuple[float, int]] = {}
+        self._begun: dict[str, tuple[float, int, int]] = {}
 
     def __enter__(self) -> "TerminalProgress":
         if self._console.is_terminal:
@@ -49,14 +49,20 @@ class TerminalProgress:
     def update(self, phase: str, done: int, total: int, values: dict[str, float]) -> None:
         """Show that `done` of `total` steps of `phase` are finished, with the latest values."""
         losses = " ".join(f"{name} {value:.3g}" for name, value in values.items())
+        now = time.monotonic()
+        start, first, latest = self._begun.get(phase, (now, done, -1))
+        if done <= latest:  # the next run's phase of the same name
+            start, first = now, done
+        self._begun[phase] = (start, first, done)
         if self._console.is_terminal:
             if phase not in self._tasks:
                 self._tasks[phase] = self._bars.add_task(phase, total=total, losses="")
+            elif start == now:
+                self._bars.reset(self._tasks[phase], total=total)  # type: ignore[arg-type]
             self._bars.update(self._tasks[phase], completed=done, total=total, losses=losses)  # type: ignore[arg-type]
             return
-        now = time.monotonic()
-        start, first = self._begun.setdefault(phase, (now, done))
-        if now - self._shown > LINE_EVERY or (done >= total and values):
+        if done > first and (now - self._shown > LINE_EVERY or (done >= total and values)):
             self._shown = now
-            left = (now - start) / max(1, done - first) * (total - done)
-            say(f"{phase}: {done}/{total}, about {left:.0f} s left {losses}".rstrip())
+            left = (now - start) / (done - first) * (total - done)
+            time_left = f"about {left:.0f} s left" if done < total else f"done in {now - start:.0f} s"
+            say(f"{phase}: {done}/{total}, {time_left} {losses}".rstrip())
