@@ -116,7 +116,7 @@ def test_json_is_one_object_and_progress_goes_to_stderr(finished):
     record = json.loads(outcome.out)
     assert record == json.loads((folder / "result.json").read_text())
     assert 0 <= record["quantized_top1"] <= 100
-    assert re.search(r"^fit: 5/5, about 0 s left ce [\d.]+ bns [\d.]+ label_recognition [\d.]+$", outcome.err, re.M)
+    assert re.search(r"^fit: 5/5, done in \d+ s ce [\d.]+ bns [\d.]+ label_recognition [\d.]+$", outcome.err, re.M)
     assert "WARNING: the teacher recognises" in outcome.err
 
 
@@ -522,14 +522,14 @@ def test_an_interrupt_says_how_to_go_on(place, monkeypatch):
 # Progress
 
 
-def test_a_log_gets_a_line_at_the_start_and_the_end(capsys):
+def test_a_log_gets_few_lines_and_one_at_the_end(capsys):
     with TerminalProgress() as progress:
         for done in range(1, 101):
             progress.update("fit", done, 100, {"ce": 1 / done, "bns": 300.0})
     out, err = capsys.readouterr()
     assert out == ""
     lines = err.splitlines()
-    assert lines[-1] == "fit: 100/100, about 0 s left ce 0.01 bns 300"
+    assert lines[-1] == "fit: 100/100, done in 0 s ce 0.01 bns 300"
     assert len(lines) <= 2
 
 
@@ -593,3 +593,15 @@ def test_a_reader_that_has_seen_enough_is_no_fault(tmp_path):
         assert reader.stderr is not None
         assert reader.stderr.read() == b""
     assert reader.returncode == 1
+
+
+def test_the_next_run_of_a_phase_starts_its_clock_anew(capsys, monkeypatch):
+    clock = iter([0.0, 10.0, 1000.0, 1040.0, 1060.0])
+    monkeypatch.setattr("zsq.console.time.monotonic", lambda: next(clock))
+    with TerminalProgress() as progress:
+        for done in (1, 2, 1, 2, 3):
+            progress.update("fit", done, 3, {"ce": 1.0})
+    assert capsys.readouterr().err.splitlines() == [
+        "fit: 2/3, about 40 s left ce 1",
+        "fit: 3/3, done in 60 s ce 1",
+    ]

@@ -365,15 +365,8 @@ def _stop(text: str) -> NoReturn:
 
 def _row(name: str, found: Evaluation) -> list[str]:
     low, high = found.top1_interval
-    return [
-        name,
-        percent(found.top1),
-        f"{low:.2f} to {high:.2f}",
-        percent(found.top5),
-        percent(found.teacher_agreement),
-        str(found.top1_correct),
-        str(found.num_images),
-    ]
+    shares = [percent(found.top1), f"{low:.2f} to {high:.2f}", percent(found.top5), percent(found.teacher_agreement)]
+    return [name, *shares, str(found.top1_correct), str(found.num_images)]
 
 
 def _whole(name: str, text: str) -> int:

@@ -61,8 +61,9 @@ class TerminalProgress:
                 self._bars.reset(self._tasks[phase], total=total)  # type: ignore[arg-type]
             self._bars.update(self._tasks[phase], completed=done, total=total, losses=losses)  # type: ignore[arg-type]
             return
-        if done > first and (now - self._shown > LINE_EVERY or (done >= total and values)):
+        if done >= total and values:
+            say(f"{phase}: {done}/{total}, done in {now - start:.0f} s {losses}")
+        elif first < done < total and now - self._shown > LINE_EVERY:
             self._shown = now
             left = (now - start) / (done - first) * (total - done)
-            time_left = f"about {left:.0f} s left" if done < total else f"done in {now - start:.0f} s"
-            say(f"{phase}: {done}/{total}, {time_left} {losses}".rstrip())
+            say(f"{phase}: {done}/{total}, about {left:.0f} s left {losses}".rstrip())
