@@ -28,8 +28,9 @@ check: $(STAMP)  ## format, lint, types and the fast tests
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 -m 'not slow and not real'
 
-bench: $(STAMP)  ## measure the single steps; writes to benchmarks/results
+bench: $(STAMP)  ## measure the single steps and the memory; writes to benchmarks/results
 	$(BIN)/python benchmarks/moments.py
+	$(BIN)/python benchmarks/memory.py
 
 clean:  ## remove the environment and the runs
 	rm -rf .venv runs

@@ -5,15 +5,11 @@
 Runs digits in fresh processes and appends a dated line with the peaks to benchmarks/results/memory.jsonl.
 """
 
-import json
-import platform
 import subprocess
 import sys
 import tempfile
-from datetime import UTC, datetime
-from pathlib import Path
 
-from zsq.runs import versions
+from records import append
 
 RUNS = {
     "100 steps, 1000 images": ("100", "1000"),
@@ -40,18 +36,7 @@ def peak_mebibytes(steps: str, images: str) -> int:
 def main() -> None:
     """Measure and record."""
     peaks = {name: peak_mebibytes(*arguments) for name, arguments in RUNS.items()}
-    record = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "peak_MiB": peaks,
-        "machine": platform.machine(),
-        **versions(),
-    }
-    line = json.dumps(record)
-    print(line)
-    results = Path(__file__).parent / "results"
-    results.mkdir(exist_ok=True)
-    with open(results / "memory.jsonl", "a") as file:
-        file.write(line + "\n")
+    append("memory", {"peak_MiB": peaks})
 
 
 if __name__ == "__main__":

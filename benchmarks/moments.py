@@ -5,17 +5,13 @@
 Prints the ratio and appends a dated line with versions and hardware to benchmarks/results/moments.jsonl.
 """
 
-import json
-import platform
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from pathlib import Path
 
 import torch
+from records import append
 
 from zsq.batchnorm import frozen_norm, moments
-from zsq.runs import versions
 
 SHAPE = (64, 16, 32, 32)
 REPEATS = 30
@@ -54,22 +50,14 @@ def main() -> None:
         torch.nn.functional.batch_norm(x, ones, ones, ones, ones, False).backward(upstream)
 
     times = {f.__name__: round(milliseconds(f), 3) for f in (ours, torchs, our_norm, torchs_norm)}
-    record = {
-        "date": datetime.now(UTC).date().isoformat(),
+    measured = {
         "shape": SHAPE,
+        "threads": torch.get_num_threads(),
         "milliseconds": times,
         "moments_ratio": round(times["torchs"] / times["ours"], 2),
         "norm_ratio": round(times["torchs_norm"] / times["our_norm"], 2),
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        **versions(),
     }
-    line = json.dumps(record)
-    print(line)
-    results = Path(__file__).parent / "results"
-    results.mkdir(exist_ok=True)
-    with open(results / "moments.jsonl", "a") as file:
-        file.write(line + "\n")
+    append("moments", measured)
 
 
 if __name__ == "__main__":

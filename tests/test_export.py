@@ -175,7 +175,9 @@ def test_weights_stay_int8_and_biases_int32(files: Path) -> None:
 def test_per_tensor_weights(tmp_path: Path, images: Tensor) -> None:
     network = converted_network(per_channel=False)
     write_onnx(network, SPEC, tmp_path / "tensor.onnx")
-    require(verify_onnx(tmp_path / "tensor.onnx", simulate(network), [images], output_step(network), threads=1))
+    found = verify_onnx(tmp_path / "tensor.onnx", simulate(network), [images], output_step(network), threads=1)
+    require(found)
+    assert found.decided_agreement == 100
 
 
 def test_batch_is_dynamic_and_named(files: Path, images: Tensor) -> None:

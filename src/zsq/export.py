@@ -16,8 +16,6 @@ import io
 import json
 import logging
 import math
-import os
-import tempfile
 import warnings
 import zipfile
 from collections import Counter
@@ -36,6 +34,7 @@ from safetensors import safe_open
 from torch import fx
 
 from zsq.errors import ExportError, InputError
+from zsq.training import replacing
 from zsq.types import ImageSpec
 from zsq.verification import OnnxClassifier, Verification, require, verify_onnx
 
@@ -114,7 +113,8 @@ def write_onnx(converted: fx.GraphModule, spec: ImageSpec, path: Path) -> None:
     assert program is not None
     model = _canonical_onnx(program.model_proto, spec, frozenset(network.state_dict()))
     onnx.checker.check_model(model, full_check=True)
-    _write_atomically(path, model.SerializeToString(deterministic=True))
+    with replacing(Path(path)) as temporary:
+        temporary.write_bytes(model.SerializeToString(deterministic=True))
 
 
 def write_pt2(converted: fx.GraphModule, spec: ImageSpec, path: Path) -> None:
@@ -131,7 +131,8 @@ def write_pt2(converted: fx.GraphModule, spec: ImageSpec, path: Path) -> None:
     exported = _export_program(_detached_copy(converted), spec)
     buffer = io.BytesIO()
     torch.export.save(exported, buffer, extra_files={"image_spec.json": _spec_json(spec)})
-    _write_atomically(path, buffer.getvalue())
+    with replacing(Path(path)) as temporary:
+        temporary.write_bytes(buffer.getvalue())
 
 
 def canonical_sha256(path: Path) -> str:
@@ -321,21 +322,6 @@ def _strip_metadata(model: onnx.ModelProto) -> None:
 
 def _spec_json(spec: ImageSpec) -> str:
     return json.dumps(asdict(spec), sort_keys=True)
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    """Write beside the target and rename, so that a file of this name is always whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _onnx_content(path: Path) -> Iterator[tuple[str, bytes]]:

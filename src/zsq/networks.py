@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
@@ -90,7 +91,7 @@ class _Level(nn.Module):
         return self.mix(self.up(x, code), code)
 
 
-class Generator(nn.Module):
+class Generator(nn.Module, ABC):
     """A conditional generator: standard-normal noise and a label to a normalised image.
 
     The first `style_size` components of the noise join the label's code in every batch norm, so that images of one
@@ -120,9 +121,9 @@ class Generator(nn.Module):
         pixels = torch.sigmoid(self.synthesize(detail, torch.cat([self.codes[labels], style], dim=1)))
         return self.spec.normalize(pixels[..., : self.spec.height, : self.spec.width])
 
+    @abstractmethod
     def synthesize(self, noise: Tensor, code: Tensor) -> Tensor:
         """Map the noise without the style, and codes with it, to the image before the sigmoid, at least H x W large."""
-        raise NotImplementedError
 
 
 class UNet(Generator):
