@@ -14,7 +14,7 @@ from zsq.graphs import argument, aten, tensor_of
 class _Moments(torch.autograd.Function):
     """Mean and biased variance in three passes forward and one backward.
 
-    `torch.var_mean` with its gradient took 13.8 ms where this takes 1 (64x16x32x32, one core; benchmarks/moments.py).
+    `torch.var_mean` with its gradient took nine times as long (64x16x32x32, one core; benchmarks/moments.py).
     """
 
     @staticmethod
