@@ -11,7 +11,7 @@ from zsq.quantize.ptq import quantize_ptq
 from zsq.quantize.qat import QAT, Distiller
 from zsq.settings import Settings
 from zsq.teachers import Teacher
-from zsq.training import Run
+from zsq.training import Learner, Run
 
 MOST_FIT_STEPS = 200_000
 MOST_DISTILL_STEPS = 50_000
@@ -28,6 +28,9 @@ RESERVE = 0.92
 
 EXPORT_SECONDS_PER_LAYER = 0.22
 """Writing both files, for each quantized layer (measured: 4.8 s for ResNet-20 on one core)."""
+
+MEASURING_SHARE = 0.01
+"""Share of the budget for which a step is timed; the first steps of a large network are slower than the rest."""
 
 PROBE_IMAGES = 100
 
@@ -90,11 +93,15 @@ def plan(
         InputError: not even ten steps of each phase fit.
     """
     begin = time.perf_counter()
+    patience = max(2.0, MEASURING_SHARE * budget_seconds)
     method, quantizer = settings.method, settings.quantizer
     probe = Run(seed=run.seed, device=run.device)
     tiny = replace(method, steps=0) if method.steps else method  # type: ignore[type-var]
     source = tiny.fit(teacher, probe, distill_steps=MOST_DISTILL_STEPS).source
-    fit_seconds = seconds_each(lambda step: source.batch(step, None)) if method.steps and not fitted else 0.0
+    fit_seconds = 0.0
+    if method.steps and not fitted:
+        assert isinstance(source, Learner), f"{method.name} has steps and its source learns nothing"
+        fit_seconds = seconds_each(source.step, at_least_seconds=patience)
     few = replace(quantizer, num_samples=PROBE_IMAGES)
     start = time.perf_counter()
     student = quantize_ptq(
@@ -106,7 +113,7 @@ def plan(
     distill_seconds = 0.0
     if isinstance(quantizer, QAT):
         distiller = Distiller(student, teacher.network, source, quantizer, run.device)
-        distill_seconds = seconds_each(distiller.step)
+        distill_seconds = seconds_each(distiller.step, at_least_seconds=patience)
     layers = sum(1 for name, _ in student.network.named_children() if name.startswith("weight_"))
     fixed = calibrate_seconds * quantizer.num_samples + 4 * forward_seconds * (num_eval_images + 1000)
     fixed += EXPORT_SECONDS_PER_LAYER * layers

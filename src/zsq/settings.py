@@ -106,12 +106,22 @@ def resolve(
         tables[section][key] = value
     if bits is not None:
         tables["quantizer"]["bits"] = str(bits)
+    _check_pair(names["method"], names["quantizer"])
     chosen = frozenset(f"{section}.{key}" for section, table in tables.items() for key in table)
     return Settings(
         build("method", names["method"], tables["method"]),
         build("quantizer", names["quantizer"], tables["quantizer"]),
         chosen | named_anywhere,
     )
+
+
+def _check_pair(method: str, quantizer: str) -> None:
+    """Check that a method gives what a quantizer needs; unknown names are left to `build`."""
+    if method in METHODS and quantizer in QUANTIZERS and quantizer not in METHODS[method].quantizers:
+        raise InputError(
+            f"quantizer {quantizer} trains on images, and method {method} makes none; "
+            f"it works with: {', '.join(METHODS[method].quantizers)}."
+        )
 
 
 def build(section: str, name: str, table: Mapping[str, Any]) -> Any:

@@ -82,11 +82,23 @@ class Batch:
     """Scalars worth logging of the source's own learning step."""
 
 
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What batch norm says of a folded network's values: takes the place of images in calibration."""
+
+    ranges: dict[str, tuple[Tensor, Tensor]]
+    """Smallest and largest value, each [1], by the name of the node in the folded graph."""
+    input_means: dict[str, Tensor]
+    """Mean of each input channel [I] of a layer, by the name of the layer's node."""
+
+
 class SampleSource(Protocol):
     """What stands in for the training images."""
 
     data_free: bool
     """Whether no real image was used."""
+    true_labels: bool
+    """Whether somebody has looked at the images to label them, so that a student may learn from the labels."""
 
     def sample(self, count: int, batch_size: int = 100) -> Iterator[Batch]:
         """Stream `count` images for calibration; two calls give the same images."""

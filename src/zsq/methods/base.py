@@ -8,7 +8,7 @@ from torch.fx import GraphModule
 
 from zsq.teachers import Teacher
 from zsq.training import Run
-from zsq.types import SampleSource
+from zsq.types import SampleSource, Statistics
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,8 @@ class Surrogate:
     """Images for calibration and distillation."""
     network: GraphModule
     """The float network to quantize: the teacher's own, unless the method rewrites it."""
+    statistics: Statistics | None = None
+    """Ranges and means of the folded network, where they take the place of images in calibration."""
 
 
 class Method(Protocol):
@@ -28,6 +30,8 @@ class Method(Protocol):
     """Name on the command line."""
     summary: ClassVar[str]
     """What it is, in half a line."""
+    quantizers: ClassVar[tuple[str, ...]]
+    """Names of the quantizers that can use it."""
     steps: int
     """Steps of `fit`; 0 where nothing is learnt."""
 

@@ -10,27 +10,10 @@ from torch import Tensor, nn
 from zsq.datasets import open_dataset
 from zsq.errors import InputError
 from zsq.methods.base import Surrogate
+from zsq.methods.pool import PoolSource, Stateless, require_positive
 from zsq.teachers import Teacher
 from zsq.training import Run, stream
 from zsq.types import Batch, ImageSpec
-
-
-def _require_positive(settings: object, *names: str) -> None:
-    for name in names:
-        if getattr(settings, name) < 1:
-            raise InputError(f"method.{name} is {getattr(settings, name)}; it must be at least 1.")
-
-
-class _Stateless:
-    """A source that does not learn: its batches are pure functions of seed and step."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return nothing, since nothing is learnt."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore nothing."""
-        del state
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +22,7 @@ class Noise:
 
     name: ClassVar[str] = "noise"
     summary: ClassVar[str] = "Gaussian or uniform noise, the lower bound"
+    quantizers: ClassVar[tuple[str, ...]] = ("ptq", "qat")
     steps: ClassVar[int] = 0
 
     distribution: Literal["gaussian", "uniform"] = "gaussian"
@@ -47,7 +31,7 @@ class Noise:
     """Images a distillation step."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "batch_size")
+        require_positive(self, "batch_size")
 
     def fit(
         self, teacher: Teacher, run: Run, *, distill_steps: int = 0, fitted: dict[str, Tensor] | None = None
@@ -57,10 +41,11 @@ class Noise:
         return Surrogate(NoiseSource(self, teacher.spec, run), teacher.network)
 
 
-class NoiseSource(_Stateless):
+class NoiseSource(Stateless):
     """Streams noise with uniform labels."""
 
     data_free = True
+    true_labels = False
 
     def __init__(self, settings: Noise, spec: ImageSpec, run: Run) -> None:
         self.settings, self.spec, self.seed, self.device = settings, spec, run.seed, run.device
@@ -91,6 +76,7 @@ class Real:
 
     name: ClassVar[str] = "real"
     summary: ClassVar[str] = "a labelled data set, the data-dependent upper bound"
+    quantizers: ClassVar[tuple[str, ...]] = ("ptq", "qat")
     steps: ClassVar[int] = 0
 
     data: str = ""
@@ -101,7 +87,7 @@ class Real:
     """Most images kept in memory, as bytes; drawn evenly from the set."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "batch_size", "limit")
+        require_positive(self, "batch_size", "limit")
 
     def fit(
         self, teacher: Teacher, run: Run, *, distill_steps: int = 0, fitted: dict[str, Tensor] | None = None
@@ -117,13 +103,15 @@ class Real:
         return Surrogate(RealSource(self, teacher.spec, run), teacher.network)
 
 
-class RealSource(_Stateless):
+class RealSource(PoolSource, Stateless):
     """Draws from a labelled set that is held in memory as uint8."""
 
     data_free = False
+    true_labels = True
 
     def __init__(self, settings: Real, spec: ImageSpec, run: Run) -> None:
-        self.settings, self.spec, self.seed, self.device = settings, spec, run.seed, run.device
+        super().__init__(run, settings.batch_size)
+        self.spec = spec
         data = open_dataset(settings.data, spec)
         every = max(1, -(-data.num_images // settings.limit))
         pixels, labels, seen = [], [], 0
@@ -134,18 +122,6 @@ class RealSource(_Stateless):
             labels.append(batch.labels[keep])
         self.pixels, self.labels = torch.cat(pixels), torch.cat(labels)
 
-    def _pick(self, rows: Tensor) -> Batch:
-        images = self.pixels[rows].permute(0, 3, 1, 2).float() / 255
-        return Batch(self.spec.normalize(images).to(self.device), self.labels[rows].to(self.device))
-
-    def sample(self, count: int, batch_size: int = 100) -> Iterator[Batch]:
-        """Stream `count` images in random order, each at most once; fewer where the set is smaller."""
-        order = torch.randperm(len(self.labels), generator=stream(self.seed, "sample", 0))[:count]
-        for rows in order.split(batch_size) if len(order) else ():
-            yield self._pick(rows)
-
-    def batch(self, step: int, student: nn.Module | None) -> Batch:
-        """Return the batch of a distillation step."""
-        del student
-        random = stream(self.seed, "distill", step)
-        return self._pick(torch.randint(0, len(self.labels), (self.settings.batch_size,), generator=random))
+    def images(self, rows: Tensor) -> Tensor:
+        """See `PoolSource.images`."""
+        return self.spec.normalize(self.pixels[rows].permute(0, 3, 1, 2).float() / 255)

@@ -27,6 +27,7 @@ class ZSCGAN:
 
     name: ClassVar[str] = "zscgan"
     summary: ClassVar[str] = "conditional generator learnt from labels and batch-norm statistics (the paper's own)"
+    quantizers: ClassVar[tuple[str, ...]] = ("ptq", "qat")
 
     steps: int = 4000
     """Generator updates before the first sample is taken."""
@@ -115,6 +116,7 @@ class GeneratorSource:
     """Samples of a generator that goes on learning while it teaches."""
 
     data_free = True
+    true_labels = False
 
     def __init__(self, settings: ZSCGAN, teacher: Teacher, run: Run, distill_steps: int) -> None:
         self.settings, self.seed, self.device, self.spec = settings, run.seed, run.device, teacher.spec

@@ -35,8 +35,8 @@ class QAT(PTQ):
     """Train the grids with the weights, or let them follow moving averages of the smallest and largest values."""
     scale_learning_rate: float = 1e-4
     """Step size of learnable grids."""
-    kd_weight: float = 1.0
-    """Lambda of eq. (3): share of the teacher's answers against the labels."""
+    kd_weight: float | None = None
+    """Lambda of eq. (3), the teacher's share against the labels'; unset: 0 with true labels, 1 with synthetic ones."""
     temperature: float = 1.0
     """Divides both logits before the softmax."""
 
@@ -49,7 +49,7 @@ class QAT(PTQ):
                 raise InputError(f"quantizer.{name} is {getattr(self, name)}; it must be above 0.")
         if not 0 <= self.momentum < 1:
             raise InputError(f"quantizer.momentum is {self.momentum}; it must lie in [0, 1).")
-        if not 0 <= self.kd_weight <= 1:
+        if self.kd_weight is not None and not 0 <= self.kd_weight <= 1:
             raise InputError(f"quantizer.kd_weight is {self.kd_weight}; it must lie in [0, 1].")
 
 
@@ -61,6 +61,7 @@ class Distiller:
     ) -> None:
         self.student, self.teacher, self.source, self.settings = student, teacher, source, settings
         self.device = device
+        self.kd_weight = (0.0 if source.true_labels else 1.0) if settings.kd_weight is None else settings.kd_weight
         centre_biases(student, first_images(source.sample(IMAGES), device))
         grids = {
             id(tensor)
@@ -92,7 +93,7 @@ class Distiller:
             answers,
             logits,
             batch.labels.to(self.device),
-            kd_weight=self.settings.kd_weight,
+            kd_weight=self.kd_weight,
             temperature=self.settings.temperature,
         )
         self.optimizer.zero_grad(set_to_none=True)
