@@ -20,6 +20,7 @@ from zsq.runs import (
     stored_settings,
     stored_spec,
     teacher_table,
+    versions,
 )
 from zsq.settings import resolve, write_settings
 from zsq.teachers import Teacher, load_teacher
@@ -314,3 +315,16 @@ def test_a_budget_is_the_default_where_steps_are_open(monkeypatch, teacher, argu
     assert asked == ([] if planned is None else [planned])
     assert facts.get("budget_seconds") == planned
     assert bool(said) == (planned is not None)
+
+
+def test_a_resumed_run_on_other_versions_says_so(run_folder, teacher):
+    said = []
+    facts = {"seed": 0, "threads": torch.get_num_threads()} | versions()
+    settings = resolve(assignments=["method.steps=5"])
+    write_settings(run_folder / "settings.toml", settings, teacher_table(teacher), facts)
+    stored_settings(run_folder, resolve(), teacher, 0, say=said.append)
+    assert said == []
+    write_settings(run_folder / "settings.toml", settings, teacher_table(teacher), facts | {"torch": "1.0"})
+    stored_settings(run_folder, resolve(), teacher, 0, say=said.append)
+    assert len(said) == 1
+    assert "started with torch 1.0, now" in said[0]

@@ -4,7 +4,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -142,25 +142,26 @@ def resolve_settings(
     Raises:
         InputError: a name or value is wrong, or would change the generator that is reused.
     """
-    extra: list[str] = []
+    tables: dict[str, dict[str, Any]] = {}
     names: list[str | None] = []
     for section, given in (("method", method), ("quantizer", quantizer)):
         if given is None or isinstance(given, str):
             names.append(given)
             continue
         names.append(given.name)
-        table = to_tables(Settings(given, given))[section]  # type: ignore[arg-type]
-        extra += [f"{section}.{key}={value}" for key, value in table.items() if key != "name"]
+        tables[section] = asdict(given)  # type: ignore[arg-type]
     merged = resolve(
         method=names[0] or (source_run.method.name if source_run else None),
         quantizer=names[1],
         bits=bits,
         recipe=None if recipe is None else Path(recipe),
-        assignments=[*extra, *assignments],
+        given=tables,
+        assignments=assignments,
     )
     if source_run is None:
         return merged
-    clash = [text.partition("=")[0] for text in (*extra, *assignments) if text.startswith("method.")]
+    clash = [f"method.{key}" for key in tables.get("method", ())]
+    clash += [text.partition("=")[0] for text in assignments if text.startswith("method.")]
     if names[0] not in (None, source_run.method.name) or clash:
         raise InputError(
             f"--from reuses a generator fitted by method {source_run.method.name} with the settings of "
@@ -200,7 +201,12 @@ def choose_schedule(
 
 
 def stored_settings(
-    folder: Path, wanted: Settings, teacher: Teacher, seed: int, source_run: FittedRun | None = None
+    folder: Path,
+    wanted: Settings,
+    teacher: Teacher,
+    seed: int,
+    source_run: FittedRun | None = None,
+    say: Say = lambda text: None,
 ) -> Settings:
     """Return the settings of the run that is resumed.
 
@@ -229,6 +235,9 @@ def stored_settings(
         differing.append(f"it was started {began if 'generator_sha256' in facts else 'without --from'}")
     if differing:
         raise InputError(f"{folder} holds a run that differs: {differing[0]}. --overwrite starts anew.")
+    for name, now in ({"threads": torch.get_num_threads()} | versions()).items():
+        if name in facts and facts[name] != now:
+            say(f"WARNING: the run was started with {name} {facts[name]}, now {now}; its files may differ in bits.")
     return stored
 
 

@@ -1,6 +1,8 @@
 """Fake quantization: float tensors that hold only the values an integer file can hold."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -57,12 +59,15 @@ class ActivationQuantizer(nn.Module):
         mode: `observe` records the range, `histogram` counts values within it, `quantize` rounds, `off` passes on.
         scale, zero_point: the grid, each [1]; scale is 0 until a range is set.
         low, high: the range seen, each [1].
+        low_factor, high_factor: what calibration made of the range seen, each [1]; moving averages keep it.
     """
 
     scale: nn.Parameter
     zero_point: nn.Parameter
     low: Tensor
     high: Tensor
+    low_factor: Tensor
+    high_factor: Tensor
     histogram: Tensor
 
     def __init__(self, bits: int, *, learnable: bool, averaging: float = 0.01) -> None:
@@ -72,10 +77,13 @@ class ActivationQuantizer(nn.Module):
         self.mode: Mode = "off"
         self.smallest = SMALLEST_SCALE
         self.average_ranges = False
+        self.passes_gradients = False
         self.scale = nn.Parameter(torch.zeros(1), requires_grad=learnable)
         self.zero_point = nn.Parameter(torch.zeros(1), requires_grad=learnable)
         self.register_buffer("low", torch.full((1,), math.inf))
         self.register_buffer("high", torch.full((1,), -math.inf))
+        self.register_buffer("low_factor", torch.ones(1))
+        self.register_buffer("high_factor", torch.ones(1))
         self.register_buffer("histogram", torch.zeros(HISTOGRAM_BINS), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,6 +97,12 @@ class ActivationQuantizer(nn.Module):
             if low < high:
                 self.histogram += torch.histc(x.detach().float(), HISTOGRAM_BINS, low, high)
         return x
+
+    def choose_range(self, low: Tensor, high: Tensor) -> None:
+        """Take the grid that spans [low, high], chosen from the range seen; moving averages scale with it."""
+        self.low_factor.copy_(torch.where(self.low != 0, low / self.low, 1))
+        self.high_factor.copy_(torch.where(self.high != 0, high / self.high, 1))
+        self.set_range(low, high)
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Take the grid that spans [low, high]."""
@@ -108,6 +122,9 @@ class ActivationQuantizer(nn.Module):
             self.high.lerp_(high, averaging)
 
     def _quantize(self, x: Tensor) -> Tensor:
+        if self.passes_gradients:
+            scale, zero_point = self.scale.detach(), self.zero_point.detach().round().to(torch.int32)
+            return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, self.quant_min, self.quant_max)
         if not self.training:  # literally what the file does, division included; the fused kernels below multiply
             zero_point = self.zero_point.detach().round()
             integers = (x / self.scale).round_().add_(zero_point).clamp_(self.quant_min, self.quant_max)
@@ -119,7 +136,7 @@ class ActivationQuantizer(nn.Module):
                 x, self.scale, self.zero_point - self.quant_min, 0, levels, factor
             )
         self._observe(x, self.averaging)
-        self.set_range(self.low, self.high)
+        self.set_range(self.low * self.low_factor, self.high * self.high_factor)
         zero_point = self.zero_point.to(torch.int32)
         return torch.fake_quantize_per_tensor_affine(x, self.scale, zero_point, self.quant_min, self.quant_max)
 
@@ -215,6 +232,35 @@ def set_mode(network: nn.Module, mode: Mode) -> None:
     """Switch the quantizers: weights are rounded in `quantize` only."""
     for quantizer in quantizers(network):
         quantizer.mode = mode
+
+
+@contextmanager
+def straight_through(student: nn.Module) -> Iterator[None]:
+    """Let gradients pass through a student to its images, as if rounding were the identity, and change nothing of it.
+
+    Within the block the student is in evaluation, so that no quantizer observes, and none of its parameters takes a
+    gradient. It answers as in evaluation, but for values halfway between two grid points. The backward pass may follow
+    the block, as long as it comes before the student's next update.
+
+    Args:
+        student: calibrated, its quantizers on; in training or evaluation, which it is again afterwards.
+    """
+    was_training = student.training
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    activations = [quantizer for quantizer in quantizers(student) if isinstance(quantizer, ActivationQuantizer)]
+    student.eval()
+    try:
+        for quantizer in activations:
+            quantizer.passes_gradients = True
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for quantizer in activations:
+            quantizer.passes_gradients = False
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        student.train(was_training)
 
 
 @torch.no_grad()
