@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from toys import SPEC, Branchy, ConvHead, Plain, SharedLayer, Tokens, graph, images, quantized
 
+from zsq.graphs import weight_times_mean
 from zsq.quantize import PTQ
-from zsq.quantize.centring import centre_biases, plain_biases, weight_times_mean
+from zsq.quantize.centring import centre_biases, plain_biases
 from zsq.quantize.convert import convert
 
 

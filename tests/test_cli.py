@@ -179,9 +179,8 @@ def test_methods_of_one_lists_each_setting_with_default_and_text(name):
     assert all(shown), lines
     assert [match[1] for match in shown if match] == [field.name for field in fields(kind)]
     values = {match[1]: match[2] for match in shown if match}
-    assert values["batch_size" if section == "method" else "bits"] == {"zscgan": "none"}.get(
-        name, "64" if section == "method" else "8"
-    )
+    defaults = {field.name: field.default for field in fields(kind)}
+    assert values == {name: "none" if value is None else str(value) for name, value in defaults.items()}
 
 
 def test_methods_of_an_unknown_name():
@@ -220,6 +219,9 @@ HELP_FLAGS = {
     "resume overwrite checkpoint-every out json",
     "synthesize": "weights input classes mean std resize method recipe budget set from seed device overwrite out count",
     "evaluate": "weights input classes mean std resize data device json",
+    "compare": "out only data-root device resume overwrite dry-run json",
+    "allocate": "weights input classes mean std resize method recipe budget set from seed device overwrite out average "
+    "size widths activation images",
     "methods": "",
     "models": "",
     "doctor": "",

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from zsq.datasets import open_dataset
 from zsq.errors import InputError, NumericsError
-from zsq.evaluate import Evaluation, evaluate, evaluate_many, wilson_interval
+from zsq.evaluate import Evaluation, evaluate, evaluate_many, paired_difference, wilson_interval
 from zsq.types import ImageSpec
 
 
@@ -82,6 +82,42 @@ def test_several_networks_in_one_pass(numbered) -> None:
 )
 def test_wilson_interval(correct, count, low, high) -> None:
     assert wilson_interval(correct, count) == (pytest.approx(low, abs=0.006), pytest.approx(high, abs=0.006))
+
+
+def test_each_images_class_is_kept(numbered) -> None:
+    result = evaluate(rank([3, 4, 5, 2, 1, 0]), numbered(6), batch_size=3)
+    assert result.predictions.tolist() == [3] * 7
+    assert result.labels.tolist() == [0, 1, 2, 3, 0, 1, 0]
+
+
+def test_a_teacher_evaluated_before_is_not_asked_again(numbered) -> None:
+    known = evaluate(lambda images: torch.nn.functional.one_hot(images[:, 0, 0, 0].mul(255).long(), 7), numbered(7))
+    assert known.predictions.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    found = evaluate_many({"a": rank([5, 0, 1, 2, 3, 4, 6])}, numbered(7), teacher=known, batch_size=3)
+    assert found["a"].agreement_count == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "mean", "reach"),
+    [
+        # d = 0 1 0 0: mean 1/4, variance (3/16 + 9/16) / 3 = 1/4, so 1.96 * 0.5 / 2; unpaired: 1.96 * sqrt(2/3) / 2
+        ([1, 1, 1, 0], [1, 0, 1, 0], 25.0, 48.999),
+        ([1, 1, 0], [1, 1, 0], 0.0, 0.0),  # the same images: no doubt, whatever their number
+        # two seeds: d = 0.5 -0.5: variance 0.5, so 1.96 * sqrt(0.5) / sqrt(2) = 0.98
+        ([1.0, 0.0], [0.5, 0.5], 0.0, 97.998),
+    ],
+)
+def test_paired_difference(first, second, mean, reach) -> None:
+    found = paired_difference(np.array(first), np.array(second))
+    assert found.mean == pytest.approx(mean, abs=1e-9)
+    assert found.high - found.mean == pytest.approx(reach, abs=0.001)
+    assert found.mean - found.low == pytest.approx(reach, abs=0.001)
+
+
+@pytest.mark.parametrize(("first", "second"), [(3, 4), (1, 1), (0, 0)])
+def test_only_the_same_images_can_be_compared(first, second) -> None:
+    with pytest.raises(InputError, match=r"two on the same images, 2 at least"):
+        paired_difference(np.zeros(first), np.zeros(second))
 
 
 def test_a_module_gets_images_without_gradients(numbered) -> None:

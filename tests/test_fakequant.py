@@ -18,6 +18,7 @@ from zsq.quantize.fakequant import (
     quantize_bias,
     quantizers,
     set_mode,
+    straight_through,
 )
 
 BITS = st.integers(2, 8)
@@ -292,3 +293,46 @@ def test_constrain_and_modes_reach_every_quantizer() -> None:
     assert (activation.scale > 0).all()
     assert (weight.scale > 0).all()
     assert activation.zero_point.item() == -128
+
+
+def test_moving_average_keeps_what_calibration_made_of_the_range() -> None:
+    quantizer = quantizer_of(0.0, 1.0, 8)
+    quantizer.low.fill_(0.0)
+    quantizer.high.fill_(2.0)
+    quantizer.choose_range(torch.tensor([0.0]), torch.tensor([1.0]))
+    assert (quantizer.low_factor.item(), quantizer.high_factor.item()) == (1.0, 0.5)
+    quantizer.train()(torch.tensor([[0.0, 4.0]]))
+    assert quantizer.high.item() == pytest.approx(2.02)
+    assert quantizer.scale.item() == pytest.approx(1.01 / 255)
+
+
+@pytest.mark.parametrize("learnable", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_straight_through_passes_gradients_and_changes_nothing(learnable: bool, training: bool) -> None:
+    quantizer = quantizer_of(-1.0, 2.0, 4, learnable=learnable)
+    student = nn.Sequential(quantizer, nn.Linear(3, 2)).train(training)
+    x = torch.tensor([[-0.93, 1.0, 5.0]], requires_grad=True)  # the last is cut off
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    with straight_through(student):
+        answer = student(x)
+    answer.sum().backward()
+    torch.testing.assert_close(x.grad[0], student[1].weight.detach().sum(0) * torch.tensor([1.0, 1.0, 0.0]))
+    torch.testing.assert_close(answer, student.eval()(x))
+    after = student.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(p.grad is None for p in student.parameters())
+    x.grad = None
+    student(x).sum().backward()
+    assert x.grad.count_nonzero() == 0  # rounding again has none
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_straight_through_ends_with_an_error_too(training: bool) -> None:
+    quantizer = quantizer_of(-1.0, 2.0, 4, learnable=True)
+    student = nn.Sequential(quantizer, nn.Linear(3, 2)).train(training)
+    student[1].bias.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), straight_through(student):
+        student(torch.ones(1, 5))
+    assert [m.training for m in student.modules()] == [training] * 3
+    assert [name for name, p in student.named_parameters() if not p.requires_grad] == ["1.bias"]
+    assert not quantizer.passes_gradients

@@ -5,7 +5,18 @@ import torch
 from torch import Tensor
 
 from zsq.errors import InputError
-from zsq.losses import bns_loss, distillation_loss, gaussian_kl, label_cross_entropy, soft_cross_entropy
+from zsq.losses import (
+    batch_entropy,
+    blurred,
+    bns_loss,
+    distillation_loss,
+    gaussian_kl,
+    instance_entropy,
+    intermediate_loss,
+    kl_divergence,
+    label_cross_entropy,
+    soft_cross_entropy,
+)
 
 LOGITS = torch.tensor([[math.log(2.0), 0.0], [0.0, math.log(3.0)]])  # probabilities 2/3, 1/3 and 1/4, 3/4
 OTHERS = torch.tensor([[0.0, math.log(4.0)], [math.log(1.5), 0.0]])  # probabilities 1/5, 4/5 and 3/5, 2/5
@@ -152,3 +163,76 @@ def test_distillation_loss_gradients() -> None:
 def test_distillation_loss_refuses_other_lambdas(kd_weight: float) -> None:
     with pytest.raises(InputError, match=rf"lambda of eq. 3\) is {kd_weight}; it must lie in \[0, 1\]"):
         distillation_loss(OTHERS, LOGITS, torch.tensor([0, 0]), kd_weight=kd_weight)
+
+
+def test_kl_divergence_in_closed_form() -> None:
+    teacher = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]])
+    student = torch.zeros(2, 2)
+    one = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)  # of two images, the second agrees; swapped: 0.1438 / 2
+    assert kl_divergence(teacher, student).item() == pytest.approx(one / 2, rel=1e-6)
+    assert kl_divergence(student, teacher).item() == pytest.approx(0.5 * math.log(4 / 3) / 2, rel=1e-6)
+    assert kl_divergence(teacher, teacher).item() == 0.0
+    nearly = teacher + torch.tensor([1e-4, 0.0])
+    assert kl_divergence(teacher, nearly).item() == pytest.approx((3 / 16 + 1 / 4) / 2 * 1e-8 / 2, rel=0.01)
+    with pytest.raises(InputError, match=r"\(2, 2\), student's \(1, 2\)"):
+        kl_divergence(teacher, student[:1])
+
+
+def test_intermediate_loss_in_closed_form() -> None:
+    first = torch.tensor([[5.0, 7.0], [9.0, 7.0]])  # variance 2 (unbiased: 8/3; mean square: 51), 4 values
+    second = torch.tensor([[1.0, -1.0, 1.0, -1.0, 1.0, -1.0]])  # variance 1, 6 values
+    teacher = [first, second]
+    student = [first + 1, second + torch.tensor([3.0, 0, 0, 0, 0, 0])]
+    assert intermediate_loss(student, teacher).item() == pytest.approx((1 / 2 + 9 / 6) / 2)
+    assert intermediate_loss(teacher, teacher).item() == 0.0
+    assert intermediate_loss([torch.full_like(t, float(t.mean())) for t in teacher], teacher).item() == 1.0
+    constant = torch.ones(2, 2)
+    assert intermediate_loss([constant], [constant]).item() == 0.0
+
+
+def test_intermediate_loss_gradients() -> None:
+    teacher = [torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)).double()]
+    student = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1)).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: intermediate_loss([s], teacher), [student])
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_intermediate_loss_refuses_what_does_not_pair(count: int) -> None:
+    with pytest.raises(InputError, match=f"{count} layer outputs of the student and {count // 2} of the teacher"):
+        intermediate_loss([torch.ones(2)] * count, [torch.ones(2)] * (count // 2))
+
+
+def test_kl_divergence_gradients_reach_both() -> None:
+    arguments = [logits.double().requires_grad_() for logits in (LOGITS, OTHERS)]
+    assert torch.autograd.gradcheck(kl_divergence, arguments)
+
+
+def test_entropies_in_closed_form() -> None:
+    uniform, certain = torch.zeros(5, 7), torch.eye(4) * 1e4
+    assert instance_entropy(uniform).item() == pytest.approx(math.log(7))
+    assert batch_entropy(uniform).item() == pytest.approx(math.log(7))
+    assert instance_entropy(certain).item() == 0
+    assert batch_entropy(certain).item() == pytest.approx(math.log(4))  # each image sure of another class
+    assert batch_entropy(certain[:1].expand(3, 4)).item() == pytest.approx(0, abs=1e-6)
+    mixed = torch.log(torch.tensor([[0.5, 0.5], [1.0, 1e-9]]))
+    assert instance_entropy(mixed).item() == pytest.approx(math.log(2) / 2, abs=1e-6)  # a sum would give log 2
+    wanted = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)  # of the mean probabilities; of mean logits: 4.7e-4
+    assert batch_entropy(mixed).item() == pytest.approx(wanted, abs=1e-6)
+
+
+def test_entropies_have_gradients_where_a_class_never_appears() -> None:
+    for entropy in (instance_entropy, batch_entropy):
+        assert torch.autograd.gradcheck(entropy, LOGITS.double().requires_grad_())
+        logits = (torch.eye(2, 3) * 1e4).requires_grad_()
+        entropy(logits).backward()
+        assert torch.isfinite(logits.grad).all()
+
+
+def test_a_blur_keeps_what_is_flat_and_takes_out_period_two() -> None:
+    flat = torch.full((1, 2, 6, 6), 3.0)
+    torch.testing.assert_close(blurred(flat), flat)
+    stripes = torch.tensor([1.0, -1.0]).repeat(3).expand(1, 1, 6, 6)
+    assert blurred(stripes)[..., 1:-1].abs().max() < 1e-6
+    point = torch.zeros(1, 1, 5, 5)
+    point[0, 0, 2, 2] = 16
+    assert blurred(point)[0, 0, 1:4, 1:4].tolist() == [[1, 2, 1], [2, 4, 2], [1, 2, 1]]

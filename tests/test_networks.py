@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from zsq.errors import InputError
-from zsq.networks import GENERATORS, ConditionalNorm, Generator, label_codes, make_generator
+from zsq.networks import GENERATORS, ConditionalNorm, Generator, label_codes, make_generator, shifted
 from zsq.types import ImageSpec
 
 
@@ -177,3 +177,20 @@ def test_label_codes_without_a_weight_are_random_and_seeded() -> None:
     assert not torch.equal(first, other)
     assert label_codes(3, None, 16, torch.Generator()).shape == (3, 3)
     assert label_codes(1, torch.ones(1, 4), 16, torch.Generator()).shape == (1, 1)
+
+
+def test_a_shift_is_circular_and_its_own_for_each_image() -> None:
+    x = torch.arange(2 * 3 * 4 * 5, dtype=torch.float32).view(2, 3, 4, 5)
+    moved = shifted(x, torch.tensor([[0.0, 0.0], [0.26, 0.41]]))  # of 4 rows by 1, of 5 columns by 2
+    assert torch.equal(moved[0], x[0])
+    assert torch.equal(moved[1], x[1].roll((1, 2), dims=(1, 2)))
+    assert torch.equal(shifted(x, torch.ones(2, 2)), x)  # the normal's far tail rounds to a full turn
+
+
+def test_only_images_that_are_not_small_are_shifted() -> None:
+    for side, differs in ((8, False), (16, True)):
+        generator = build("light", spec_of(1, side, side)).eval()
+        noise, labels = draw(generator, 4)
+        other = torch.cat([-noise[:, :2], noise[:, 2:]], dim=1)
+        with torch.no_grad():
+            assert torch.equal(generator(noise, labels), generator(other, labels)) is not differs

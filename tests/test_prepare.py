@@ -8,7 +8,15 @@ from toys import Branchy, ConvHead, Plain, SharedLayer, Tokens, graph, images
 from zsq.batchnorm import fold
 from zsq.errors import InputError
 from zsq.quantize.fakequant import ActivationQuantizer, WeightQuantizer, quantize_bias, quantizers, set_mode
-from zsq.quantize.prepare import Bits, Scheme, Student, prepare, prepared_layers, quantized_weight
+from zsq.quantize.prepare import (
+    Bits,
+    Scheme,
+    Student,
+    mean_weight_bits,
+    prepare,
+    prepared_layers,
+    quantized_weight,
+)
 
 
 def scheme(bits: str = "4", **options: object) -> Scheme:
@@ -206,3 +214,26 @@ def test_bits_refuses_other_words(text: str) -> None:
 def test_bits_refuses_other_widths(text: str) -> None:
     with pytest.raises(InputError, match=f"bits is '{text}'; widths from 2 to 8 work"):
         Bits.parse(text)
+
+
+def test_a_named_width_wins_over_that_of_the_ends_and_that_over_the_rest() -> None:
+    named = {"stem.weight": 3, "left.weight": 2}
+    student = student_of(Branchy, first_last_bits=8, weight_bits=named)
+    found = dict(weights(student))
+    assert found == {"stem.weight": 3, "down.weight": 4, "left.weight": 2, "right.weight": 4, "head.weight": 8}
+    sizes = {name: value.numel() for name, value in student.network.state_dict().items() if name in found}
+    expected = sum(found[name] * size for name, size in sizes.items()) / sum(sizes.values())
+    assert mean_weight_bits(student) == pytest.approx(expected)
+    assert expected != pytest.approx(sum(found.values()) / 5)
+
+
+def test_a_shared_weight_has_one_width_in_all_its_layers() -> None:
+    student = student_of(SharedLayer, weight_bits={"conv.weight": 5})
+    assert sorted(width for _, width in weights(student)) == [4, 5, 5]
+
+
+def test_a_width_for_an_unknown_weight_is_refused() -> None:
+    with pytest.raises(
+        InputError, match=r"Unknown weight 'lefd.weight'. Did you mean 'left.weight'\? Known: down.weight"
+    ):
+        student_of(Branchy, weight_bits={"lefd.weight": 4})

@@ -2,18 +2,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from toys import SPEC, Plain, settle
 
 from zsq.datasets import open_dataset
 from zsq.errors import InputError, NumericsError
-from zsq.losses import distillation_loss, soft_cross_entropy
+from zsq.losses import distillation_loss, intermediate_loss, soft_cross_entropy
 from zsq.methods import ZSCGAN, Noise, Real
 from zsq.quantize import PTQ, QAT
+from zsq.quantize.convert import convert
 from zsq.quantize.fakequant import ActivationQuantizer, WeightQuantizer, quantizers
 from zsq.quantize.prepare import Student
 from zsq.quantize.ptq import quantize_ptq
-from zsq.quantize.qat import Distiller, distill
+from zsq.quantize.qat import Distiller, distill, layer_views
 from zsq.teachers import Teacher, load_teacher, teacher_from_module
 from zsq.training import Run, load_tensors, save_tensors
 from zsq.types import SampleSource
@@ -68,7 +69,7 @@ def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> set[str]:
 )
 def test_distillation_lowers_the_loss_on_other_images(scales: str, bits: str, rule: str) -> None:
     teacher = load_teacher("digits")
-    settings = settings_of(steps=40, scales=scales, bits=bits, range_rule=rule, num_samples=200)
+    settings = settings_of(steps=40, scales=scales, bits=bits, range_rule=rule, num_samples=200, kd_weight=1.0)
     source = Real(data="digits:train", batch_size=32).fit(teacher, Run(seed=3)).source
     learnable = scales == "learnable"
     student = quantize_ptq(teacher.network, lambda: source.sample(200), settings, Run(), learnable=learnable)
@@ -219,9 +220,87 @@ def test_a_loss_that_is_not_finite_stops_the_run(teacher: Teacher) -> None:
         ({"temperature": 0.0}, "quantizer.temperature is 0.0; it must be above 0"),
         ({"kd_weight": 1.5}, r"quantizer.kd_weight is 1.5; it must lie in \[0, 1\]"),
         ({"bits": "12"}, "widths from 2 to 8 work"),
+        ({"weight_bits": {"fc.weight": 1}}, "quantizer.weight_bits says 1 for 'fc.weight'; widths from 2 to 8 work"),
+        ({"intermediate_weight": -1.0}, "quantizer.intermediate_weight is -1.0; it must be at least 0"),
     ],
 )
 def test_settings_are_checked(settings: dict[str, object], text: str) -> None:
     with pytest.raises(InputError, match=text):
         QAT(**settings)
     assert issubclass(QAT, PTQ)
+
+
+def distances(student: Student, teacher: Teacher, x: Tensor) -> float:
+    ours, theirs = layer_views(student, teacher.network)
+    with torch.no_grad():
+        return intermediate_loss(ours(x)[1], theirs(x)[1]).item()
+
+
+def test_views_share_the_tensors_and_answer_alike(teacher: Teacher) -> None:
+    student, source = make(teacher, settings_of())
+    x = source.batch(0, None).images
+    ours, theirs = layer_views(student, teacher.network)
+    (answers, found), (logits, wanted) = ours(x), theirs(x)
+    assert torch.equal(answers, student(x))
+    torch.testing.assert_close(logits, teacher.network(x))
+    assert [t.shape for t in found] == [t.shape for t in wanted] == [(16, 6, 8, 8), (16, 8, 4, 4)]  # not the head
+    assert {id(p) for p in ours.parameters()} == {id(p) for p in student.parameters()}
+    with torch.no_grad():
+        student.network.get_parameter("conv.weight").mul_(2)
+    assert not torch.equal(ours(x)[1][0], found[0])
+
+
+@pytest.mark.parametrize("name", ["toy", "digits"])
+def test_layers_come_nearer_where_they_are_distilled(teacher: Teacher, name: str) -> None:
+    net = teacher if name == "toy" else load_teacher("digits")
+    method = METHODS["light"] if name == "toy" else Real(data="digits:train", batch_size=32)
+    losses = {}
+    for weight in (0.0, 10.0):
+        settings = settings_of(steps=30, intermediate_weight=weight, bits="3", kd_weight=1.0)
+        source = method.fit(net, Run(seed=3), distill_steps=30).source
+        student = quantize_ptq(net.network, lambda: source.sample(32), settings, Run(), learnable=True)  # noqa: B023
+        x, keys = next(source.sample(64)).images, student.state_dict().keys()
+        before = distances(student, net, x)
+        distill(student, net.network, source, settings, Run(seed=3))
+        assert student.state_dict().keys() == keys
+        losses[weight] = distances(student, net, x) / before
+    assert losses[10.0] < 0.9
+    assert losses[10.0] < 0.9 * losses[0.0]
+
+
+def test_the_distance_is_logged_only_where_it_is_a_loss(teacher: Teacher) -> None:
+    without, with_it = (distiller_of(teacher, settings_of(intermediate_weight=weight)) for weight in (0.0, 1.0))
+    assert without.views is None
+    first, second = without.step(0), with_it.step(0)
+    assert list(second) == ["kd", "intermediate", "agreement", *(name for name in first if name not in second)]
+    torch.testing.assert_close(first["kd"], second["kd"])  # a folded teacher rounds otherwise
+    assert second["intermediate"] > 0
+
+
+def test_the_graph_is_clean_after_intermediate_distillation(teacher: Teacher) -> None:
+    codes = []
+    for weight in (0.0, 1.0):
+        settings = settings_of(intermediate_weight=weight)
+        student, source = make(teacher, settings)
+        distill(student, teacher.network, source, settings, Run(seed=3))
+        converted = convert(student)
+        assert converted(source.batch(0, None).images).shape == (16, 5)
+        codes.append((student.network.code, list(converted.state_dict())))
+    assert codes[0] == codes[1]
+
+
+def test_known_logits_of_the_teacher_are_taken(teacher: Teacher) -> None:
+    distiller = distiller_of(teacher, settings_of(intermediate_weight=1.0))
+    batch = distiller.source.batch(0, None)
+    known = torch.randn(16, 5, generator=torch.Generator().manual_seed(0))
+    assert distiller._answers(batch.images, known)[1] is known
+
+
+def test_a_single_layer_has_no_intermediate_output() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(192, 5)).requires_grad_(False).eval()
+        teacher = teacher_from_module(net, SPEC)
+    settings = settings_of(intermediate_weight=1.0)
+    with pytest.raises(InputError, match="needs a network of at least 2 layers"):
+        distiller_of(teacher, settings)

@@ -5,7 +5,7 @@ import pytest
 
 from zsq.errors import InputError
 from zsq.methods import METHODS, ZSCGAN, Noise
-from zsq.quantize import PTQ, QAT, QUANTIZERS
+from zsq.quantize import PTQ, QAT
 from zsq.settings import build, resolve, to_tables, write_settings
 
 
@@ -82,7 +82,10 @@ def test_assignments_are_read_as_the_field_wants_them(text, value):
         ({"assignments": ["method.steps="]}, "method.steps is ''"),
         ({"assignments": ["method.steps=none"]}, "method.steps is None"),
         ({"assignments": ["method.steps=-1"]}, "method.steps is -1; it must be at least 0"),
-        ({"assignments": ["method.generator=resnet"]}, "method.generator is 'resnet': Input should be 'auto', 'unet'"),
+        (
+            {"assignments": ["method.generator=resnet"]},
+            "method.generator is 'resnet': Input should be 'unet' or 'light'",
+        ),
         ({"assignments": ["quantizer.bias_correction=perhaps"]}, "quantizer.bias_correction is 'perhaps'"),
         ({"assignments": ["method.learning_rate=nan"]}, "method.learning_rate is nan; a finite number"),
         ({"assignments": ["quantizer.logit_headroom=inf"]}, "quantizer.logit_headroom is inf"),
@@ -108,6 +111,8 @@ def test_wrong_names_and_values_are_quoted(arguments, message):
         ("[method]\nsteps = [1]\n", r"method.steps is \[1\]"),
         ("[method]\nlearning_rate = inf\n", "method.learning_rate is inf"),
         ("[quantizer]\nbits = 4.5\n", "4.5"),
+        ("[quantizer]\nweight_bits = 4\n", "quantizer.weight_bits is 4"),
+        ('[quantizer.weight_bits]\n"fc.weight" = "x"\n', "quantizer.weight_bits.fc.weight is 'x'"),
     ],
 )
 def test_wrong_recipes_are_quoted(recipe, text, message):
@@ -137,10 +142,12 @@ def test_a_recipe_of_another_method_keeps_what_both_know(recipe):
         resolve(method="noise", recipe=path, assignments=["method.steps=3"])
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
-@pytest.mark.parametrize("quantizer", sorted(QUANTIZERS))
+@pytest.mark.parametrize(
+    ("method", "quantizer"), [(name, q) for name in sorted(METHODS) for q in METHODS[name].quantizers]
+)
 def test_written_settings_are_a_recipe_of_the_same_run(tmp_path, method, quantizer):
-    changed = ["method.batch_size=17", "quantizer.num_samples=77", "quantizer.first_last_bits=8"]
+    whole = "batch_size" if hasattr(METHODS[method], "batch_size") else "iterations"
+    changed = [f"method.{whole}=17", "quantizer.num_samples=77", "quantizer.first_last_bits=8"]
     settings = resolve(method=method, quantizer=quantizer, bits="W4A6", assignments=changed)
     path = tmp_path / "settings.toml"
     write_settings(path, settings, {"model": "digits", "resize": None}, {"seed": 3})
@@ -155,7 +162,7 @@ def test_written_settings_are_a_recipe_of_the_same_run(tmp_path, method, quantiz
 
 def test_every_setting_is_written(tmp_path):
     tables = to_tables(resolve(quantizer="qat"))
-    unset = {"batch_size", "ce_weight", "first_last_bits"}
+    unset = {"batch_size", "ce_weight", "first_last_bits", "kd_weight", "weight_bits"}
     assert tables["method"].keys() == {"name", *(field.name for field in fields(ZSCGAN))} - unset
     assert tables["quantizer"].keys() == {"name", *(field.name for field in fields(QAT))} - unset
 
@@ -190,3 +197,46 @@ def test_values_out_of_range_are_refused(method: str, assignment: str, text: str
     with pytest.raises(InputError) as caught:
         resolve(method=method, quantizer="qat", assignments=[assignment])
     assert str(caught.value) == text
+
+
+WIDTHS = 'activation = 6\n[weights]\n"conv1.weight" = 8\nlayer1.0.conv1.weight = 2\n'
+
+
+def test_a_file_of_widths_is_resolved_into_the_settings(tmp_path, recipe):
+    path = recipe(WIDTHS)
+    quantizer = resolve(bits=str(path)).quantizer
+    widths = {"conv1.weight": 8, "layer1.0.conv1.weight": 2}  # an unquoted name is nested TOML, and means the same
+    assert (quantizer.bits, quantizer.weight_bits) == ("W8A6", widths)
+    write_settings(tmp_path / "settings.toml", resolve(bits=str(path)), {}, {})
+    path.unlink()
+    again = resolve(recipe=tmp_path / "settings.toml")
+    assert again.quantizer == quantizer
+    assert again.chosen >= {"quantizer.bits", "quantizer.weight_bits"}
+    assert resolve(recipe=tmp_path / "settings.toml", bits=4).quantizer == PTQ(bits="4")
+    given = {"quantizer": {"weight_bits": {"fc.weight": 3}}}
+    assert resolve(recipe=tmp_path / "settings.toml", given=given).quantizer.weight_bits == {"fc.weight": 3}
+    assert PTQ(weight_bits=widths).scheme().weight_bits == widths
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("weights = 4", r"has no table \[weights\] of widths by name, such as \"conv.weight\" = 4"),
+        ("activation = 8", r"has no table \[weights\]"),
+        ("[weight]\na = 4", "weight is {'a': 4}|no table"),
+        ("[wieghts]\na = 4", r"recipe\.toml: Unknown key 'wieghts'. Did you mean 'weights'\?"),
+        ("activation = 9\n[weights]\na = 4", "activation is 9; a width from 2 to 8 is expected"),
+        ("weight = true\n[weights]\na = 4", "weight is True; a width"),
+        ("[weights]\nb.weight = 9", "quantizer.weight_bits says 9 for 'b.weight'; widths from 2 to 8 work"),
+        ("[weights]\na = 4.5", "quantizer.weight_bits.a is 4.5"),
+        ("[weights]\na = \n", "is not TOML: .*line 2"),
+    ],
+)
+def test_wrong_files_of_widths_are_quoted(recipe, text, message):
+    with pytest.raises(InputError, match=message):
+        resolve(bits=str(recipe(text)))
+
+
+def test_a_missing_file_of_widths_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"none\.TOML: No such file"):
+        resolve(bits=str(tmp_path / "none.TOML"))

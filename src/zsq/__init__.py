@@ -1,9 +1,10 @@
 """Quantize a pretrained image classifier to INT8, INT6 or INT4 without any of its training data."""
 
+from zsq.allocation import allocate
 from zsq.errors import ExportError, InputError, MissingExtraError, NumericsError, TeacherError, ZsqError
 from zsq.evaluate import Evaluation, evaluate
 from zsq.experiment import Result, quantize
-from zsq.methods import METHODS, ZSCGAN, Noise, Real
+from zsq.methods import METHODS, ZSCGAN, Adversarial, BigGAN, DeepInversion, KnowledgeWithin, Noise, Real, ZeroQ
 from zsq.quantize import PTQ, QAT
 from zsq.samples import synthesize
 from zsq.teachers import Teacher, load_teacher, teacher_from_module
@@ -15,10 +16,14 @@ __all__ = [
     "PTQ",
     "QAT",
     "ZSCGAN",
+    "Adversarial",
+    "BigGAN",
+    "DeepInversion",
     "Evaluation",
     "ExportError",
     "ImageSpec",
     "InputError",
+    "KnowledgeWithin",
     "MissingExtraError",
     "Noise",
     "NumericsError",
@@ -27,7 +32,9 @@ __all__ = [
     "Result",
     "Teacher",
     "TeacherError",
+    "ZeroQ",
     "ZsqError",
+    "allocate",
     "evaluate",
     "load_teacher",
     "quantize",

@@ -72,6 +72,11 @@ class BatchNorm:
         """Offset of the equivalent multiply-add."""
         return self.beta - self.mean * self.scale
 
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation of the output in training: |gamma|, less where epsilon matters beside the variance."""
+        return self.gamma.abs() * torch.sqrt(self.var / (self.var + self.eps))
+
 
 def batch_norms(network: GraphModule) -> list[BatchNorm]:
     """List the batch norms that normalise by stored statistics and scale by stored values, in the order of the graph.
@@ -157,8 +162,8 @@ def fold(network: GraphModule) -> tuple[GraphModule, dict[str, tuple[Tensor, Ten
     A batch norm whose input has another reader, does not come from such a layer, or has its channels elsewhere, stays.
 
     Returns:
-        The folded copy, and ``{weight name: (gamma, beta)}`` of what was folded: both [C], destroyed by the folding
-        and needed by equalisation.
+        The folded copy, and ``{weight name: (std, mean)}`` of what was folded, both [C]: standard deviation and mean of
+        the layer's output in training (|gamma| but for epsilon, and beta), which folding destroys and DFQ needs.
     """
     network = graphs.copy_network(network)
     record = {}
@@ -185,7 +190,7 @@ def fold(network: GraphModule) -> tuple[GraphModule, dict[str, tuple[Tensor, Ten
         layer.args = (layer.args[0], weight_node, bias_node, *layer.args[3:])
         norm.node.replace_all_uses_with(layer)
         network.graph.erase_node(norm.node)
-        record[name] = (norm.gamma, norm.beta)
+        record[name] = (norm.std, norm.beta)
     return graphs.finish(network), record
 
 

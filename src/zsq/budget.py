@@ -97,7 +97,8 @@ def plan(
     method, quantizer = settings.method, settings.quantizer
     probe = Run(seed=run.seed, device=run.device)
     tiny = replace(method, steps=0) if method.steps else method  # type: ignore[type-var]
-    source = tiny.fit(teacher, probe, distill_steps=MOST_DISTILL_STEPS).source
+    surrogate = tiny.fit(teacher, probe, distill_steps=MOST_DISTILL_STEPS)
+    source = surrogate.source
     fit_seconds = 0.0
     if method.steps and not fitted:
         assert isinstance(source, Learner), f"{method.name} has steps and its source learns nothing"
@@ -105,7 +106,12 @@ def plan(
     few = replace(quantizer, num_samples=PROBE_IMAGES)
     start = time.perf_counter()
     student = quantize_ptq(
-        teacher.network, lambda: source.sample(PROBE_IMAGES), few, probe, learnable=isinstance(quantizer, QAT)
+        surrogate.network,
+        lambda: source.sample(PROBE_IMAGES),
+        few,
+        probe,
+        learnable=isinstance(quantizer, QAT),
+        statistics=surrogate.statistics,
     )
     calibrate_seconds = (time.perf_counter() - start) / PROBE_IMAGES
     batch = next(iter(source.sample(PROBE_IMAGES)))
@@ -115,7 +121,8 @@ def plan(
         distiller = Distiller(student, teacher.network, source, quantizer, run.device)
         distill_seconds = seconds_each(distiller.step, at_least_seconds=patience)
     layers = sum(1 for name, _ in student.network.named_children() if name.startswith("weight_"))
-    fixed = calibrate_seconds * quantizer.num_samples + 4 * forward_seconds * (num_eval_images + 1000)
+    images = PROBE_IMAGES if surrogate.statistics else quantizer.num_samples  # statistics ask for none
+    fixed = calibrate_seconds * images + 4 * forward_seconds * (num_eval_images + 1000)
     fixed += EXPORT_SECONDS_PER_LAYER * layers
     spent = time.perf_counter() - begin
     chosen = _choose(settings, fit_seconds, distill_seconds, RESERVE * budget_seconds - fixed - spent, fitted=fitted)

@@ -17,97 +17,27 @@ from tyro.conf import (
     FlagCreatePairsOff,
     Positional,
     PositionalMetavarFromFieldName,
-    UseAppendAction,
     arg,
     subcommand,
 )
 
 from zsq import doctor
+from zsq.cli_allocate import Allocate
+from zsq.compare import compare, list_cells
 from zsq.console import TerminalProgress, say
 from zsq.datasets import open_dataset
-from zsq.errors import InputError, ZsqError, unknown_name
+from zsq.errors import ZsqError, unknown_name
 from zsq.evaluate import Evaluation, evaluate_many
 from zsq.experiment import quantize
 from zsq.methods import METHODS
+from zsq.options import Count, Folder, RunOptions, TeacherOptions, Text, unset
 from zsq.quantize import QUANTIZERS
+from zsq.recipes import read_recipe
 from zsq.report import percent, summary_rows, table
 from zsq.runs import pick_device, stored_spec
 from zsq.samples import synthesize
-from zsq.teachers import Teacher, known_models, load_teacher
+from zsq.teachers import known_models
 from zsq.verification import OnnxClassifier
-
-
-def _unset(metavar: str, name: str | None = None) -> Any:
-    """Describe an option that is absent by default, so that its help shows no "None"."""
-    return arg(name=name, metavar=metavar, help_behavior_hint="")
-
-
-Text = Annotated[str | None, _unset("NAME")]
-Numbers = Annotated[str | None, _unset("A,B,C")]
-Count = Annotated[int | None, _unset("N")]
-Time = Annotated[str | None, _unset("TIME")]
-File = Annotated[Path | None, _unset("FILE")]
-Folder = Annotated[Path, arg(metavar="DIR")]
-FromRun = Annotated[Path | None, _unset("DIR", name="from")]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherOptions:
-    """Where the network comes from and what images it takes."""
-
-    model: Positional[str]
-    """digits, pytorchcv:NAME, timm:NAME, torchvision:NAME, FILE.py:FACTORY or PACKAGE.MODULE:FACTORY."""
-    weights: Annotated[str | None, _unset("FILE")] = None
-    """Weights file (safetensors or PyTorch checkpoint), or `random`; unset, those that MODEL brings."""
-    input: Annotated[str | None, _unset("CxHxW")] = None
-    """Image shape such as 3x32x32; known for zoos."""
-    classes: Count = None
-    """Number of classes; known for zoos."""
-    mean: Numbers = None
-    """Mean of each channel, pixels in [0, 1]."""
-    std: Numbers = None
-    """Standard deviation of each channel, pixels in [0, 1]."""
-    resize: Annotated[str | None, _unset("N|none")] = None
-    """Shorter side in pixels before the centre crop, or none; unset, what MODEL says."""
-
-    def load(self) -> Teacher:
-        """Return the teacher."""
-        resize: Any = "zoo"
-        if self.resize is not None:
-            resize = None if self.resize.lower() == "none" else _whole("resize", self.resize)
-        return load_teacher(
-            self.model,
-            weights=self.weights,
-            input=_shape(self.input),
-            classes=self.classes,
-            mean=_floats("mean", self.mean),
-            std=_floats("std", self.std),
-            resize=resize,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunOptions(TeacherOptions):
-    """What stands in for the training data, and how long it may take."""
-
-    out: Folder
-    """Folder of what is written."""
-    method: Text = None
-    """What stands in for the training data; see `zsq methods`. Default zscgan."""
-    recipe: File = None
-    """TOML file of settings, such as a run's settings.toml."""
-    budget: Time = None
-    """Wall-clock time to fill, such as 90s, 5m or 1h; 10m without recipe and chosen steps."""
-    set: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="SECTION.NAME=VALUE")] = ()
-    """A setting, such as method.steps=500 or quantizer.range_rule=minmax; may be repeated. `zsq methods` lists them."""
-    from_run: FromRun = None
-    """Use the generator that another run has fitted."""
-    seed: int = 0
-    """Of every random draw."""
-    device: Literal["cpu", "cuda", "auto"] = "auto"
-    """Where to compute."""
-    overwrite: bool = False
-    """Discard the run or the images that --out holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,9 +55,9 @@ class Quantize(RunOptions):
 
     quantizer: Text = None
     """ptq (calibration only) or qat (distillation as well). Default ptq."""
-    bits: Annotated[str | None, _unset("N|WnAn")] = None
-    """8, 6, 4, any width from 2 to 8, or W4A8. Default 8."""
-    data: Annotated[str | None, _unset("SET")] = None
+    bits: Annotated[str | None, unset("N|WnAn")] = None
+    """8, 6, 4, any width from 2 to 8, W4A8, or a file such as `zsq allocate` writes. Default 8."""
+    data: Annotated[str | None, unset("SET")] = None
     """Labelled images on which teacher and result are evaluated: digits, FILE.npz or a folder."""
     resume: bool = False
     """Continue the run that --out holds."""
@@ -198,6 +128,61 @@ class Synthesize(RunOptions):
             )
         for path in written:
             console.print(str(path), soft_wrap=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Run a grid of networks, methods, quantizers, widths and seeds, and write its table.
+
+    Examples:
+      zsq compare recipes/digits.toml --out runs/digits
+      zsq compare recipes/digits.toml --out runs/digits --resume
+      zsq compare recipes/digits.toml --dry-run --only '*/qat-4/*' --out runs/digits
+      zsq compare recipes/table2_cores2.toml --data-root data --out runs/table2
+    """
+
+    recipe: Annotated[Positional[Path], arg(metavar="FILE")]
+    """TOML file of the comparison; docs/compare.md says what it holds."""
+    out: Folder
+    """Folder of cells.jsonl, table.md, table.csv, table.tex and the files of each cell."""
+    only: Annotated[str, arg(metavar="GLOB")] = "*"
+    """Run the cells whose names match, such as 'digits/zscgan/*'."""
+    data_root: Annotated[Path | None, unset("DIR")] = None
+    """Folder below which the recipe's relative paths lie."""
+    device: Literal["cpu", "cuda", "auto"] = "auto"
+    """Where to compute."""
+    resume: bool = False
+    """Continue the comparison that --out holds: run the cells that are missing, were skipped or have changed."""
+    overwrite: bool = False
+    """Discard the comparison that --out holds."""
+    dry_run: bool = False
+    """List the cells and run none."""
+    json: bool = False
+    """Print one JSON object: the lines of the cells, and the claims."""
+
+    def run(self, console: Console) -> None:
+        """Do it and print the table."""
+        if self.dry_run:
+            for cell in list_cells(read_recipe(self.recipe), self.only):
+                console.print(f"{cell.name}{': skipped: ' if cell.reason else ''}{cell.reason}", soft_wrap=True)
+            return
+        with TerminalProgress() as progress:
+            done = compare(
+                self.recipe,
+                out=self.out,
+                only=self.only,
+                resume=self.resume,
+                overwrite=self.overwrite,
+                data_root=self.data_root,
+                device=self.device,
+                progress=progress,
+                say=say,
+            )
+        if self.json:
+            print(json.dumps(done.as_dict()))
+            return
+        console.print((self.out / "table.md").read_text(), soft_wrap=True)
+        console.print(f"{'folder:':24} {done.folder}", soft_wrap=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,6 +297,8 @@ COMMANDS: dict[str, Any] = {
     "quantize": Quantize,
     "synthesize": Synthesize,
     "evaluate": EvaluateOptions,
+    "compare": Compare,
+    "allocate": Allocate,
     "methods": Methods,
     "models": Models,
     "doctor": Doctor,
@@ -367,28 +354,3 @@ def _row(name: str, found: Evaluation) -> list[str]:
     low, high = found.top1_interval
     shares = [percent(found.top1), f"{low:.2f} to {high:.2f}", percent(found.top5), percent(found.teacher_agreement)]
     return [name, *shares, str(found.top1_correct), str(found.num_images)]
-
-
-def _whole(name: str, text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise InputError(f"--{name} is '{text}'; a whole number or none is expected.") from None
-
-
-def _floats(name: str, text: str | None) -> tuple[float, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(f"--{name} is '{text}'; numbers separated by commas are expected, one a channel.") from None
-
-
-def _shape(text: str | None) -> tuple[int, int, int] | None:
-    if text is None:
-        return None
-    sizes = text.lower().split("x")
-    if len(sizes) != 3 or not all(size.isdecimal() for size in sizes):
-        raise InputError(f"--input is '{text}'; channels x height x width are expected, such as 3x32x32.")
-    return int(sizes[0]), int(sizes[1]), int(sizes[2])

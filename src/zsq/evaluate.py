@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +33,10 @@ class Evaluation:
     """Images whose label is among the five largest logits; None for fewer than five classes."""
     agreement_count: int | None = None
     """Images for which the network and the teacher name the same class; None without a teacher."""
+    predictions: np.ndarray | None = field(default=None, repr=False, compare=False)
+    """Class that the network names for each image, int32 [num_images]."""
+    labels: np.ndarray | None = field(default=None, repr=False, compare=False)
+    """True class of each image, int32 [num_images]."""
 
     @property
     def top1(self) -> float:
@@ -89,6 +94,46 @@ def wilson_interval(correct: int, count: int) -> tuple[float, float]:
     return 100 * low, 100 * high
 
 
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How much more of the same images one network recognises than another, in percentage points."""
+
+    mean: float
+    """First minus second, from -100 to 100."""
+    low: float
+    high: float
+    """Ends of the 95 % interval."""
+
+
+def paired_difference(first: np.ndarray, second: np.ndarray) -> Difference:
+    r"""Return the mean of the per-image differences and its 95 % interval.
+
+    .. math:: \bar d \pm z \frac{s_d}{\sqrt n}, \quad d_i = a_i - b_i,
+        \quad s_d^2 = \frac{1}{n-1} \sum_i (d_i - \bar d)^2
+
+    Both networks saw the same images, so what makes an image easy for both cancels. Where a network was trained with
+    several seeds, each a_i is the mean over them; the interval is about other images, not about other seeds.
+
+    Args:
+        first, second: share of the seeds with which image i was recognised, from 0 to 1, each [n], n at least 2.
+    Raises:
+        InputError: the two are not of one length of at least 2.
+    Source: the normal interval of a mean of paired differences (McNemar's setting, with its variance estimated).
+
+    >>> paired_difference(np.array([1, 1, 1, 0]), np.array([1, 0, 1, 0])).mean
+    25.0
+    """
+    if first.shape != second.shape or first.ndim != 1 or len(first) < 2:
+        raise InputError(
+            f"results on {list(first.shape)} and {list(second.shape)} images; two on the same images, 2 at least, "
+            "can be compared."
+        )
+    differences = first.astype(np.float64) - second.astype(np.float64)
+    mean = float(differences.mean())
+    reach = CONFIDENCE_Z * float(differences.std(ddof=1)) / math.sqrt(len(differences))
+    return Difference(100 * mean, 100 * (mean - reach), 100 * (mean + reach))
+
+
 def evaluate(
     predict: Predict,
     data: LabelledImages,
@@ -118,16 +163,24 @@ def evaluate_many(
     predictors: dict[str, Predict],
     data: LabelledImages,
     *,
-    teacher: Predict | None = None,
+    teacher: Predict | Evaluation | None = None,
     batch_size: int = 100,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Evaluation]:
-    """Return the accuracy of several networks, by name, in one pass over the data; otherwise as `evaluate`."""
+    """Return the accuracy of several networks, by name, in one pass over the data; otherwise as `evaluate`.
+
+    A teacher that was evaluated on the same data before is given as its `Evaluation`.
+    """
     counts = {name: _Counts() for name in predictors}
     done = 0
     with torch.no_grad():
         for batch in data.batches(batch_size):
-            told = None if teacher is None else _logits("teacher", teacher, batch.images).argmax(1)
+            told = None
+            if isinstance(teacher, Evaluation):
+                assert teacher.predictions is not None
+                told = torch.from_numpy(teacher.predictions[done : done + len(batch.labels)])
+            elif teacher is not None:
+                told = _logits("teacher", teacher, batch.images).argmax(1)
             for name, predict in predictors.items():
                 counts[name].add(_logits(name, predict, batch.images), batch.labels, told)
             done += len(batch.labels)
@@ -142,10 +195,14 @@ class _Counts:
     top1: int = 0
     top5: int | None = 0
     agreement: int | None = 0
+    predictions: list[Tensor] = field(default_factory=list)
+    labels: list[Tensor] = field(default_factory=list)
 
     def add(self, logits: Tensor, labels: Tensor, told: Tensor | None) -> None:
         guess = logits.argmax(1)
         self.num_images += len(labels)
+        self.predictions.append(guess)
+        self.labels.append(labels)
         self.top1 += int((guess == labels).sum())
         if self.top5 is not None and logits.shape[1] >= TOP_K:
             self.top5 += int((logits.topk(TOP_K, dim=1).indices == labels[:, None]).sum())
@@ -162,6 +219,8 @@ class _Counts:
             top1_correct=self.top1,
             top5_correct=self.top5,
             agreement_count=self.agreement,
+            predictions=torch.cat(self.predictions).int().numpy(),
+            labels=torch.cat(self.labels).int().numpy(),
         )
 
 

@@ -1,5 +1,6 @@
 """One run from teacher to verified files: fit, calibrate, distil, export, evaluate, record."""
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -7,9 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from zsq.batchnorm import fold
 from zsq.datasets import LabelledImages, open_dataset
 from zsq.errors import InputError
 from zsq.evaluate import Evaluation, Predict, evaluate_many
@@ -17,7 +20,7 @@ from zsq.export import canonical_sha256, output_step, write_onnx, write_pt2
 from zsq.methods import Method, Surrogate
 from zsq.quantize import PTQ, QAT
 from zsq.quantize.convert import convert
-from zsq.quantize.prepare import Student
+from zsq.quantize.prepare import Bits, Student, check_weight_names, mean_weight_bits
 from zsq.quantize.ptq import quantize_ptq
 from zsq.quantize.qat import distill
 from zsq.report import save_grid
@@ -42,7 +45,12 @@ from zsq.verification import OnnxClassifier, Verification, require, verify_onnx
 HASHED = ("generator.safetensors", "model.onnx", "model.pt2")
 """Artifacts that are the same, bit for bit, whenever a run is repeated on the CPU."""
 
+PREDICTIONS = "predictions.npz"
+"""A cell's file of predicted and true classes, int32 [N] each."""
+
 VERIFY_IMAGES = 500
+CELL_BATCHES = 10
+"""Batches of evaluation images on which a cell of a comparison is verified; other runs take all."""
 RECOGNITION_IMAGES = 1000
 LOW_RECOGNITION = 50.0
 """Percent of wanted labels recognised, below which samples carry statistics but no classes."""
@@ -90,7 +98,7 @@ def quantize(
         teacher: a `Teacher` (see `load_teacher`), or any module in memory, with its `spec`.
         spec: what the module takes and gives; only with a module.
         out: folder of the run.
-        bits: `8`, `6`, `4`, `W4A8`; None takes the recipe's, else 8.
+        bits: `8`, `6`, `4`, `W4A8`, or a TOML file of widths (see `zsq allocate`); None takes the recipe's, else 8.
         method, quantizer: a name, or a settings object such as `ZSCGAN(steps=500)`.
         recipe: TOML file of settings.
         settings: assignments such as `method.steps=500`.
@@ -126,9 +134,11 @@ def quantize(
     images = None if data is None else open_dataset(data, teacher.spec)
     reused = None if from_run is None else FittedRun.open(Path(from_run), teacher)
     wanted = resolve_settings(method, quantizer, bits, recipe=recipe, assignments=tuple(settings), source_run=reused)
+    if wanted.quantizer.weight_bits:  # before hours are spent on the fit
+        check_weight_names(fold(teacher.network)[0], wanted.quantizer.weight_bits)
     run = Run(folder, seed=seed, device=where, checkpoint_steps=checkpoint_every, progress=progress)
     if open_folder(folder, resume=resume, overwrite=overwrite):
-        chosen = stored_settings(folder, wanted, teacher, seed, reused)
+        chosen = stored_settings(folder, wanted, teacher, seed, reused, say)
         clear_folder(folder, everything=False)
     else:
         chosen, measured = choose_schedule(
@@ -147,11 +157,11 @@ def quantize(
             {"seed": seed, "device": where.type, "threads": torch.get_num_threads()} | origin | measured | versions()
         )
         write_settings(folder / "settings.toml", chosen, teacher_table(teacher), facts)
-    return _Job(teacher, folder, run, images, say, reused).carry_out(chosen, begin)
+    return Job(teacher, folder, run, images, say, reused).carry_out(chosen, begin)
 
 
 @dataclass(slots=True)
-class _Job:
+class Job:
     """The steps of one run whose settings are written."""
 
     teacher: Teacher
@@ -159,11 +169,23 @@ class _Job:
     run: Run
     data: LabelledImages | None
     say: Say
-    reused: FittedRun | None
+    reused: FittedRun | None = None
+    known: Evaluation | None = None
+    """The teacher's results on `data`: given for a cell of a comparison, which keeps predictions and writes no
+    `model.pt2`, and which evaluates the file alone."""
 
     def carry_out(self, settings: Settings, begin: float) -> Result:
         """Do all the work; the record is written even where the file fails its check."""
-        seconds: dict[str, float] = {}
+        start = time.perf_counter()
+        surrogate = self.fit(settings)
+        fit_seconds = round(time.perf_counter() - start, 2)
+        return self.finish(settings, surrogate, self.recognition(surrogate), fit_seconds, begin)
+
+    def finish(
+        self, settings: Settings, surrogate: Surrogate, recognition: float | None, fit_seconds: float, begin: float
+    ) -> Result:
+        """Do what follows the fit."""
+        seconds = {"fit": fit_seconds}
 
         def timed(name: str, work: Callable[[], Any]) -> Any:
             start = time.perf_counter()
@@ -171,13 +193,14 @@ class _Job:
             seconds[name] = round(time.perf_counter() - start, 2)
             return result
 
-        surrogate = timed("fit", lambda: self._fit(settings))
-        recognition = self._recognition(surrogate)
         student = timed("quantize", lambda: self._quantize(settings, surrogate))
-        self.say("writing and checking model.onnx and model.pt2")
+        self.say(f"writing and checking model.onnx{'' if self.known else ' and model.pt2'}")
         verification = timed("export", lambda: self._export(student, surrogate))
         accuracy = timed("evaluate", lambda: self._evaluate(student))
         record = self._record(settings, surrogate, verification, accuracy)
+        if settings.quantizer.weight_bits:
+            activation = Bits.parse(settings.quantizer.bits).activation
+            record["bits"] = f"mixed W{mean_weight_bits(student):.2f}A{activation}"
         record["label_recognition"] = recognition
         record["num_calibration_images"] = student.num_calibration_images
         record["seconds"] = round(time.perf_counter() - begin, 2)
@@ -187,7 +210,8 @@ class _Job:
         require(verification)
         return Result(record, self.folder)
 
-    def _fit(self, settings: Settings) -> Surrogate:
+    def fit(self, settings: Settings) -> Surrogate:
+        """Fit the method, or take over what is fitted; keep generator and picture where the folder has none."""
         fitted = self.reused.state if self.reused else None
         surrogate = settings.method.fit(self.teacher, self.run, distill_steps=settings.distill_steps, fitted=fitted)
         state = surrogate.source.state_dict()
@@ -195,13 +219,18 @@ class _Job:
         if state and not path.exists():
             meta = {"method": settings.method.name, "weights_sha256": self.teacher.weights_sha256}
             save_tensors(path, state, meta)
-        if not (self.folder / "samples.png").exists():
+        if surrogate.statistics is None and not (self.folder / "samples.png").exists():
             save_grid(surrogate.source, self.teacher.spec, self.folder / "samples.png")
         return surrogate
 
     @torch.no_grad()
-    def _recognition(self, surrogate: Surrogate) -> float:
-        """Return how often the teacher's top-1 class is the wanted one, in percent, and warn where it is low."""
+    def recognition(self, surrogate: Surrogate) -> float | None:
+        """Return how often the teacher's top-1 class is the wanted one, in percent, and warn where it is low.
+
+        None where no label is asked for.
+        """
+        if not surrogate.source.asks_labels:
+            return None
         hits = count = 0
         for batch in surrogate.source.sample(RECOGNITION_IMAGES):
             hits += int((self.teacher.network(batch.images).argmax(1) == batch.labels).sum())
@@ -222,6 +251,7 @@ class _Job:
             quantizer,
             self.run,
             learnable=isinstance(quantizer, QAT) and quantizer.scales == "learnable",
+            statistics=surrogate.statistics,
         )
         if isinstance(quantizer, QAT):
             self.say(f"distilling {quantizer.steps} steps at learning rate {quantizer.learning_rate:g}")
@@ -232,12 +262,14 @@ class _Job:
         """Write both files and run the ONNX file beside the simulation, on synthetic and evaluation images."""
         converted, spec = convert(student), self.teacher.spec
         write_onnx(converted, spec, self.folder / "model.onnx")
-        write_pt2(converted, spec, self.folder / "model.pt2")
+        if self.known is None:
+            write_pt2(converted, spec, self.folder / "model.pt2")
         student.cpu()
 
         def images() -> Iterator[Tensor]:
             yield from (batch.images.cpu() for batch in surrogate.source.sample(VERIFY_IMAGES))
-            yield from (batch.images for batch in self.data.batches()) if self.data else ()
+            batches = self.data.batches() if self.data else iter(())
+            yield from (batch.images for batch in itertools.islice(batches, CELL_BATCHES if self.known else None))
 
         threads = torch.get_num_threads()
         return verify_onnx(self.folder / "model.onnx", student, images(), output_step(converted), threads=threads)
@@ -246,6 +278,11 @@ class _Job:
         """Measure the teacher, the file and the simulation on the evaluation images, where there are any."""
         if self.data is None:
             return {}
+        file = OnnxClassifier(self.folder / "model.onnx", threads=torch.get_num_threads())
+        if self.known is not None:
+            found = evaluate_many({"quantized": file}, self.data, teacher=self.known, progress=self._show)
+            self._keep_predictions(found["quantized"])
+            return {"float": self.known, **found}
         latest: list[tuple[Tensor, Tensor]] = []
 
         def ask_teacher(images: Tensor) -> Tensor:
@@ -253,12 +290,18 @@ class _Job:
                 latest[:] = [(images, self.teacher.network(images.to(self.run.device)).cpu())]
             return latest[0][1]
 
-        def show(done: int, total: int) -> None:
-            self.run.progress.update("evaluate", done, total, {})
-
-        file = OnnxClassifier(self.folder / "model.onnx", threads=torch.get_num_threads())
         networks: dict[str, Predict] = {"float": ask_teacher, "quantized": file, "simulated": student}
-        return evaluate_many(networks, self.data, teacher=ask_teacher, progress=show)
+        return evaluate_many(networks, self.data, teacher=ask_teacher, progress=self._show)
+
+    def _show(self, done: int, total: int) -> None:
+        self.run.progress.update("evaluate", done, total, {})
+
+    def _keep_predictions(self, found: Evaluation) -> None:
+        """Write the class of each image, so that results can be compared image by image."""
+        assert found.predictions is not None
+        assert found.labels is not None
+        with replacing(self.folder / PREDICTIONS) as temporary, open(temporary, "wb") as file:
+            np.savez_compressed(file, predictions=found.predictions, labels=found.labels)
 
     def _record(
         self, settings: Settings, surrogate: Surrogate, verification: Verification, found: dict[str, Evaluation]
@@ -273,10 +316,14 @@ class _Job:
             "quantizer": quantizer.name,
             "bits": quantizer.bits,
             "activation_scope": quantizer.activation_scope,
-            "range_rule": quantizer.resolved_range_rule,
+            "range_rule": "batch-norm" if surrogate.statistics else quantizer.resolved_range_rule,
+            "kd_weight": quantizer.resolved_kd_weight(surrogate.source) if isinstance(quantizer, QAT) else None,
             "seed": self.run.seed,
             "data": self.data.name if self.data else None,
-            **{f"{name}_top1": found[name].top1 if found else None for name in ("float", "quantized", "simulated")},
+            **{
+                f"{name}_top1": found[name].top1 if name in found else None
+                for name in ("float", "quantized", "simulated")
+            },
             "teacher_agreement": found["quantized"].teacher_agreement if found else None,
             "runtime_agreement": verification.agreement_literal,
             "verification": asdict(verification),

@@ -1,12 +1,12 @@
 """Small helpers on `torch.export` graphs, the one representation of a network after loading."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 aten = torch.ops.aten
 
@@ -84,6 +84,17 @@ def finish(network: GraphModule) -> GraphModule:
     return network
 
 
+def with_outputs(network: GraphModule, nodes: Iterable[Node]) -> GraphModule:
+    """Return a view of a network whose output is a pair: what the network gives, and the values of these nodes.
+
+    Tensors and submodules are the network's own, so that what trains or moves one moves the other.
+    """
+    graph, copied = Graph(), dict[Node, Node]()
+    result = graph.graph_copy(network.graph, copied)
+    graph.output((result, tuple(copied[node] for node in nodes)))
+    return GraphModule(network, graph)
+
+
 def classifier_weight(network: GraphModule, classes: int) -> Tensor | None:
     """Return the weight [classes, features] of the layer that makes the logits, or None where there is none."""
     last = None
@@ -92,3 +103,16 @@ def classifier_weight(network: GraphModule, classes: int) -> Tensor | None:
         if weight is not None and weight.shape[0] == classes:
             last = weight
     return None if last is None else last.flatten(1).float()
+
+
+def weight_times_mean(weight: Tensor, input_mean: Tensor) -> Tensor:
+    """Return a layer's output without bias, [C], for a constant input.
+
+    Args:
+        weight: [C, I / groups, ...].
+        input_mean: [I], one constant an input channel.
+    """
+    summed = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
+    groups = input_mean.numel() // summed.shape[1]
+    grouped = summed.view(groups, -1, summed.shape[1])
+    return torch.einsum("goi,gi->go", grouped, input_mean.view(groups, -1)).flatten()

@@ -11,9 +11,16 @@ from torch.nn import functional as F
 
 from zsq.batchnorm import moments
 from zsq.errors import unknown_name
+from zsq.losses import blurred
 from zsq.types import ImageSpec
 
 LEAK = 0.2
+
+SMALL_IMAGE = 16
+"""Shorter side in pixels below which the light decoder neither shifts nor blurs: there, every pixel has its place."""
+
+DETAIL = 0.2
+"""Size of the noise in the light decoder's first map, beside the label's layout of 0.6, before training."""
 
 
 class ConditionalNorm(nn.Module):
@@ -165,9 +172,10 @@ class UNet(Generator):
 
 
 class LightDecoder(Generator):
-    """Latent vector and label code to a small map, upsampled, with a pixel shuffle instead of full-resolution layers.
+    """Label code to a small map, shifted at random, with noise in it; upsampled, with a pixel shuffle at the end.
 
-    No layer but the last works at full resolution; at 32x32, its step took 0.4 of the U-Net's (docs/methods/zscgan.md).
+    No layer but the last works at full resolution. The shift is circular, so that images of one label differ as a
+    whole; a blur takes out the pattern that the pixel shuffle leaves.
     """
 
     def __init__(
@@ -178,11 +186,15 @@ class LightDecoder(Generator):
         sides = [math.ceil(side / self.shuffle) for side in (spec.height, spec.width)]
         self.ups = max(0, math.ceil(math.log2(min(sides) / 7)))
         self.start = tuple(math.ceil(side / 2**self.ups) for side in sides)
-        self.noise_size = style_size + noise_channels
+        self.noise_map = (noise_channels, *self.start)
+        self.noise_size = style_size + 2 + math.prod(self.noise_map)
+        self.small = min(spec.height, spec.width) < SMALL_IMAGE
         code_size = self.code_size
         widths = [width * 2 ** min(2, self.ups - level) for level in range(self.ups + 1)]
         self.widths = widths
-        self.stem = nn.Linear(noise_channels + code_size, widths[0] * math.prod(self.start), bias=False)
+        self.layout = nn.Linear(code_size, widths[0] * math.prod(self.start), bias=False)
+        self.detail = nn.Conv2d(noise_channels, widths[0], 3, padding=1, padding_mode="reflect", bias=False)
+        nn.init.normal_(self.detail.weight, std=DETAIL / math.sqrt(9 * noise_channels))
         self.norm = ConditionalNorm(widths[0], code_size)
         pairs = itertools.pairwise(widths)
         self.blocks = nn.ModuleList(_Block(inputs, outputs, code_size) for inputs, outputs in pairs)
@@ -191,12 +203,35 @@ class LightDecoder(Generator):
 
     def synthesize(self, noise: Tensor, code: Tensor) -> Tensor:
         """See `Generator.synthesize`."""
-        x = self.stem(torch.cat([noise, code], dim=1)).unflatten(1, (self.widths[0], *self.start))
+        shift, detail = noise.split([2, noise.shape[1] - 2], dim=1)
+        layout = self.layout(code).unflatten(1, (self.widths[0], *self.start))
+        if not self.small:
+            layout = shifted(layout, torch.special.ndtr(shift))
+        x = layout + self.detail(detail.unflatten(1, self.noise_map))
         x = F.leaky_relu(self.norm(x, code), LEAK)
         for block in self.blocks:
             x = block(F.interpolate(x, scale_factor=2.0, mode="nearest"), code)
         x = self.refine(x, code)
-        return F.pixel_shuffle(self.to_pixels(x), self.shuffle)
+        pixels = F.pixel_shuffle(self.to_pixels(x), self.shuffle)
+        return pixels if self.small else blurred(pixels)
+
+
+def shifted(x: Tensor, share: Tensor) -> Tensor:
+    """Shift each map circularly.
+
+    Args:
+        x: [N, C, H, W].
+        share: of the height and of the width by which each is shifted, in [0, 1], [N, 2].
+
+    Returns:
+        [N, C, H, W].
+    """
+    height, width = x.shape[2:]
+    down, right = (share * share.new_tensor([height, width])).long().unbind(1)
+    rows = (torch.arange(height, device=x.device) - down[:, None]) % height
+    columns = (torch.arange(width, device=x.device) - right[:, None]) % width
+    images = torch.arange(len(x), device=x.device)
+    return x.movedim(1, 3)[images[:, None, None], rows[:, :, None], columns[:, None, :]].movedim(3, 1)
 
 
 GENERATORS = {"unet": UNet, "light": LightDecoder}

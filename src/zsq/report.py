@@ -31,23 +31,32 @@ def grid_labels(classes: int) -> Tensor:
     return (torch.arange(rows) * classes) // rows
 
 
-def rows_of_images(source: _Sampler, spec: ImageSpec) -> Tensor:
-    """Return images, uint8 [rows, columns, H, W, C], one row a label; places without an image are black."""
-    labels = grid_labels(spec.classes)
+def rows_of_images(
+    source: _Sampler, spec: ImageSpec, labels: Tensor | None = None, columns: int = GRID_COLUMNS
+) -> Tensor:
+    """Return images, uint8 [rows, columns, H, W, C], one row a label; places without an image are black.
+
+    Args:
+        source: of the images; asked for labels where it can be.
+        spec: what the images are.
+        labels: of the rows, int64 [rows], each once; None takes those of `grid_labels`.
+        columns: images a row.
+    """
+    labels = grid_labels(spec.classes) if labels is None else labels
     ask = getattr(source, "sample_labels", None)
     if ask is not None:
-        pixels = spec.to_pixels(ask(labels.repeat_interleave(GRID_COLUMNS)).cpu())
-        return pixels.unflatten(0, (len(labels), GRID_COLUMNS))
-    grid = torch.zeros(len(labels), GRID_COLUMNS, spec.height, spec.width, spec.channels, dtype=torch.uint8)
+        pixels = spec.to_pixels(ask(labels.repeat_interleave(columns)).cpu())
+        return pixels.unflatten(0, (len(labels), columns))
+    grid = torch.zeros(len(labels), columns, spec.height, spec.width, spec.channels, dtype=torch.uint8)
     filled = [0] * len(labels)
     row_of = {int(label): row for row, label in enumerate(labels)}
     for batch in source.sample(SEARCHED):
         for pixels, label in zip(spec.to_pixels(batch.images.cpu()), batch.labels.tolist(), strict=True):
             row = row_of.get(label)
-            if row is not None and filled[row] < GRID_COLUMNS:
+            if row is not None and filled[row] < columns:
                 grid[row, filled[row]] = pixels
                 filled[row] += 1
-        if min(filled) == GRID_COLUMNS:
+        if min(filled) == columns:
             break
     return grid
 
@@ -107,7 +116,8 @@ def summary_rows(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
         f"{percent(check['agreement_literal'])} % of all {check['num_images']} "
         f"({percent(check['agreement_optimized'])} % with the runtime's optimisations)",
     )
-    yield "label recognition", f"{percent(record['label_recognition'], 1)} % of the samples' labels"
+    if record["label_recognition"] is not None:
+        yield "label recognition", f"{percent(record['label_recognition'], 1)} % of the samples' labels"
     size = record["artifacts"]["model.onnx"]["bytes"]
     yield "file", f"model.onnx, {size / 1024:.0f} KiB"
     if set(record["bits"]) & set("234567"):

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from zsq.errors import InputError
+from zsq.methods import Surrogate
 from zsq.report import save_grid
 from zsq.runs import FittedRun, Say, choose_schedule, pick_device, resolve_settings
+from zsq.settings import Settings
 from zsq.teachers import Teacher
 from zsq.training import Progress, Run, replacing
 from zsq.types import Batch, ImageSpec
@@ -45,18 +47,41 @@ def synthesize(
         raise InputError(f"{folder} is a file or lies below one; --out takes a folder.")
     if not overwrite and any(path.exists() for path in written):
         raise InputError(f"{folder} holds images already; --overwrite replaces them.")
-    where = pick_device(device)
-    teacher = teacher.to(where) if where.type != "cpu" else teacher
-    run = Run(seed=seed, device=where, progress=progress)
-    source_run = None if from_run is None else FittedRun.open(Path(from_run), teacher)
-    wanted = resolve_settings(method, "ptq", None, recipe=recipe, assignments=tuple(settings), source_run=source_run)
-    chosen, _ = choose_schedule(
-        wanted, teacher, run, budget, recipe=recipe, num_eval_images=0, fitted=source_run is not None, say=say
+    run = Run(seed=seed, device=pick_device(device), progress=progress)
+    teacher = teacher.to(run.device) if run.device.type != "cpu" else teacher
+    _, surrogate = fit_surrogate(
+        teacher, run, method=method, recipe=recipe, settings=settings, budget=budget, from_run=from_run, say=say
     )
-    source = chosen.method.fit(teacher, run, fitted=source_run.state if source_run else None).source
+    if surrogate.statistics is not None:
+        raise InputError("this method makes no images: it takes ranges and means from batch norm.")
+    source = surrogate.source
     write_npz(written[0], source.sample(count), teacher.spec, count)
     save_grid(source, teacher.spec, written[1])
     return written
+
+
+def fit_surrogate(
+    teacher: Teacher,
+    run: Run,
+    *,
+    method: str | None,
+    recipe: str | Path | None,
+    settings: tuple[str, ...],
+    budget: str | float | None,
+    from_run: str | Path | None,
+    say: Say,
+) -> tuple[Settings, Surrogate]:
+    """Fit what stands in for the training data, or take it from a run, for other ends than a quantized network.
+
+    Raises:
+        InputError: an argument does not fit.
+    """
+    reused = None if from_run is None else FittedRun.open(Path(from_run), teacher)
+    wanted = resolve_settings(method, "ptq", None, recipe=recipe, assignments=tuple(settings), source_run=reused)
+    chosen, _ = choose_schedule(
+        wanted, teacher, run, budget, recipe=recipe, num_eval_images=0, fitted=reused is not None, say=say
+    )
+    return chosen, chosen.method.fit(teacher, run, fitted=reused.state if reused else None)
 
 
 def write_npz(path: Path, batches: Iterable[Batch], spec: ImageSpec, count: int) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,15 @@ from pydantic import TypeAdapter, ValidationError
 from zsq.errors import InputError, unknown_name
 from zsq.methods import METHODS, Method
 from zsq.quantize import PTQ, QUANTIZERS
+from zsq.quantize.prepare import Bits
 from zsq.training import replacing
 
 SECTIONS = ("method", "quantizer")
 RECORD_SECTIONS = (*SECTIONS, "teacher", "run")
 """What `settings.toml` holds; only `SECTIONS` are read from a recipe."""
+
+BITS_KEYS = ("weight", "activation", "weights")
+"""What a file of widths holds: widths of all weights and of all activations, 8 if unset, and a table of weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +71,16 @@ def resolve(
     quantizer: str | None = None,
     bits: str | int | None = None,
     recipe: Path | None = None,
+    given: Mapping[str, Mapping[str, Any]] | None = None,
     assignments: Iterable[str] = (),
 ) -> Settings:
-    """Merge defaults, recipe and assignments, the last winning.
+    """Merge defaults, recipe, given tables and assignments, the last winning.
 
     Args:
         method, quantizer: names; None takes the recipe's, else zscgan and ptq.
-        bits: as `--bits`; None takes the recipe's.
+        bits: as `--bits`, a text or a TOML file of widths; None takes the recipe's.
         recipe: a TOML file with tables `method` and `quantizer`; a run's `settings.toml` is one.
+        given: tables `method` and `quantizer`, without names.
         assignments: `method.steps=100` or `quantizer.range_rule=minmax`.
 
     Raises:
@@ -101,12 +107,14 @@ def resolve(
         if asked is not None and asked != named:
             tables[section] = _shared(section, asked, tables[section])
         names[section] = asked or named
+    for section, table in (given or {}).items():
+        tables[section] |= table
     for assignment in assignments:
         section, key, value = _parse_assignment(assignment)
         tables[section][key] = value
     if bits is not None:
-        tables["quantizer"]["bits"] = str(bits)
-    _check_pair(names["method"], names["quantizer"])
+        tables["quantizer"] |= _read_bits(str(bits))
+    check_pair(names["method"], names["quantizer"])
     chosen = frozenset(f"{section}.{key}" for section, table in tables.items() for key in table)
     return Settings(
         build("method", names["method"], tables["method"]),
@@ -115,7 +123,44 @@ def resolve(
     )
 
 
-def _check_pair(method: str, quantizer: str) -> None:
+def _read_bits(text: str) -> dict[str, Any]:
+    """Return the settings that `--bits` stands for: a text for all weights and activations, or a file of widths.
+
+    Raises:
+        InputError: the file is missing, is not TOML, or holds something else.
+    """
+    if not text.lower().endswith(".toml"):
+        return {"bits": text, "weight_bits": None}
+    content = read_toml(Path(text))
+    for key in content:
+        if key not in BITS_KEYS:
+            raise InputError(f"{text}: {unknown_name('key', key, BITS_KEYS)}")
+    weights = content.get("weights")
+    if not isinstance(weights, dict) or not weights:
+        raise InputError(f'{text} has no table [weights] of widths by name, such as "conv.weight" = 4.')
+    widths = {key: content.get(key, 8) for key in ("weight", "activation")}
+    for key, width in widths.items():
+        if type(width) is not int or not 2 <= width <= 8:
+            raise InputError(f"{text}: {key} is {width!r}; a width from 2 to 8 is expected.")
+    return {"bits": str(Bits(**widths)), "weight_bits": weights}
+
+
+def _flat(table: Any) -> Any:
+    """Undo the nesting that TOML reads into an unquoted name such as conv.weight; other values stay as they are."""
+    if not isinstance(table, dict):
+        return table
+    flat: dict[str, Any] = {}
+    for name, value in table.items():
+        inner = _flat(value)
+        flat |= {f"{name}.{rest}": v for rest, v in inner.items()} if isinstance(inner, dict) else {name: inner}
+    return flat
+
+
+_READ: dict[str, Callable[[Any], Any]] = {"bits": str, "weight_bits": _flat}
+"""What is done to a setting's value before its kind is checked."""
+
+
+def check_pair(method: str, quantizer: str) -> None:
     """Check that a method gives what a quantizer needs; unknown names are left to `build`."""
     if method in METHODS and quantizer in QUANTIZERS and quantizer not in METHODS[method].quantizers:
         raise InputError(
@@ -138,7 +183,7 @@ def build(section: str, name: str, table: Mapping[str, Any]) -> Any:
     for key in table:
         if key not in keys:
             raise unknown_name(f"{section} setting", f"{section}.{key}", [f"{section}.{k}" for k in keys])
-    table = {key: str(value) if key == "bits" else value for key, value in table.items()}
+    table = {key: _READ[key](value) if key in _READ else value for key, value in table.items()}
     try:
         built: Any = TypeAdapter(kind).validate_python(table)
     except ValidationError as error:

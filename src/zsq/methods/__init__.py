@@ -2,11 +2,33 @@
 
 from typing import Any
 
+from zsq.methods.adversarial import Adversarial
 from zsq.methods.base import Method, Surrogate
+from zsq.methods.biggan import BigGAN
+from zsq.methods.deepinversion import DeepInversion
+from zsq.methods.equalization import DFQ
 from zsq.methods.given import Noise, Real
+from zsq.methods.knowledge_within import KnowledgeWithin
+from zsq.methods.zeroq import ZeroQ
 from zsq.methods.zscgan import ZSCGAN
 
-METHODS: dict[str, Any] = {method.name: method for method in (ZSCGAN, Noise, Real)}
+METHODS: dict[str, Any] = {
+    method.name: method
+    for method in (ZSCGAN, Adversarial, BigGAN, ZeroQ, DeepInversion, KnowledgeWithin, DFQ, Noise, Real)
+}
 """Every method by its name on the command line."""
 
-__all__ = ["METHODS", "ZSCGAN", "Method", "Noise", "Real", "Surrogate"]
+__all__ = [
+    "DFQ",
+    "METHODS",
+    "ZSCGAN",
+    "Adversarial",
+    "BigGAN",
+    "DeepInversion",
+    "KnowledgeWithin",
+    "Method",
+    "Noise",
+    "Real",
+    "Surrogate",
+    "ZeroQ",
+]

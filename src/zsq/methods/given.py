@@ -46,6 +46,7 @@ class NoiseSource(Stateless):
 
     data_free = True
     true_labels = False
+    asks_labels = True
 
     def __init__(self, settings: Noise, spec: ImageSpec, run: Run) -> None:
         self.settings, self.spec, self.seed, self.device = settings, spec, run.seed, run.device
@@ -85,6 +86,8 @@ class Real:
     """Images a distillation step."""
     limit: int = 20_000
     """Most images kept in memory, as bytes; drawn evenly from the set."""
+    augment: Literal["none", "crop-flip"] = "none"
+    """What is done to distillation batches: crop-flip shifts by up to an eighth and mirrors half, wrong for digits."""
 
     def __post_init__(self) -> None:
         require_positive(self, "batch_size", "limit")
@@ -103,19 +106,29 @@ class Real:
         return Surrogate(RealSource(self, teacher.spec, run), teacher.network)
 
 
-class RealSource(PoolSource, Stateless):
-    """Draws from a labelled set that is held in memory as uint8."""
+class LabelledPool(PoolSource, Stateless):
+    """Draws from a labelled set that is held in memory as uint8.
+
+    Args:
+        data: name or path of the set.
+        limit: most images kept, taken evenly.
+        batch_size: images a distillation step.
+        spec: what the teacher takes.
+        run: seed and device.
+
+    Raises:
+        InputError: there is no such set, or it does not fit the teacher.
+    """
 
     data_free = False
-    true_labels = True
 
-    def __init__(self, settings: Real, spec: ImageSpec, run: Run) -> None:
-        super().__init__(run, settings.batch_size)
+    def __init__(self, data: str, limit: int, batch_size: int, spec: ImageSpec, run: Run) -> None:
+        super().__init__(run, batch_size)
         self.spec = spec
-        data = open_dataset(settings.data, spec)
-        every = max(1, -(-data.num_images // settings.limit))
+        images = open_dataset(data, spec)
+        every = max(1, -(-images.num_images // limit))
         pixels, labels, seen = [], [], 0
-        for batch in data.batches():
+        for batch in images.batches():
             keep = slice(-seen % every, None, every)
             seen += len(batch.labels)
             pixels.append(spec.to_pixels(batch.images[keep]))
@@ -125,3 +138,47 @@ class RealSource(PoolSource, Stateless):
     def images(self, rows: Tensor) -> Tensor:
         """See `PoolSource.images`."""
         return self.spec.normalize(self.pixels[rows].permute(0, 3, 1, 2).float() / 255)
+
+
+class RealSource(LabelledPool):
+    """Draws from a set whose labels are true."""
+
+    true_labels = True
+
+    def __init__(self, settings: Real, spec: ImageSpec, run: Run) -> None:
+        super().__init__(settings.data, settings.limit, settings.batch_size, spec, run)
+        self.augment = settings.augment
+
+    def batch(self, step: int, student: nn.Module | None) -> Batch:
+        """Return the batch of a distillation step, drawn with replacement and augmented."""
+        batch = super().batch(step, student)
+        if self.augment == "none":
+            return batch
+        black = self.spec.normalize(torch.zeros(1, self.spec.channels, 1, 1, device=self.device))
+        random = stream(self.seed, "augment", step)
+        return Batch(crop_flip(batch.images, black, random), batch.labels)
+
+
+def crop_flip(images: Tensor, fill: Tensor, random: torch.Generator) -> Tensor:
+    """Shift images at random by up to an eighth of their sides and mirror half of them left to right.
+
+    Args:
+        images: [N, C, H, W].
+        fill: what moves in from outside, [1, C, 1, 1].
+        random: of the draws, on the CPU.
+
+    Returns:
+        [N, C, H, W].
+    """
+    count, _, height, width = images.shape
+    pad_y, pad_x = height // 8, width // 8
+    tops = torch.randint(0, 2 * pad_y + 1, (count,), generator=random).tolist()
+    lefts = torch.randint(0, 2 * pad_x + 1, (count,), generator=random).tolist()
+    flips = torch.randint(0, 2, (count,), generator=random).tolist()
+    padded = fill.expand(count, -1, height + 2 * pad_y, width + 2 * pad_x).clone()
+    padded[:, :, pad_y : pad_y + height, pad_x : pad_x + width] = images
+    crops = []
+    for image, top, left, flip in zip(padded, tops, lefts, flips, strict=True):
+        crop = image[:, top : top + height, left : left + width]
+        crops.append(crop.flip(2) if flip else crop)
+    return torch.stack(crops)

@@ -42,6 +42,7 @@ class PoolSource(ABC):
     """
 
     labels: Tensor
+    asks_labels = True
 
     def __init__(self, run: Run, batch_size: int) -> None:
         self.seed, self.device, self.batch_size = run.seed, run.device, batch_size

@@ -17,37 +17,14 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 
 from zsq import graphs
-from zsq.quantize.correction import channel_dim, channel_mean
-from zsq.quantize.fakequant import quantize_bias
+from zsq.graphs import weight_times_mean
+from zsq.quantize.correction import biased_layers, channel_dim, channel_mean
 from zsq.quantize.prepare import Student
-
-
-def weight_times_mean(weight: Tensor, input_mean: Tensor) -> Tensor:
-    """Return a layer's output without bias, [C], for a constant input.
-
-    Args:
-        weight: [C, I / groups, ...].
-        input_mean: [I], one constant an input channel.
-    """
-    summed = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
-    groups = input_mean.numel() // summed.shape[1]
-    grouped = summed.view(groups, -1, summed.shape[1])
-    return torch.einsum("goi,gi->go", grouped, input_mean.view(groups, -1)).flatten()
 
 
 def centred_bias(mean_output: Tensor, weight: Tensor, input_mean: Tensor) -> Tensor:
     """Return the bias, [C], that gives a layer this mean output [C] at this mean input [I]."""
     return mean_output - weight_times_mean(weight, input_mean)
-
-
-def biased_layers(student: Student) -> list[tuple[Node, Node]]:
-    """List the layers that have a bias, with the node that rounds it."""
-    found = []
-    for node in student.network.graph.nodes:
-        bias = graphs.argument(node, 2) if node.target in graphs.LAYERS else None
-        if isinstance(bias, Node) and bias.target is quantize_bias:
-            found.append((node, bias))
-    return found
 
 
 class _InputMeans(Interpreter):

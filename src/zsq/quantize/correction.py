@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from zsq import graphs
 from zsq.quantize.fakequant import quantize_bias
-from zsq.quantize.prepare import Student
+from zsq.quantize.prepare import Student, quantized_weight
 from zsq.types import Batch
 
 IMAGES = 256
@@ -34,6 +34,16 @@ def channel_mean(x: Tensor, channel: int) -> Tensor:
 def channel_dim(layer: Node) -> int:
     """Dimension of a layer's channels: a convolution gives [N, C, ...], a linear layer [..., C]."""
     return 1 if layer.target in graphs.CONVOLUTIONS else -1
+
+
+def biased_layers(student: Student) -> list[tuple[Node, Node]]:
+    """List the layers that have a bias, with the node that rounds it."""
+    found = []
+    for node in student.network.graph.nodes:
+        bias = graphs.argument(node, 2) if node.target in graphs.LAYERS else None
+        if isinstance(bias, Node) and bias.target is quantize_bias:
+            found.append((node, bias))
+    return found
 
 
 class _Recorder(Interpreter):
@@ -90,3 +100,22 @@ def correct_biases(student: Student, folded: GraphModule, images: Tensor) -> Non
     recorder = _Recorder(folded)
     recorder.run(images)
     _Corrector(student.network, recorder.means).run(images)
+
+
+@torch.no_grad()
+def correct_biases_by_means(student: Student, input_means: dict[str, Tensor]) -> None:
+    """Take out of the student's biases, in place, what rounding a weight adds to a layer's mean output.
+
+    Args:
+        student: calibrated, its quantizers on; layers without a bias are left alone.
+        input_means: mean of each input channel [I] of a layer, by the name of its node.
+
+    Source: Nagel et al. 2019, section 4.2: the rounded weight's error times the mean input.
+    """
+    for layer, rounding in biased_layers(student):
+        quantizer, weight = quantized_weight(student.network, layer)
+        stored = rounding.args[0]
+        assert isinstance(stored, Node)
+        error = quantizer(weight) - weight
+        shift = graphs.weight_times_mean(error, input_means[layer.name])
+        graphs.get_attribute(student.network, str(stored.target)).sub_(shift)

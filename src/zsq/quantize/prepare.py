@@ -2,22 +2,23 @@
 
 import operator
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from zsq import graphs
-from zsq.errors import InputError
+from zsq.errors import InputError, unknown_name
 from zsq.graphs import argument, aten, tensor_of
 from zsq.quantize.fakequant import ActivationQuantizer, WeightQuantizer, quantize_bias
 
 ENDS_BITS = 8
 """Bits of the network's input and of its logits, always."""
 
-FUSED = {
-    target for name in ("relu", "relu6", "hardtanh", "clamp", "clamp_min") for target in [getattr(aten, name).default]
+FUSED = {getattr(aten, name).default for name in ("relu", "relu6", "hardtanh", "clamp", "clamp_min")} | {
+    aten.clamp.Tensor
 }
 """Activations that the layer or addition in front of them computes before it rounds."""
 
@@ -86,6 +87,8 @@ class Scheme:
     """Quantize every activation between layers; False: only inputs of convolutions and linear layers, and the ends."""
     first_last_bits: int | None = None
     learnable: bool = True
+    weight_bits: Mapping[str, int] = field(default_factory=dict)
+    """Width of a weight by its name; it wins over `first_last_bits`, which wins over `bits`."""
 
 
 class Student(nn.Module):
@@ -116,17 +119,37 @@ def prepare(folded: GraphModule, scheme: Scheme) -> Student:
     """Return a copy of a folded network with quantizers in place, all of them off.
 
     Raises:
-        InputError: the network has no convolution or linear layer.
+        InputError: the network has no convolution or linear layer, or none of a name to which the scheme gives a width.
     """
     network = graphs.copy_network(folded)
     every_layer = list(graphs.layers(network))
     if not every_layer:
         raise InputError("the network has no convolution or linear layer whose weight could be quantized.")
+    check_weight_names(network, scheme.weight_bits)
     placer = _Placer(network, scheme, every_layer)
     placer.place_activations()
     for layer in every_layer:
         placer.place_weight(layer)
     return Student(graphs.finish(network), placer.output_name)
+
+
+def weight_name(layer: Node) -> str:
+    """Return the name of the weight that a layer of a float graph reads: the one in the network's state."""
+    read = layer.args[1]
+    assert isinstance(read, Node)
+    return str(read.target)
+
+
+def check_weight_names(folded: GraphModule, names: Iterable[str]) -> None:
+    """Check that each name is that of a weight which is quantized.
+
+    Raises:
+        InputError: it is not; the text gives the nearest one.
+    """
+    known = {weight_name(layer) for layer in graphs.layers(folded)}
+    for name in names:
+        if name not in known:
+            raise unknown_name("weight", name, known)
 
 
 class _Placer:
@@ -192,11 +215,15 @@ class _Placer:
         if node is self.logits:
             self.output_name = name
 
+    def weight_bits_of(self, layer: Node) -> int:
+        """Width of a layer's weight."""
+        ends = self.scheme.first_last_bits if layer in (self.layers[0], self.layers[-1]) else None
+        return self.scheme.weight_bits.get(weight_name(layer)) or ends or self.scheme.bits.weight
+
     def place_weight(self, layer: Node) -> None:
         """Insert the quantizers of a layer's weight and bias."""
+        bits = self.weight_bits_of(layer)
         source, weight = self.own(layer, layer.args[1])
-        ends = layer in (self.layers[0], self.layers[-1])
-        bits = self.scheme.first_last_bits if ends and self.scheme.first_last_bits else self.scheme.bits.weight
         name = f"weight_{self.layers.index(layer)}"
         quantizer = WeightQuantizer(weight, bits, per_channel=self.scheme.per_channel, learnable=self.scheme.learnable)
         self.network.add_submodule(name, quantizer)
@@ -253,3 +280,9 @@ def quantized_weight(network: GraphModule, layer: Node) -> tuple[WeightQuantizer
     quantizer = network.get_submodule(str(quantized.target))
     assert isinstance(quantizer, WeightQuantizer)
     return quantizer, graphs.get_attribute(network, str(stored.target))
+
+
+def mean_weight_bits(student: Student) -> float:
+    """Return the width of a student's weights, averaged over all of them."""
+    found = [quantized_weight(student.network, layer) for layer in prepared_layers(student.network)]
+    return sum(q.bits * weight.numel() for q, weight in found) / sum(weight.numel() for _, weight in found)

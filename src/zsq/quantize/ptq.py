@@ -9,12 +9,12 @@ from torch.fx import GraphModule
 
 from zsq.batchnorm import fold
 from zsq.errors import InputError
-from zsq.quantize.correction import correct_biases, first_images
+from zsq.quantize.correction import correct_biases, correct_biases_by_means, first_images
 from zsq.quantize.fakequant import ActivationQuantizer, quantizers, set_mode
 from zsq.quantize.prepare import ENDS_BITS, Bits, Scheme, Student, prepare, prepared_layers, quantized_weight
 from zsq.quantize.ranges import NEEDS_HISTOGRAM, RULES, minmax, weight_mse
 from zsq.training import Run
-from zsq.types import Batch
+from zsq.types import Batch, Statistics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +41,8 @@ class PTQ:
     """Round every activation between layers, or only the inputs of convolutions and linear layers."""
     first_last_bits: int | None = None
     """Width of the first and last layer, where it differs."""
+    weight_bits: dict[str, int] | None = None
+    """Width of each weight by its name, before all other widths; `--bits FILE` reads it as `zsq allocate` wrote it."""
 
     def __post_init__(self) -> None:
         Bits.parse(self.bits)
@@ -48,6 +50,9 @@ class PTQ:
             raise InputError(f"quantizer.num_samples is {self.num_samples}; at least 1 image is needed.")
         if self.first_last_bits is not None and not 2 <= self.first_last_bits <= 8:
             raise InputError(f"quantizer.first_last_bits is {self.first_last_bits}; widths from 2 to 8 work.")
+        for weight, width in (self.weight_bits or {}).items():
+            if not 2 <= width <= 8:
+                raise InputError(f"quantizer.weight_bits says {width} for '{weight}'; widths from 2 to 8 work.")
         if self.logit_headroom < 1:
             raise InputError(f"quantizer.logit_headroom is {self.logit_headroom}; it must be at least 1.")
 
@@ -66,6 +71,7 @@ class PTQ:
             all_activations=self.activation_scope == "all",
             first_last_bits=self.first_last_bits,
             learnable=learnable,
+            weight_bits=self.weight_bits or {},
         )
 
 
@@ -76,6 +82,7 @@ def quantize_ptq(
     run: Run,
     *,
     learnable: bool = False,
+    statistics: Statistics | None = None,
 ) -> Student:
     """Fold, place quantizers, and choose their grids.
 
@@ -85,6 +92,7 @@ def quantize_ptq(
         settings: scheme and range rules.
         run: device and progress.
         learnable: place quantizers that distillation can train.
+        statistics: take the place of images, which are not asked for, and of the range rule.
 
     Returns:
         The student, its quantizers on, on the run's device.
@@ -98,9 +106,14 @@ def quantize_ptq(
         for layer in prepared_layers(student.network):
             quantizer, weight = quantized_weight(student.network, layer)
             quantizer.set_scale(weight_mse(quantizer, weight.detach()))
-    calibrate(student, images, settings, run)
+    if statistics is None:
+        calibrate(student, images, settings, run)
+    else:
+        take_ranges(student, statistics, settings)
     set_mode(student, "quantize")
-    if settings.bias_correction:
+    if settings.bias_correction and statistics is not None:
+        correct_biases_by_means(student, statistics.input_means)
+    elif settings.bias_correction:
         correct_biases(student, folded.to(run.device), first_images(images(), run.device))
     return student
 
@@ -130,4 +143,14 @@ def calibrate(student: Student, images: Callable[[], Iterator[Batch]], settings:
             low, high = low * settings.logit_headroom, high * settings.logit_headroom
         if not bool(torch.isfinite(torch.cat([low.view(1), high.view(1)])).all()):
             raise InputError(f"calibration saw the range [{float(low)}, {float(high)}]; the images are not finite.")
-        quantizer.set_range(low, high)
+        quantizer.choose_range(low, high)
+
+
+def take_ranges(student: Student, statistics: Statistics, settings: PTQ) -> None:
+    """Set the range of every activation quantizer to that of the value it rounds."""
+    for node in student.network.graph.nodes:
+        quantizer = student.network.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(quantizer, ActivationQuantizer):
+            headroom = settings.logit_headroom if node.target == student.output_name else 1.0
+            low, high = statistics.ranges[node.args[0].name]
+            quantizer.set_range(low * headroom, high * headroom)

@@ -5,13 +5,16 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
+from zsq import graphs
+from zsq.batchnorm import fold
 from zsq.errors import InputError
-from zsq.losses import distillation_loss
+from zsq.losses import distillation_loss, intermediate_loss
 from zsq.quantize.centring import centre_biases, plain_biases
 from zsq.quantize.correction import IMAGES, first_images
 from zsq.quantize.fakequant import ActivationQuantizer, WeightQuantizer, constrain, quantizers
-from zsq.quantize.prepare import Student
+from zsq.quantize.prepare import Student, prepared_layers
 from zsq.quantize.ptq import PTQ
 from zsq.training import Run, cosine, flatten_optimizer, part, restore_optimizer, set_learning_rate, under
 from zsq.types import SampleSource
@@ -39,6 +42,8 @@ class QAT(PTQ):
     """Lambda of eq. (3), the teacher's share against the labels'; unset: 0 with true labels, 1 with synthetic ones."""
     temperature: float = 1.0
     """Divides both logits before the softmax."""
+    intermediate_weight: float = 0.0
+    """Factor on the distance of student and teacher in each layer's output, added to the loss; 0 leaves it out."""
 
     def __post_init__(self) -> None:
         super(QAT, self).__post_init__()
@@ -51,6 +56,32 @@ class QAT(PTQ):
             raise InputError(f"quantizer.momentum is {self.momentum}; it must lie in [0, 1).")
         if self.kd_weight is not None and not 0 <= self.kd_weight <= 1:
             raise InputError(f"quantizer.kd_weight is {self.kd_weight}; it must lie in [0, 1].")
+        if self.intermediate_weight < 0:
+            raise InputError(f"quantizer.intermediate_weight is {self.intermediate_weight}; it must be at least 0.")
+
+    def resolved_kd_weight(self, source: SampleSource) -> float:
+        """Return the weight of the teacher's answers that is used with this source."""
+        if self.kd_weight is not None:
+            return self.kd_weight
+        return 0.0 if source.true_labels else 1.0
+
+
+def layer_views(student: Student, teacher: GraphModule) -> tuple[GraphModule, GraphModule]:
+    """Return views of student and folded teacher that also give the outputs of all layers but the last, in pairs.
+
+    The teacher is folded, so that a layer's output is the same value in both: what batch norm made of it, before the
+    activation. The last layer makes the logits, which have a loss of their own.
+
+    Raises:
+        InputError: the network has one layer only.
+    """
+    folded, _ = fold(teacher)
+    layers = prepared_layers(student.network)[:-1]
+    if not layers:
+        raise InputError("quantizer.intermediate_weight needs a network of at least 2 layers; 0 leaves the loss out.")
+    named = {node.name: node for node in graphs.layers(folded)}
+    pairs = [named[layer.name] for layer in layers]
+    return graphs.with_outputs(student.network, layers), graphs.with_outputs(folded, pairs)
 
 
 class Distiller:
@@ -61,8 +92,12 @@ class Distiller:
     ) -> None:
         self.student, self.teacher, self.source, self.settings = student, teacher, source, settings
         self.device = device
-        self.kd_weight = (0.0 if source.true_labels else 1.0) if settings.kd_weight is None else settings.kd_weight
+        self.kd_weight = settings.resolved_kd_weight(source)
         centre_biases(student, first_images(source.sample(IMAGES), device))
+        self.views: tuple[GraphModule, GraphModule] | None = None
+        if settings.intermediate_weight:
+            assert isinstance(teacher, GraphModule)
+            self.views = layer_views(student, teacher)
         grids = {
             id(tensor)
             for q in quantizers(student)
@@ -83,12 +118,8 @@ class Distiller:
         """Do one distillation step by eq. (3) and return its losses."""
         batch = self.source.batch(step, self.student)
         images = batch.images.to(self.device)
-        logits = batch.teacher_logits
-        if logits is None:
-            with torch.no_grad():
-                logits = self.teacher(images)
         self.student.train()
-        answers = self.student(images)
+        answers, logits, distances = self._answers(images, batch.teacher_logits)
         loss = distillation_loss(
             answers,
             logits,
@@ -96,13 +127,32 @@ class Distiller:
             kd_weight=self.kd_weight,
             temperature=self.settings.temperature,
         )
+        total = loss + self.settings.intermediate_weight * distances["intermediate"] if distances else loss
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        total.backward()
         set_learning_rate(self.optimizer, cosine(1.0, step, self.settings.steps))
         self.optimizer.step()
         constrain(self.student)
         agreement = (answers.detach().argmax(1) == logits.argmax(1)).float().mean() * 100
-        return {"kd": loss.detach(), "agreement": agreement, **batch.losses}
+        terms = {"kd": loss, **distances}
+        return {name: term.detach() for name, term in terms.items()} | {"agreement": agreement, **batch.losses}
+
+    def _answers(self, images: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the student's logits, the teacher's, and the distance between their layers where that is a loss.
+
+        Args:
+            images: [N, C, H, W] on the device.
+            known: the teacher's logits where the source has computed them; its layers' outputs need another forward.
+        """
+        if self.views is None:
+            with torch.no_grad():
+                logits = self.teacher(images) if known is None else known
+            return self.student(images), logits, {}
+        student, folded = self.views
+        with torch.no_grad():
+            logits, wanted = folded(images)
+        answers, found = student(images)
+        return answers, logits if known is None else known, {"intermediate": intermediate_loss(found, wanted)}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return student, momentum and source."""

@@ -1,0 +1,195 @@
+"""Choose a width for each weight: sensitivities on synthetic images, their frontier, and one point of it."""
+
+import csv
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zsq.errors import InputError
+from zsq.quantize.sensitivity import Allocation, Frontier, pareto_frontier, sensitivities, weight_sizes
+from zsq.runs import Say, pick_device, versions
+from zsq.samples import fit_surrogate
+from zsq.teachers import Teacher
+from zsq.training import Progress, Run, replacing
+
+MOST_ROWS = 1000
+"""Points of the frontier that are written, evenly spaced; a frontier can have a hundred thousand."""
+
+UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "kib": 2**10, "mib": 2**20}
+
+
+@dataclass(frozen=True, slots=True)
+class Allocated:
+    """What was measured and chosen."""
+
+    frontier: Frontier
+    chosen: int
+    """Index of the chosen point."""
+    sensitivities: dict[str, dict[int, float]]
+    """KL in nats by weight and width."""
+    files: tuple[Path, ...]
+    """What was written: `bits.toml` and `frontier.csv`."""
+
+    @property
+    def allocation(self) -> Allocation:
+        """The chosen point."""
+        return self.frontier.allocation(self.chosen)
+
+
+def allocate(
+    teacher: Teacher,
+    *,
+    out: str | Path,
+    average: float | None = None,
+    size: str | int | None = None,
+    widths: Iterable[int] = (2, 4, 8),
+    activation: int = 8,
+    num_images: int = 256,
+    method: str | None = None,
+    recipe: str | Path | None = None,
+    settings: tuple[str, ...] = (),
+    budget: str | float | None = None,
+    from_run: str | Path | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    say: Say = lambda text: None,
+) -> Allocated:
+    """Choose the widths of least summed sensitivity that fit a size, and write them as a file that `--bits` takes.
+
+    Args:
+        teacher: the float network.
+        out: folder of `bits.toml` and `frontier.csv`.
+        average: most bits a weight on average, or
+        size: most bytes of all weights, each packed at its own width, such as `100KB`. (zsq's files store bytes.)
+        widths: those to choose from, in bits.
+        activation: width of the activations; it is written down, sensitivities are of weights alone.
+        num_images: images on which sensitivities are measured.
+
+    The other arguments are those of `zsq.quantize`; of the quantizer's settings, those of weights' grids are heeded.
+
+    Raises:
+        InputError: an argument does not fit, no allocation is small enough, or the folder holds one already.
+    """
+    folder = Path(out)
+    files = (folder / "bits.toml", folder / "frontier.csv")
+    tried = _checked_widths(widths, activation)
+    if num_images < 1:
+        raise InputError(f"images is {num_images}; at least 1 is needed.")
+    if any(path.is_file() for path in (folder, *folder.parents)):
+        raise InputError(f"{folder} is a file or lies below one; --out takes a folder.")
+    if not overwrite and any(path.exists() for path in files):
+        raise InputError(f"{folder} holds an allocation already; --overwrite replaces it.")
+    sizes = weight_sizes(teacher.network)
+    most_bits = _limit(average, size, sum(sizes.values()), min(tried))
+    run = Run(seed=seed, device=pick_device(device), progress=progress)
+    teacher = teacher.to(run.device) if run.device.type != "cpu" else teacher
+    chosen, surrogate = fit_surrogate(
+        teacher, run, method=method, recipe=recipe, settings=settings, budget=budget, from_run=from_run, say=say
+    )
+    images = torch.cat([batch.images.to(run.device) for batch in surrogate.source.sample(num_images)])
+    found = sensitivities(
+        surrogate.network,
+        images,
+        tried,
+        per_channel=chosen.quantizer.weight_granularity == "channel",
+        range_rule=chosen.quantizer.weight_range_rule,
+        run=run,
+    )
+    frontier = pareto_frontier(found, sizes)
+    if not frontier.exact:
+        say("the frontier has too many points; its size axis is cut into steps, so a better point may be left out")
+    result = Allocated(frontier, frontier.within(most_bits), found, files)
+    facts = {
+        "network": f"{teacher.name}, weights sha256 {teacher.weights_sha256[:12]}",
+        "images": f"{len(images)} of method {chosen.method.name}, seed {seed}",
+        "versions": f"zsq {versions()['zsq']}, torch {torch.__version__}",
+    }
+    write_bits(files[0], result, activation, facts)
+    write_frontier(files[1], frontier, result.chosen)
+    return result
+
+
+def _checked_widths(widths: Iterable[int], activation: int) -> list[int]:
+    tried = sorted(set(widths))
+    for width in (*tried, activation):
+        if not 2 <= width <= 8:
+            raise InputError(f"a width is {width}; widths from 2 to 8 work.")
+    if not tried:
+        raise InputError("no width is given; name those to choose from, such as 2,4,8.")
+    return tried
+
+
+def _limit(average: float | None, size: str | int | None, num_weights: int, narrowest: int) -> float:
+    """Return how many bits all weights may take.
+
+    Raises:
+        InputError: not exactly one limit is given, or the narrowest width does not fit.
+    """
+    if (average is None) == (size is None):
+        raise InputError("an allocation needs one limit: --average BITS or --size BYTES such as 100KB.")
+    most_bits = average * num_weights if average is not None else 8 * parse_size(size or 0)
+    if most_bits < narrowest * num_weights:
+        asked = f"--average is {average:g}" if average is not None else f"--size is {size}"
+        least = f"{narrowest * num_weights / 8000:.1f} KB"
+        raise InputError(f"{asked}; at {narrowest} bits each, the {num_weights} weights take {least}.")
+    return most_bits
+
+
+def parse_size(text: str | int) -> float:
+    """Read `100KB`, `64KiB`, `1.5MB` or a number as bytes.
+
+    Raises:
+        InputError: it is none of these.
+
+    >>> parse_size("1.5KB")
+    1500.0
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(text).lower())
+    if not match or match[2] not in UNITS:
+        raise InputError(f"--size is '{text}'; give bytes such as 100KB, 64KiB or 1.5MB.")
+    return float(match[1]) * UNITS[match[2]]
+
+
+def write_bits(path: Path, result: Allocated, activation: int, facts: dict[str, Any]) -> None:
+    """Write the chosen widths as TOML; comments say what each weight's widths would have cost."""
+    chosen, sizes = result.allocation, result.frontier.sizes
+    lines = [
+        "# Width of each weight in bits, for zsq quantize --bits.",
+        *(f"# {name}: {value}" for name, value in facts.items()),
+        f"# {chosen.bits / result.frontier.num_weights:.3f} bits a weight, {chosen.bits / 8000:.1f} KB packed, "
+        f"summed sensitivity {chosen.sensitivity:.4g} nats",
+        "",
+        f"activation = {activation}",
+        "",
+        "[weights]  # values; sensitivity at each width: KL in nats with this weight alone rounded",
+    ]
+    for name, width in chosen.widths.items():
+        costs = ", ".join(f"{bits}: {cost:.3g}" for bits, cost in result.sensitivities[name].items())
+        lines.append(f"{json.dumps(name, ensure_ascii=False)} = {width}  # {sizes[name]} values; {costs}")
+    with replacing(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n")
+
+
+def spread(count: int, most: int, *kept: int) -> list[int]:
+    """Return at most `most` indices of `count`, evenly spaced with both ends, and those in `kept` as well."""
+    steps = min(count, most) - 1
+    return sorted({*(round(i * (count - 1) / steps) for i in range(steps + 1) if steps), 0, *kept})
+
+
+def write_frontier(path: Path, frontier: Frontier, chosen: int) -> None:
+    """Write points of the frontier as CSV, one a row, with the width of each weight."""
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["bytes", "average_bits", "sensitivity", "chosen", *frontier.sizes])
+        for index in spread(len(frontier), MOST_ROWS, chosen):
+            point = frontier.allocation(index)
+            average = f"{point.bits / frontier.num_weights:.4f}"
+            sensitivity = f"{point.sensitivity:.6g}"
+            rows.writerow([point.bits / 8, average, sensitivity, int(index == chosen), *point.widths.values()])

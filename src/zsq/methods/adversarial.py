@@ -1,0 +1,113 @@
+"""Generators that are not told a label and look for what the student gets wrong (Choi, Choi, El-Khamy, Lee 2020)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from zsq.errors import InputError
+from zsq.losses import batch_entropy, instance_entropy, kl_divergence
+from zsq.methods.generator import GeneratorSettings, GeneratorSource
+from zsq.methods.pool import require_positive
+from zsq.quantize.fakequant import straight_through
+from zsq.teachers import Teacher
+from zsq.training import Run, stream
+from zsq.types import Batch
+
+WEIGHTS = ("bns_weight", "instance_entropy_weight", "batch_entropy_weight", "adversarial_weight")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adversarial(GeneratorSettings):
+    """Train generators against batch-norm statistics and entropies, and while they teach, against the student."""
+
+    name: ClassVar[str] = "adversarial"
+    summary: ClassVar[str] = "generators without labels that look for images on which the student errs"
+    quantizers: ClassVar[tuple[str, ...]] = ("ptq", "qat")
+
+    generators: int = 1
+    """Number of generators, updated in turn; a sample comes from any of them."""
+    bns_weight: float = 1.0
+    """Factor of the batch-norm statistics loss."""
+    instance_entropy_weight: float | None = None
+    """Factor of the teacher's entropy on each image, lowered; unset: 1 up to 32 classes and classes / 32 above."""
+    batch_entropy_weight: float | None = None
+    """Factor of the entropy of the batch's mean answer, raised; unset: as the other entropy."""
+    adversarial_weight: float = 1.0
+    """Factor of the student's KL divergence from the teacher, raised during distillation."""
+
+    def __post_init__(self) -> None:
+        super(Adversarial, self).__post_init__()
+        require_positive(self, "generators")
+        for name in WEIGHTS:
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise InputError(f"method.{name} is {value}; it must be at least 0.")
+        if self.bns_weight == self.instance_entropy_weight == self.batch_entropy_weight == 0:
+            raise InputError(f"method.{', method.'.join(WEIGHTS[:3])} are all 0; the generator would learn nothing.")
+
+    def source(self, teacher: Teacher, run: Run, distill_steps: int) -> "AdversarialSource":
+        """Make the source, its generators untrained."""
+        return AdversarialSource(self, teacher, run, distill_steps)
+
+
+class AdversarialSource(GeneratorSource):
+    """Samples of one or several generators; their labels are the teacher's answers."""
+
+    asks_labels = False
+
+    def __init__(self, settings: Adversarial, teacher: Teacher, run: Run, distill_steps: int) -> None:
+        no_code = torch.zeros(1, 1)  # one label for all images, whose code says nothing
+        networks = [settings.build(teacher.spec, no_code, run.seed, number) for number in range(settings.generators)]
+        self.generators = nn.ModuleList(networks)
+        super().__init__(settings, self.generators, teacher, run, distill_steps)
+        self.noise_size = networks[0].noise_size
+        default = max(1.0, teacher.spec.classes / 32)
+        instance, batch = settings.instance_entropy_weight, settings.batch_entropy_weight
+        self.weights = {
+            "bns": settings.bns_weight,
+            "instance_entropy": default if instance is None else instance,
+            "batch_entropy": -(default if batch is None else batch),
+            "student_kl": -settings.adversarial_weight,
+        }
+
+    def update(self, step: int, student: nn.Module | None) -> Batch:
+        """Update the generator whose turn it is, against the student if there is one, which is left alone."""
+        generator = self.generators[step % len(self.generators)]
+        noise = self._noise(stream(self.seed, "fit", step, self.device), self.batch_size)
+        generator.train()
+        images = self._make(generator, noise)
+        logits, moments = self.teacher(images)
+        losses = {
+            "bns": self.bns(moments),
+            "instance_entropy": instance_entropy(logits),
+            "batch_entropy": batch_entropy(logits),
+        }
+        if student is not None:
+            with straight_through(student):
+                losses["student_kl"] = kl_divergence(logits, student(images))
+        self.learn(losses, self.weights, step)
+        losses = {name: value.detach() for name, value in losses.items()}
+        return Batch(images.detach(), logits.detach().argmax(1), logits.detach(), losses)
+
+    def draw(self, name: str, index: int, count: int) -> Batch:
+        """Return `count` images, each by a generator drawn at random, with the teacher's answers as labels."""
+        random = stream(self.seed, name, index, self.device)
+        noise = self._noise(random, count)
+        author = torch.randint(0, len(self.generators), (count,), generator=random, device=self.device)
+        size = (count, self.spec.channels, self.spec.height, self.spec.width)
+        images = torch.empty(size, device=self.device)
+        for number, generator in enumerate(self.generators.eval()):
+            rows = author == number
+            if rows.any():
+                images[rows] = self._make(generator, noise[rows])
+        logits, _ = self.teacher(images)
+        return Batch(images, logits.argmax(1), logits)
+
+    def _noise(self, random: torch.Generator, count: int) -> Tensor:
+        return torch.randn(count, self.noise_size, generator=random, device=self.device)
+
+    @staticmethod
+    def _make(generator: nn.Module, noise: Tensor) -> Tensor:
+        return generator(noise, torch.zeros(len(noise), dtype=torch.int64, device=noise.device))

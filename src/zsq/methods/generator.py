@@ -1,0 +1,170 @@
+"""What the methods that train a generator share: its settings, its updates and its state."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from zsq.batchnorm import ObservedTeacher
+from zsq.errors import InputError
+from zsq.losses import bns_loss
+from zsq.methods.base import Surrogate
+from zsq.methods.pool import require_positive
+from zsq.networks import Generator, make_generator
+from zsq.teachers import Teacher
+from zsq.training import Run, cosine, flatten_optimizer, part, restore_optimizer, set_learning_rate, stream, under
+from zsq.types import Batch, ImageSpec
+
+LARGE_IMAGE = 96
+"""Shorter side in pixels from which images count as large: smaller batches are enough, and cost as much."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GeneratorSettings(ABC):
+    """Settings of a generator and of its training."""
+
+    steps: int = 4000
+    """Generator updates before the first sample is taken."""
+    batch_size: int | None = None
+    """Images a step, in `fit` and in distillation; unset, 64, and 32 from 96 pixels on."""
+    learning_rate: float = 1e-3
+    """Adam's step size, annealed by a cosine over fit and distillation together."""
+    beta1: float = 0.5
+    """Adam's first momentum."""
+    beta2: float = 0.999
+    """Adam's second momentum."""
+    generator: Literal["unet", "light"] = "light"
+    """Network: the paper's U-Net or the light decoder, which costs a fraction of it."""
+    width: int = 32
+    """Channels of the generator's layers."""
+    levels: int = 5
+    """Most levels of the U-Net."""
+    skip: int = 4
+    """Channels of the U-Net's skip connections."""
+    noise_channels: int = 32
+    """Channels of the noise map: of the image's size for the U-Net, of the smallest map's for the light decoder."""
+    style_size: int = 16
+    """Length of the noise that every batch norm sees beside the label's code."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "width", "levels", "skip", "noise_channels")
+        if self.steps < 0:
+            raise InputError(f"method.steps is {self.steps}; it must be at least 0.")
+        if self.batch_size is not None and self.batch_size < 2:
+            raise InputError(f"method.batch_size is {self.batch_size}; batch statistics need at least 2 images.")
+        if self.style_size < 0:
+            raise InputError(f"method.style_size is {self.style_size}; it must be at least 0.")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"method.{name} is {getattr(self, name)}; it must lie in [0, 1).")
+        if self.learning_rate <= 0:
+            raise InputError(f"method.learning_rate is {self.learning_rate}; it must be above 0.")
+
+    def build(self, spec: ImageSpec, codes: Tensor, seed: int, number: int = 0) -> Generator:
+        """Make generator `number`, untrained; a pure function of settings and arguments."""
+        settings = {"width": self.width, "noise_channels": self.noise_channels, "style_size": self.style_size}
+        if self.generator == "unet":
+            settings |= {"levels": self.levels, "skip": self.skip}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream(seed, "generator", number).initial_seed())
+            return make_generator(self.generator, spec, codes, **settings)
+
+    @abstractmethod
+    def source(self, teacher: Teacher, run: Run, distill_steps: int) -> "GeneratorSource":
+        """Make the source, its generator untrained."""
+
+    def fit(
+        self, teacher: Teacher, run: Run, *, distill_steps: int = 0, fitted: dict[str, Tensor] | None = None
+    ) -> Surrogate:
+        """Train the generator.
+
+        Raises:
+            InputError: the teacher stores no batch-norm statistics.
+            NumericsError: a loss is not finite.
+        """
+        source = self.source(teacher, run, distill_steps)
+        if fitted is None:
+            run.train("fit", source, self.steps)
+        else:
+            source.load_state_dict(fitted)
+        return Surrogate(source, teacher.network)
+
+
+class GeneratorSource(ABC):
+    """Samples of a generator that goes on learning while it teaches.
+
+    Args:
+        settings: of the generator and its training.
+        generator: the untrained network, or several in a ModuleList.
+        teacher: the float network.
+        run: seed and device.
+        distill_steps: steps of distillation that will follow; the learning rate's cosine spans them, too.
+    """
+
+    data_free = True
+    true_labels = False
+    asks_labels: bool
+
+    def __init__(
+        self, settings: GeneratorSettings, generator: nn.Module, teacher: Teacher, run: Run, distill_steps: int
+    ) -> None:
+        self.first_distill_step, self.seed, self.device, self.spec = settings.steps, run.seed, run.device, teacher.spec
+        large = min(teacher.spec.height, teacher.spec.width) >= LARGE_IMAGE
+        self.batch_size = settings.batch_size or (32 if large else 64)
+        self.horizon = settings.steps + distill_steps
+        observed = ObservedTeacher(teacher.network, teacher.name)
+        self.teacher = observed.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.generator = generator.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = torch.optim.Adam(
+            self.generator.parameters(),
+            lr=settings.learning_rate,
+            betas=(settings.beta1, settings.beta2),
+            fused=True,
+        )
+
+    @abstractmethod
+    def update(self, step: int, student: nn.Module | None) -> Batch:
+        """Update the generator once, at step `step` of fit and distillation together; return its images and losses."""
+
+    @abstractmethod
+    def draw(self, name: str, index: int, count: int) -> Batch:
+        """Return `count` images as when sampling; a pure function of the generator and of (seed, name, index)."""
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        """Update the generator once and return its losses."""
+        return self.update(step, None).losses
+
+    def batch(self, step: int, student: nn.Module | None) -> Batch:
+        """Return a fresh batch and learn from it: one forward pass of generator and teacher serves both losses."""
+        return self.update(self.first_distill_step + step, student)
+
+    @torch.no_grad()
+    def sample(self, count: int, batch_size: int = 100) -> Iterator[Batch]:
+        """Stream `count` images, the generator's batch norms at their running statistics."""
+        for index, start in enumerate(range(0, count, batch_size)):
+            yield self.draw("sample", index, min(batch_size, count - start))
+
+    def bns(self, moments: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Return the batch-norm statistics loss of what the teacher observed."""
+        return bns_loss(moments, self.teacher.target_mean, self.teacher.target_var, self.teacher.eps)
+
+    def learn(self, losses: dict[str, Tensor], weights: dict[str, float], step: int) -> None:
+        """Take one optimizer step on the sum of the losses by their weights; one of weight 0 is left out."""
+        loss = torch.stack([weights[name] * value for name, value in losses.items() if weights[name]]).sum()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        set_learning_rate(self.optimizer, cosine(1.0, step, self.horizon))
+        self.optimizer.step()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the generator's weights and Adam's moments."""
+        moments = flatten_optimizer(self.optimizer)
+        return under("generator", self.generator.state_dict()) | under("optimizer", moments)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` returned."""
+        self.generator.load_state_dict(part("generator", state))
+        restore_optimizer(self.optimizer, part("optimizer", state))

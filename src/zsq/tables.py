@@ -1,0 +1,123 @@
+"""Tables of text as Markdown, CSV and LaTeX."""
+
+import csv
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "×": r"$\times$",
+    "≥": r"$\geq$",
+    "−": "--",
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+}
+"""What LaTeX reads as something else, or not at all."""
+
+EMPTY = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One place of a table."""
+
+    text: str = EMPTY
+    bold: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TextTable:
+    """A header and rows of as many entries; the first columns are text, the others figures."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[Entry, ...], ...]
+    text_columns: int = 1
+
+    def __post_init__(self) -> None:
+        assert all(len(row) == len(self.header) for row in self.rows)
+
+
+def text_table(header: Iterable[str], rows: Iterable[Iterable[str | Entry]], text_columns: int = 1) -> TextTable:
+    """Return a table; plain text stands for an entry that is not bold."""
+    entries = (tuple(e if isinstance(e, Entry) else Entry(e) for e in row) for row in rows)
+    return TextTable(tuple(header), tuple(entries), text_columns)
+
+
+def to_markdown(table: TextTable) -> str:
+    """Return a Markdown table; bold entries stand between two pairs of stars.
+
+    >>> print(to_markdown(text_table(["a", "b"], [["x|y", Entry("1.00", bold=True)]])), end="")
+    | a | b |
+    | --- | ---: |
+    | x\\|y | **1.00** |
+    """
+    marks = ["---" if i < table.text_columns else "---:" for i in range(len(table.header))]
+    rows = [[f"**{escaped(e.text)}**" if e.bold else escaped(e.text) for e in row] for row in table.rows]
+    lines = [[escaped(text) for text in table.header], marks, *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def escaped(text: str) -> str:
+    """Return text for one place of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def to_csv(table: TextTable) -> str:
+    """Return comma-separated lines; bold is left out, and what is not there is empty."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(table.header)
+    writer.writerows([("" if e.text == EMPTY else e.text) for e in row] for row in table.rows)
+    return file.getvalue()
+
+
+def to_latex(table: TextTable, caption: str = "") -> str:
+    r"""Return a `table` with a `tabular` that needs the package booktabs.
+
+    >>> print(to_latex(text_table(["a_b"], [[Entry("1 ± 2", bold=True)]])), end="")
+    % needs \usepackage{booktabs}
+    \begin{table}
+    \centering
+    \begin{tabular}{l}
+    \toprule
+    a\_b \\
+    \midrule
+    \textbf{1 $\pm$ 2} \\
+    \bottomrule
+    \end{tabular}
+    \end{table}
+    """
+    kinds = "".join("l" if i < table.text_columns else "r" for i in range(len(table.header)))
+    rows = [[f"\\textbf{{{latex(e.text)}}}" if e.bold else latex(e.text) for e in row] for row in table.rows]
+    lines = [
+        "% needs \\usepackage{booktabs}",
+        "\\begin{table}",
+        "\\centering",
+        *([f"\\caption{{{latex(caption)}}}"] if caption else []),
+        f"\\begin{{tabular}}{{{kinds}}}",
+        "\\toprule",
+        _line([latex(text) for text in table.header]),
+        "\\midrule",
+        *map(_line, rows),
+        "\\bottomrule",
+        "\\end{tabular}",
+        "\\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _line(texts: list[str]) -> str:
+    texts = [f"{{}}{texts[0]}" if texts[0].startswith("[") else texts[0], *texts[1:]]  # \\ [ would be a length
+    return " & ".join(texts) + " \\\\"
+
+
+def latex(text: str) -> str:
+    r"""Return text as LaTeX shows it.
+
+    >>> latex("50 % of a_b")
+    '50 \\% of a\\_b'
+    """
+    return "".join(LATEX.get(character, character) for character in text)
