@@ -20,6 +20,7 @@ import torch
 
 import zsq
 from zsq.console import TerminalProgress, say
+from zsq.report import percent
 from zsq.runs import read_record
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -142,7 +143,7 @@ class Bench:
                 f"{top1:.2f} ({low:.1f} to {high:.1f})",
                 f"{record['simulated_top1']:.2f}",
                 f"{record['verification']['decided_agreement']:.2f}",
-                f"{record['label_recognition']:.0f}",
+                percent(record["label_recognition"], 0),
                 f"{record['seconds']:.0f}",
                 verdict,
             ]

@@ -33,7 +33,7 @@ TINY = [
     *("--set", "quantizer.num_samples=64"),
 ]
 NOISE = ["--method", "noise", "--set", "quantizer.num_samples=8"]
-ZSQ = [sys.executable, "-c", "from zsq.cli import main; main()"]
+ZSQ = [sys.executable, "-m", "zsq"]
 
 NETWORKS = """
 import torch
@@ -586,9 +586,10 @@ def test_the_program_exits_with_its_status_and_prints_no_traceback(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_reader_that_has_seen_enough_is_no_fault(tmp_path):
+@pytest.mark.parametrize("arguments", [["models", "resnet"], ["quantize", "--help"]])
+def test_a_reader_that_has_seen_enough_is_no_fault(tmp_path, arguments):
     """As in `zsq models resnet | head -1`."""
-    command = [*ZSQ, "models", "resnet"]
+    command = [*ZSQ, *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as reader:
         assert reader.stdout is not None
         reader.stdout.close()

@@ -81,6 +81,7 @@ FLOORS = {
     "options": 85,
     "cli_allocate": 86,
     "cli": 90,
+    "__main__": 91,
     "": 91,
 }
 """Each module's floor; a module imports from lower floors only, so there is no cycle."""

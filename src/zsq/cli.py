@@ -246,7 +246,7 @@ class Methods:
             rows = [("--method", name, kind.summary) for name, kind in METHODS.items()]
             rows += [("--quantizer", name, (kind.__doc__ or "").splitlines()[0]) for name, kind in QUANTIZERS.items()]
             for option, name, text in rows:
-                console.print(f"{option:12} {name:12} {text}", soft_wrap=True)
+                console.print(f"{option:12} {name:17} {text}", soft_wrap=True)
             return
         if self.name not in known:
             raise unknown_name("method or quantizer", self.name, known)
@@ -330,9 +330,8 @@ def parse(arguments: list[str] | None = None) -> Any:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits 1 on an expected fault, 2 on wrong usage."""
-    command = parse(arguments)
     try:
-        command.run(Console(markup=False, emoji=False, highlight=False))
+        parse(arguments).run(Console(markup=False, emoji=False, highlight=False))
     except ZsqError as error:
         _stop(str(error))
     except BrokenPipeError:  # whoever read the output has seen enough, as `head` does

@@ -1,0 +1,5 @@
+"""`python -m zsq` is the command `zsq`."""
+
+from zsq.cli import main
+
+main()
