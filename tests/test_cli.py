@@ -216,10 +216,11 @@ def test_doctor_checks_the_machine():
 
 HELP_FLAGS = {
     "quantize": "weights input classes mean std resize method quantizer bits recipe budget set from seed device data "
-    "resume overwrite checkpoint-every out json",
-    "synthesize": "weights input classes mean std resize method recipe budget set from seed device overwrite out count",
+    "resume overwrite checkpoint-every out json devices",
+    "synthesize": "weights input classes mean std resize method recipe budget set from seed device overwrite out count "
+    "devices",
     "evaluate": "weights input classes mean std resize data device json",
-    "compare": "out only data-root device resume overwrite dry-run json",
+    "compare": "out only data-root device resume overwrite dry-run json jobs job-set",
     "allocate": "weights input classes mean std resize method recipe budget set from seed device overwrite out average "
     "size widths activation images",
     "methods": "",

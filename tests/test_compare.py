@@ -15,6 +15,7 @@ from zsq import cli, recipes
 from zsq.compare import Comparison, compare, list_cells, read_lines
 from zsq.errors import ExportError, InputError
 from zsq.experiment import Job, Result, quantize
+from zsq.jobs import share_out
 from zsq.methods import METHODS
 from zsq.outcomes import Outcomes
 from zsq.recipes import read_recipe
@@ -480,3 +481,44 @@ def test_a_small_grid_of_verified_files(recipe, tmp_path):
     same = done.lines["digits/zscgan/ptq-4/seed0"]
     assert alone.record["quantized_top1"] == same["quantized_top1"]
     assert alone.record["teacher_agreement"] == same["teacher_agreement"]
+
+
+def test_jobs_divide_the_cells_and_keep_fits_together(recipe: Path, tmp_path: Path) -> None:
+    grid = recipes.cells(read_recipe(recipe))
+    shares = share_out(grid, 2)
+    assert sorted(cell.name for share in shares for cell in share) == sorted(cell.name for cell in grid)
+    fits = [{cell.fit_name for cell in share} for share in shares]
+    assert not fits[0] & fits[1]
+    assert abs(len(shares[0]) - len(shares[1])) <= 3  # a fit's cells
+    assert len(share_out(grid, 100)) == len({cell.fit_name for cell in grid})
+
+
+@pytest.mark.slow
+def test_two_jobs_run_the_cells_of_a_comparison(recipe: Path, tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    said: list[str] = []
+    done = compare(recipe, out=tmp_path / "out", only="*/ptq-8/seed0", jobs=2, say=said.append)
+    assert {line["cell"] for line in done.lines.values()} == {
+        f"digits/{method}/ptq-8/seed0" for method in ("zscgan", "noise", "real")
+    }
+    assert all(line["status"] == "finished" for line in done.lines.values())
+    assert any("3 cells in 2 jobs on local" in text for text in said)
+    assert "98." in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_without_the_engine_the_cells_run_in_order(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zsq.compare.available", lambda: False)
+    said: list[str] = []
+    compare(recipe, out=tmp_path / "out", only="*/noise/ptq-8/seed0", jobs=3, say=said.append)
+    assert said[0] == "submitit is not installed (pip install 'zsq[cluster]'): the cells run in order"
+    assert len(read_lines(tmp_path / "out")) == 1
+
+
+def test_wrong_jobs_are_refused(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--jobs is 0; it must be at least 1"):
+        compare(recipe, out=tmp_path / "out", jobs=0)
+    pytest.importorskip("submitit")
+    with pytest.raises(InputError, match="--job-set"):
+        compare(recipe, out=tmp_path / "out", jobs=2, job_options={"colour": 3}, only="*/noise/*")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from toys import SPEC, Branchy, ConvHead, Plain, SharedLayer, Tokens, graph, images, quantized
+from toys import SPEC, Branchy, ConvHead, Mobile, Plain, SharedLayer, Tokens, graph, images, quantized
 
 from zsq.export import output_step, write_onnx
 from zsq.quantize import PTQ
@@ -14,7 +14,7 @@ from zsq.quantize.fakequant import WeightQuantizer, integer_range, quantizers
 from zsq.quantize.prepare import Student
 from zsq.verification import verify_onnx
 
-NETWORKS = [Plain, Branchy, ConvHead, SharedLayer, Tokens]
+NETWORKS = [Plain, Branchy, ConvHead, SharedLayer, Tokens, Mobile]
 QD = torch.ops.quantized_decomposed
 
 

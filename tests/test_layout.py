@@ -16,8 +16,10 @@ FLOORS = {
     # values, and small helpers on graphs
     "types": 1,
     "graphs": 1,
+    "parallel": 1,
     # equations, networks, the graph of a network
     "losses": 10,
+    "patterns": 9,
     "tracing": 10,
     "batchnorm": 11,
     "equalize": 12,
@@ -74,12 +76,16 @@ FLOORS = {
     "figures": 72,
     "outcomes": 72,
     "cells": 73,
-    "compare": 75,
+    "grid": 74,
+    "jobs": 75,
+    "compare": 76,
     # what the user meets
     "console": 80,
+    "workers": 80,
     "doctor": 80,
     "options": 85,
     "cli_allocate": 86,
+    "cli_compare": 86,
     "cli": 90,
     "__main__": 91,
     "": 91,

@@ -293,7 +293,7 @@ def test_known_logits_of_the_teacher_are_taken(teacher: Teacher) -> None:
     distiller = distiller_of(teacher, settings_of(intermediate_weight=1.0))
     batch = distiller.source.batch(0, None)
     known = torch.randn(16, 5, generator=torch.Generator().manual_seed(0))
-    assert distiller._answers(batch.images, known)[1] is known
+    assert distiller._answers(batch.images, known, 16)[1] is known
 
 
 def test_a_single_layer_has_no_intermediate_output() -> None:

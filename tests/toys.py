@@ -131,3 +131,19 @@ class Tokens(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(torch.relu(self.mix(x.flatten(2))).flatten(1))
+
+
+class Mobile(nn.Module):
+    """Hard swish behind a convolution and a gate per channel, as MobileNetV3 has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.squeeze = nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.hardswish(self.norm(self.conv(x)))
+        x = x * F.hardsigmoid(self.squeeze(F.adaptive_avg_pool2d(x, 1)))
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))

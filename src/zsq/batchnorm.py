@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from zsq import graphs
+from zsq import graphs, parallel
 from zsq.errors import InputError
 from zsq.graphs import argument, aten, tensor_of
 
@@ -35,7 +35,7 @@ class _Moments(torch.autograd.Function):
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel, differentiable once.
+    """Mean and biased variance of each channel, differentiable once; where processes share a batch, of the whole batch.
 
     Args:
         x: [N, C] or [N, C, ...], at least one element a channel.
@@ -43,7 +43,8 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Mean [C] and variance [C].
     """
-    return _Moments.apply(x)
+    mean, var = _Moments.apply(x)
+    return parallel.pooled(mean, var, x.numel() // x.shape[1])
 
 
 def frozen_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from zsq import parallel
 from zsq.errors import InputError
 from zsq.quantize.ptq import quantize_ptq
 from zsq.quantize.qat import QAT, Distiller
@@ -67,13 +68,18 @@ def parse_duration(text: str | float) -> float:
 
 
 def seconds_each(action: Callable[[int], object], *, at_least: int = 3, at_least_seconds: float = 2.0) -> float:
-    """Return the mean time of one call, after one that does not count."""
-    action(0)
-    start, count = time.perf_counter(), 0
-    while count < at_least or time.perf_counter() - start < at_least_seconds:
-        count += 1
-        action(count)
-    return (time.perf_counter() - start) / count
+    """Return the mean time of one call, after one that does not count; processes make the same calls together."""
+
+    def again() -> bool:
+        return count < at_least or time.perf_counter() - start < at_least_seconds
+
+    with parallel.together():
+        action(0)
+        start, count = time.perf_counter(), 0
+        while parallel.on_main(again):
+            count += 1
+            action(count)
+        return (time.perf_counter() - start) / count
 
 
 def plan(
@@ -125,8 +131,13 @@ def plan(
     fixed = calibrate_seconds * images + 4 * forward_seconds * (num_eval_images + 1000)
     fixed += EXPORT_SECONDS_PER_LAYER * layers
     spent = time.perf_counter() - begin
-    chosen = _choose(settings, fit_seconds, distill_seconds, RESERVE * budget_seconds - fixed - spent, fitted=fitted)
-    return Plan(chosen, fit_seconds, distill_seconds, fixed + spent)
+    available = RESERVE * budget_seconds - fixed - spent
+
+    def choose() -> Plan:
+        chosen = _choose(settings, fit_seconds, distill_seconds, available, fitted=fitted)
+        return Plan(chosen, fit_seconds, distill_seconds, fixed + spent)
+
+    return parallel.on_main(choose)  # clocks differ
 
 
 def _choose(

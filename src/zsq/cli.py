@@ -21,27 +21,27 @@ from tyro.conf import (
     subcommand,
 )
 
-from zsq import doctor
+from zsq import doctor, parallel
 from zsq.cli_allocate import Allocate
-from zsq.compare import compare, list_cells
+from zsq.cli_compare import Compare
 from zsq.console import TerminalProgress, say
 from zsq.datasets import open_dataset
-from zsq.errors import ZsqError, unknown_name
+from zsq.errors import InputError, LostProcessError, ZsqError, unknown_name
 from zsq.evaluate import Evaluation, evaluate_many
 from zsq.experiment import quantize
 from zsq.methods import METHODS
-from zsq.options import Count, Folder, RunOptions, TeacherOptions, Text, unset
+from zsq.options import Count, ParallelOptions, TeacherOptions, Text, unset
 from zsq.quantize import QUANTIZERS
-from zsq.recipes import read_recipe
 from zsq.report import percent, summary_rows, table
 from zsq.runs import pick_device, stored_spec
 from zsq.samples import synthesize
 from zsq.teachers import known_models
 from zsq.verification import OnnxClassifier
+from zsq.workers import LOST, STOPPED, SUPERVISED, run_workers, watch_starter
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quantize(RunOptions):
+class Quantize(ParallelOptions):
     """Quantize a network without its training data and write verified files.
 
     Examples:
@@ -88,6 +88,8 @@ class Quantize(RunOptions):
                 progress=progress,
                 say=say,
             )
+        if not parallel.is_main():
+            return
         if self.json:
             print(json.dumps(result.record))
             return
@@ -97,7 +99,7 @@ class Quantize(RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Synthesize(RunOptions):
+class Synthesize(ParallelOptions):
     """Write synthetic images for use in any tool: an .npz (images, labels) and a picture with one row a class.
 
     Examples:
@@ -126,63 +128,8 @@ class Synthesize(RunOptions):
                 progress=progress,
                 say=say,
             )
-        for path in written:
+        for path in written if parallel.is_main() else ():
             console.print(str(path), soft_wrap=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Compare:
-    """Run a grid of networks, methods, quantizers, widths and seeds, and write its table.
-
-    Examples:
-      zsq compare recipes/digits.toml --out runs/digits
-      zsq compare recipes/digits.toml --out runs/digits --resume
-      zsq compare recipes/digits.toml --dry-run --only '*/qat-4/*' --out runs/digits
-      zsq compare recipes/table2_cores2.toml --data-root data --out runs/table2
-    """
-
-    recipe: Annotated[Positional[Path], arg(metavar="FILE")]
-    """TOML file of the comparison; docs/compare.md says what it holds."""
-    out: Folder
-    """Folder of cells.jsonl, table.md, table.csv, table.tex and the files of each cell."""
-    only: Annotated[str, arg(metavar="GLOB")] = "*"
-    """Run the cells whose names match, such as 'digits/zscgan/*'."""
-    data_root: Annotated[Path | None, unset("DIR")] = None
-    """Folder below which the recipe's relative paths lie."""
-    device: Literal["cpu", "cuda", "auto"] = "auto"
-    """Where to compute."""
-    resume: bool = False
-    """Continue the comparison that --out holds: run the cells that are missing, were skipped or have changed."""
-    overwrite: bool = False
-    """Discard the comparison that --out holds."""
-    dry_run: bool = False
-    """List the cells and run none."""
-    json: bool = False
-    """Print one JSON object: the lines of the cells, and the claims."""
-
-    def run(self, console: Console) -> None:
-        """Do it and print the table."""
-        if self.dry_run:
-            for cell in list_cells(read_recipe(self.recipe), self.only):
-                console.print(f"{cell.name}{': skipped: ' if cell.reason else ''}{cell.reason}", soft_wrap=True)
-            return
-        with TerminalProgress() as progress:
-            done = compare(
-                self.recipe,
-                out=self.out,
-                only=self.only,
-                resume=self.resume,
-                overwrite=self.overwrite,
-                data_root=self.data_root,
-                device=self.device,
-                progress=progress,
-                say=say,
-            )
-        if self.json:
-            print(json.dumps(done.as_dict()))
-            return
-        console.print((self.out / "table.md").read_text(), soft_wrap=True)
-        console.print(f"{'folder:':24} {done.folder}", soft_wrap=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,6 +240,9 @@ class Doctor:
             console.print(f"{name + ':':24} {text}", soft_wrap=True)
 
 
+WORKER = (sys.executable, "-m", "zsq")
+"""What starts this command line in a process of its own."""
+
 COMMANDS: dict[str, Any] = {
     "quantize": Quantize,
     "synthesize": Synthesize,
@@ -331,7 +281,15 @@ def parse(arguments: list[str] | None = None) -> Any:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits 1 on an expected fault, 2 on wrong usage."""
     try:
-        parse(arguments).run(Console(markup=False, emoji=False, highlight=False))
+        command = parse(arguments)
+        watch_starter()
+        if isinstance(command, ParallelOptions) and _needs_workers(command.devices, command.device):
+            sys.exit(run_workers([*WORKER, *(sys.argv[1:] if arguments is None else arguments)], command.devices))
+        command.run(Console(markup=False, emoji=False, highlight=False))
+    except LostProcessError as error:
+        if SUPERVISED in os.environ:
+            sys.exit(LOST)
+        _stop(str(error))
     except ZsqError as error:
         _stop(str(error))
     except BrokenPipeError:  # whoever read the output has seen enough, as `head` does
@@ -340,8 +298,23 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:  # the disk is full, a folder may not be written
         _stop(f"{error.filename or 'writing'}: {error.strerror or error}.")
     except KeyboardInterrupt:
-        print("Stopped; --resume continues.", file=sys.stderr)
+        print(STOPPED, file=sys.stderr)
         sys.exit(130)
+
+
+def _needs_workers(devices: int, device: str) -> bool:
+    """Whether this process is to start those that do the work.
+
+    Raises:
+        InputError: the machine cannot hold so many, or others have been started already.
+    """
+    parallel.check_devices(devices, "cpu" if devices <= 1 else pick_device(device).type)
+    if not parallel.launched():
+        return devices > 1
+    here = int(os.environ["LOCAL_WORLD_SIZE"])
+    if devices not in (1, here):
+        raise InputError(f"--devices is {devices} and torchrun started {here} processes here; leave --devices out.")
+    return False
 
 
 def _stop(text: str) -> NoReturn:

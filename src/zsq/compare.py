@@ -1,58 +1,21 @@
 """Comparisons: run the cells of a grid that are missing, and write one line a cell and the tables."""
 
 import fnmatch
-import itertools
-import json
 import shutil
-import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zsq.cells import Bench, Fit, digest
-from zsq.errors import InputError, ZsqError
-from zsq.outcomes import FINISHED, SKIPPED, Outcomes
+from zsq.cells import Bench
+from zsq.errors import InputError
+from zsq.grid import LINES, Comparison, Grid, read_lines, write_tables
+from zsq.jobs import available, run_jobs
 from zsq.recipes import Cell, Recipe, cells, read_recipe
 from zsq.runs import Say, pick_device
-from zsq.tables import to_csv, to_latex
 from zsq.training import Progress, replacing
 
-LINES = "cells.jsonl"
-FOLDERS = ("cells", "fits", "figures")
+FOLDERS = ("cells", "fits", "figures", "jobs")
 TABLES = ("table.md", "table.csv", "table.tex", "figures.csv")
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """What a comparison gave."""
-
-    folder: Path
-    recipe: Recipe
-    lines: dict[str, dict[str, Any]]
-    """The latest valid line of each cell, by the cell's name."""
-
-    @property
-    def outcomes(self) -> Outcomes:
-        """Tables, intervals and verdicts."""
-        return Outcomes(self.recipe, self.lines, self.folder)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return lines, claims and table as plain values."""
-        outcomes = self.outcomes
-        claims = [
-            {
-                "claim": verdict.claim.label,
-                **{"above": verdict.claim.above, "below": verdict.claim.below, "margin": verdict.claim.margin},
-                **{"network": verdict.teacher.label, "bits": verdict.bits, "num_seeds": verdict.num_seeds},
-                **{
-                    "difference": verdict.difference.mean,
-                    "interval": [verdict.difference.low, verdict.difference.high],
-                },
-                "verdict": verdict.word,
-            }
-            for verdict in outcomes.verdicts()
-        ]
-        return {"folder": str(self.folder), "cells": list(self.lines.values()), "claims": claims}
 
 
 def list_cells(recipe: Recipe, only: str = "*") -> list[Cell]:
@@ -77,6 +40,8 @@ def compare(
     overwrite: bool = False,
     data_root: str | Path | None = None,
     device: str = "auto",
+    jobs: int = 1,
+    job_options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     say: Say = lambda text: None,
 ) -> Comparison:
@@ -90,12 +55,17 @@ def compare(
         overwrite: discard the comparison that `out` holds.
         data_root: folder below which the recipe's relative paths lie, where they exist there.
         device: cpu, cuda or auto.
+        jobs: at a time, on a SLURM cluster where there is one, else processes of this machine; needs submitit (extra
+            `cluster`), without which cells run in order. Cells that share a fit stay in one job.
+        job_options: parameters of submitit's executor, such as `slurm_partition`.
         progress: where progress is shown.
         say: called with lines that the user should read.
 
     Raises:
         InputError: recipe, folder, teacher or data set does not fit; nothing has been run or changed then.
     """
+    if jobs < 1:
+        raise InputError(f"--jobs is {jobs}; it must be at least 1.")
     read = read_recipe(Path(recipe))
     chosen = list_cells(read, only)
     folder, root = Path(out), None if data_root is None else Path(data_root)
@@ -107,22 +77,26 @@ def compare(
         _discard(folder)
     with replacing(folder / "recipe.toml") as temporary:
         temporary.write_bytes(text)
-    grid = _Grid(bench, say, read_lines(folder))
-    grid.run(chosen)
+    grid = Grid(bench, say, read_lines(folder))
+    if jobs > 1 and not available():
+        say("submitit is not installed (pip install 'zsq[cluster]'): the cells run in order")
+    missing = grid.missing(chosen)
+    if jobs > 1 and available() and missing:
+        run_jobs(
+            folder,
+            missing,
+            count=jobs,
+            root=root,
+            device=bench.device,
+            options=job_options or {},
+            progress=progress,
+            say=say,
+        )
+        grid.lines = read_lines(folder)
+        write_tables(grid.comparison())
+    else:
+        grid.run(chosen)
     return grid.comparison()
-
-
-def read_lines(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the latest line of each cell; one that a kill cut short does not count."""
-    path = folder / LINES
-    found: dict[str, dict[str, Any]] = {}
-    for text in path.read_text().splitlines() if path.exists() else ():
-        try:
-            line = json.loads(text)
-            found[line["cell"]] = line
-        except (ValueError, LookupError, TypeError):
-            continue
-    return found
 
 
 def _check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
@@ -139,103 +113,3 @@ def _discard(folder: Path) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in (LINES, *TABLES):
         (folder / name).unlink(missing_ok=True)
-
-
-@dataclass(slots=True)
-class _Grid:
-    """Keeps the lines of the cells while the bench runs them."""
-
-    bench: Bench
-    say: Say
-    lines: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def comparison(self) -> Comparison:
-        """Return the lines that count: those of what the recipe asks for now."""
-        valid = {}
-        for cell in cells(self.bench.recipe):
-            line = self.lines.get(cell.name)
-            if (
-                line is not None
-                and line["digest"] == digest(cell)
-                and (line["status"] == SKIPPED or self.is_done(cell))
-            ):
-                valid[cell.name] = line
-        return Comparison(self.bench.folder, self.bench.recipe, valid)
-
-    def is_done(self, cell: Cell) -> bool:
-        """Whether the cell is finished, by the settings that the recipe has now, and its result is there."""
-        line = self.lines.get(cell.name)
-        if line is None or line["status"] != FINISHED or line["digest"] != digest(cell):
-            return False
-        loaded = self.bench.teachers.get(cell.teacher.label)
-        if loaded is not None and loaded.teacher.weights_sha256 != line["weights_sha256"]:
-            return False
-        return self.bench.result(cell).exists()
-
-    def run(self, chosen: list[Cell]) -> None:
-        """Run the cells that are missing, and write the tables even if that is interrupted."""
-        missing = [cell for cell in chosen if not self.is_done(cell)]
-        if len(missing) < len(chosen):
-            self.say(f"{len(chosen) - len(missing)} of {len(chosen)} cells are finished")
-        begin, done = time.monotonic(), 0
-        try:
-            for _, sharing in itertools.groupby(missing, key=lambda cell: cell.fit_name):
-                fit: Fit | ZsqError | None = None
-                for cell in sharing:
-                    seconds = (time.monotonic() - begin) / max(done, 1) * (len(missing) - done)
-                    left = f", about {seconds:.0f} s left" if done else ""
-                    self.say(f"== cell {done + 1} of {len(missing)}: {cell.name}{left}")
-                    fit = self._one(cell, fit)
-                    done += 1
-        finally:
-            write_tables(self.comparison())
-
-    def _one(self, cell: Cell, fit: Fit | ZsqError | None) -> Fit | ZsqError | None:
-        """Run or skip a cell; return the fit that the next ones share, or why there is none."""
-        facts: dict[str, Any] = {}
-        reason = cell.reason
-        if not reason:
-            try:
-                fit = self.bench.fit(cell) if fit is None else fit
-            except ZsqError as error:
-                fit = error
-            try:
-                if isinstance(fit, ZsqError):
-                    raise fit
-                facts = self.bench.run(cell, fit)
-            except ZsqError as error:
-                reason = " ".join(str(error).split())
-        if reason:
-            self.say(f"skipped {cell.name}: {reason}")
-        self._write(cell, {"status": SKIPPED, "reason": reason} if reason else {"status": FINISHED, **facts})
-        return fit
-
-    def _write(self, cell: Cell, facts: dict[str, Any]) -> None:
-        line = {
-            "cell": cell.name,
-            "teacher": cell.teacher.label,
-            "method": cell.method.label,
-            "quantizer": cell.quantizer.label if cell.quantizer else None,
-            "bits": cell.bits or None,
-            "seed": cell.seed,
-            "digest": digest(cell),
-            **facts,
-        }
-        path = self.bench.folder / LINES
-        cut_short = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-        with open(path, "a") as file:
-            file.write("\n" * cut_short + json.dumps(line) + "\n")
-        self.lines[cell.name] = line
-
-
-def write_tables(comparison: Comparison) -> None:
-    """Write `table.md`, and where something is quantized `table.csv`, `table.tex` and `figures.csv`."""
-    outcomes, folder = comparison.outcomes, comparison.folder
-    texts = {"table.md": outcomes.document()}
-    if comparison.recipe.quantizers:
-        table = outcomes.table()
-        texts |= {"table.csv": to_csv(table), "table.tex": to_latex(table, comparison.recipe.title)}
-        texts |= {"figures.csv": to_csv(outcomes.figures())}
-    for name, text in texts.items():
-        with replacing(folder / name) as temporary:
-            temporary.write_text(text)

@@ -24,6 +24,10 @@ class ExportError(ZsqError, RuntimeError):
     """An exported file does not compute what the simulation computes."""
 
 
+class LostProcessError(ZsqError, RuntimeError):
+    """Another process of the run has ended, and this one cannot go on without it."""
+
+
 class MissingExtraError(ZsqError, ImportError):
     """An optional library is not installed; the text names the extra that brings it."""
 

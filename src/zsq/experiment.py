@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from zsq import parallel
 from zsq.batchnorm import fold
 from zsq.datasets import LabelledImages, open_dataset
 from zsq.errors import InputError
@@ -94,6 +95,9 @@ def quantize(
 ) -> Result:
     """Quantize a classifier without its training data and write the files to a folder.
 
+    Where `torchrun` has started several processes, all call this alike: they share the training, and the first one does
+    the rest. All of them return the result.
+
     Args:
         teacher: a `Teacher` (see `load_teacher`), or any module in memory, with its `spec`.
         spec: what the module takes and gives; only with a module.
@@ -128,7 +132,9 @@ def quantize(
         teacher = teacher_from_module(teacher, spec)
     if teacher.spec.classes < 2:
         raise InputError(f"'{teacher.name}' knows {teacher.spec.classes} class; a classifier has at least 2.")
-    where = pick_device(device)
+    where = parallel.start(pick_device(device).type)
+    if not parallel.is_main():
+        progress, say = None, _nothing
     teacher = teacher.to(where) if where.type != "cpu" else teacher
     folder = Path(out)
     images = None if data is None else open_dataset(data, teacher.spec)
@@ -137,32 +143,19 @@ def quantize(
     if wanted.quantizer.weight_bits:  # before hours are spent on the fit
         check_weight_names(fold(teacher.network)[0], wanted.quantizer.weight_bits)
     run = Run(folder, seed=seed, device=where, checkpoint_steps=checkpoint_every, progress=progress)
-    if open_folder(folder, resume=resume, overwrite=overwrite):
-        chosen = stored_settings(folder, wanted, teacher, seed, reused, say)
-        clear_folder(folder, everything=False)
-    else:
-        chosen, measured = choose_schedule(
-            wanted,
-            teacher,
-            run,
-            budget,
-            recipe=recipe,
-            num_eval_images=images.num_images if images else 0,
-            fitted=reused is not None,
-            say=say,
-        )
-        clear_folder(folder, everything=True)
-        origin = {"generator_sha256": reused.sha256} if reused else {}
-        facts = (
-            {"seed": seed, "device": where.type, "threads": torch.get_num_threads()} | origin | measured | versions()
-        )
-        write_settings(folder / "settings.toml", chosen, teacher_table(teacher), facts)
-    return Job(teacher, folder, run, images, say, reused).carry_out(chosen, begin)
+    job = Job(teacher, folder, run, images, say, reused)
+    chosen = job.stored(wanted, resume=resume, overwrite=overwrite) or job.scheduled(wanted, budget, recipe)
+    return job.carry_out(chosen, begin)
+
+
+def _nothing(text: str) -> None:
+    """Say nothing: the first process speaks for all."""
+    del text
 
 
 @dataclass(slots=True)
 class Job:
-    """The steps of one run whose settings are written."""
+    """The steps of one run."""
 
     teacher: Teacher
     folder: Path
@@ -174,6 +167,39 @@ class Job:
     """The teacher's results on `data`: given for a cell of a comparison, which keeps predictions and writes no
     `model.pt2`, and which evaluates the file alone."""
 
+    def stored(self, wanted: Settings, *, resume: bool, overwrite: bool) -> Settings | None:
+        """Return the settings of the run that the folder holds and that is continued, or None."""
+
+        def work() -> Settings | None:
+            if not open_folder(self.folder, resume=resume, overwrite=overwrite):
+                return None
+            found = stored_settings(self.folder, wanted, self.teacher, self.run.seed, self.reused, self.say)
+            clear_folder(self.folder, everything=False)
+            return found
+
+        return parallel.on_main(work)
+
+    def scheduled(self, wanted: Settings, budget: str | float | None, recipe: str | Path | None) -> Settings:
+        """Return the settings of a new run, its schedule fitted to the budget, and write them."""
+        chosen, measured = choose_schedule(
+            wanted,
+            self.teacher,
+            self.run,
+            budget,
+            recipe=recipe,
+            num_eval_images=self.data.num_images if self.data else 0,
+            fitted=self.reused is not None,
+            say=self.say,
+        )
+        facts = {"seed": self.run.seed, "device": self.run.device.type, "processes": parallel.processes()}
+        facts |= {"threads": torch.get_num_threads()} | measured | versions()
+        if self.reused:
+            facts["generator_sha256"] = self.reused.sha256
+        if parallel.is_main():
+            clear_folder(self.folder, everything=True)
+            write_settings(self.folder / "settings.toml", chosen, teacher_table(self.teacher), facts)
+        return chosen
+
     def carry_out(self, settings: Settings, begin: float) -> Result:
         """Do all the work; the record is written even where the file fails its check."""
         start = time.perf_counter()
@@ -184,7 +210,7 @@ class Job:
     def finish(
         self, settings: Settings, surrogate: Surrogate, recognition: float | None, fit_seconds: float, begin: float
     ) -> Result:
-        """Do what follows the fit."""
+        """Do what follows the fit: all processes quantize, and the first exports and evaluates."""
         seconds = {"fit": fit_seconds}
 
         def timed(name: str, work: Callable[[], Any]) -> Any:
@@ -194,26 +220,32 @@ class Job:
             return result
 
         student = timed("quantize", lambda: self._quantize(settings, surrogate))
-        self.say(f"writing and checking model.onnx{'' if self.known else ' and model.pt2'}")
-        verification = timed("export", lambda: self._export(student, surrogate))
-        accuracy = timed("evaluate", lambda: self._evaluate(student))
-        record = self._record(settings, surrogate, verification, accuracy)
-        if settings.quantizer.weight_bits:
-            activation = Bits.parse(settings.quantizer.bits).activation
-            record["bits"] = f"mixed W{mean_weight_bits(student):.2f}A{activation}"
-        record["label_recognition"] = recognition
-        record["num_calibration_images"] = student.num_calibration_images
-        record["seconds"] = round(time.perf_counter() - begin, 2)
-        record["seconds_by_phase"] = seconds
-        with replacing(self.folder / "result.json") as temporary:
-            temporary.write_text(json.dumps(record, indent=2) + "\n")
-        require(verification)
-        return Result(record, self.folder)
+
+        def conclude() -> Result:
+            self.say(f"writing and checking model.onnx{'' if self.known else ' and model.pt2'}")
+            verification = timed("export", lambda: self._export(student, surrogate))
+            accuracy = timed("evaluate", lambda: self._evaluate(student))
+            record = self._record(settings, surrogate, verification, accuracy)
+            if settings.quantizer.weight_bits:
+                activation = Bits.parse(settings.quantizer.bits).activation
+                record["bits"] = f"mixed W{mean_weight_bits(student):.2f}A{activation}"
+            record["label_recognition"] = recognition
+            record["num_calibration_images"] = student.num_calibration_images
+            record["seconds"] = round(time.perf_counter() - begin, 2)
+            record["seconds_by_phase"] = seconds
+            with replacing(self.folder / "result.json") as temporary:
+                temporary.write_text(json.dumps(record, indent=2) + "\n")
+            require(verification)
+            return Result(record, self.folder)
+
+        return parallel.on_main(conclude)
 
     def fit(self, settings: Settings) -> Surrogate:
         """Fit the method, or take over what is fitted; keep generator and picture where the folder has none."""
         fitted = self.reused.state if self.reused else None
         surrogate = settings.method.fit(self.teacher, self.run, distill_steps=settings.distill_steps, fitted=fitted)
+        if not parallel.is_main():
+            return surrogate
         state = surrogate.source.state_dict()
         path = self.folder / "generator.safetensors"
         if state and not path.exists():

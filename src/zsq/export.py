@@ -105,7 +105,7 @@ def write_onnx(converted: fx.GraphModule, spec: ImageSpec, path: Path) -> None:
                 verbose=False,
                 input_names=["images"],
                 output_names=["logits"],
-                custom_translation_table={_QUANTIZE: _quantize_to_onnx},
+                custom_translation_table={_QUANTIZE: _quantize_to_onnx, _aten.mean.dim: _mean_to_onnx},
             )
     except torch.onnx.OnnxExporterError as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0].partition(" See the stack trace")[0]
@@ -211,7 +211,13 @@ def _make_activations_unsigned(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.target != _QUANTIZE:
             continue
-        for call in (node, *node.users):
+        least = node.args[3]
+        clips = [user for user in node.users if user.target is _aten.clamp.default]
+        for clip in clips:
+            tensor, low, high = clip.args
+            clip.args = (tensor, low - least, high - least)
+        readers = [user for source in (node, *clips) for user in source.users if user not in clips]
+        for call in (node, *readers):
             if call.target not in (_QUANTIZE, _DEQUANTIZE):
                 raise ExportError(f"'{call.name}' reads the integers of '{node.name}'; only a dequantization may.")
             tensor, scale, zero_point, quant_min, quant_max, _ = call.args
@@ -229,6 +235,15 @@ def _quantize_to_onnx(input: Any, scale: float, zero_point: int, quant_min: int,
     if (quant_min, quant_max) == (np.iinfo(kind).min, np.iinfo(kind).max):
         return integers
     return op.Clip(integers, constant(quant_min, kind), constant(quant_max, kind))
+
+
+def _mean_to_onnx(input: Any, dim: Any, keepdim: bool = False, dtype: int = -1) -> Any:
+    """Translate `mean`: over all of a map it is GlobalAveragePool, which runtimes have in integers."""
+    axes = [axis % len(input.shape) for axis in dim]
+    if len(input.shape) == 4 and sorted(axes) == [2, 3] and keepdim:
+        return op.GlobalAveragePool(input)
+    numbers: Any = op.Constant(value_ints=axes)
+    return op.ReduceMean(input, numbers, keepdims=keepdim)
 
 
 @contextlib.contextmanager

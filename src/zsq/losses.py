@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zsq import parallel
 from zsq.errors import InputError
 
 SMALLEST_VARIANCE = 1e-12
@@ -161,7 +162,8 @@ def intermediate_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> T
         \frac1L \sum_l \frac{mean\,(s_l - t_l)^2}{mean\,(t_l - mean\,t_l)^2}
 
     Args:
-        student, teacher: outputs of the same layers, in pairs of one shape; gradients flow to the student's.
+        student, teacher: outputs of the same layers, in pairs of one shape; gradients flow to the student's. Where
+            processes share a batch, each gives those of its images, and means are over all.
 
     Returns:
         Scalar without unit: 0 where all agree, 1 where each student's output is its teacher's mean.
@@ -173,11 +175,15 @@ def intermediate_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> T
     """
     if not teacher or len(student) != len(teacher):
         raise InputError(f"{len(student)} layer outputs of the student and {len(teacher)} of the teacher do not pair.")
-    terms = [
-        F.mse_loss(s, t) / t.var(correction=0).clamp(min=SMALLEST_VARIANCE)
-        for s, t in zip(student, teacher, strict=True)
-    ]
-    return torch.stack(terms).mean()
+    terms = []
+    for s, t in zip(student, teacher, strict=True):
+        zero = torch.zeros(1, device=t.device)
+        distance, _ = parallel.pooled(F.mse_loss(s, t).view(1), zero, t.numel())
+        variance = t.var(correction=0).view(1)
+        if parallel.size() > 1:
+            _, variance = parallel.pooled(t.mean().view(1), variance, t.numel())
+        terms.append(distance / variance.clamp(min=SMALLEST_VARIANCE))
+    return torch.cat(terms).mean()
 
 
 def instance_entropy(logits: Tensor) -> Tensor:

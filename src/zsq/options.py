@@ -83,6 +83,14 @@ class RunOptions(TeacherOptions):
     """Discard the run or the images that --out holds."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ParallelOptions(RunOptions):
+    """A run whose training several processes can share."""
+
+    devices: Annotated[int, arg(metavar="N")] = 1
+    """Processes on this machine that share the training, one a GPU; torchrun sets its own number."""
+
+
 def _whole(name: str, text: str) -> int:
     try:
         return int(text)

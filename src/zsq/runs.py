@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zsq import parallel
 from zsq.budget import Plan, parse_duration, plan
 from zsq.errors import InputError
 from zsq.methods import Method
@@ -235,7 +236,8 @@ def stored_settings(
         differing.append(f"it was started {began if 'generator_sha256' in facts else 'without --from'}")
     if differing:
         raise InputError(f"{folder} holds a run that differs: {differing[0]}. --overwrite starts anew.")
-    for name, now in ({"threads": torch.get_num_threads()} | versions()).items():
+    machine = {"processes": parallel.processes(), "threads": torch.get_num_threads()}
+    for name, now in (machine | versions()).items():
         if name in facts and facts[name] != now:
             say(f"WARNING: the run was started with {name} {facts[name]}, now {now}; its files may differ in bits.")
     return stored

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from zsq import parallel
 from zsq.errors import InputError
 from zsq.methods import Surrogate
 from zsq.report import save_grid
@@ -34,7 +35,8 @@ def synthesize(
 ) -> list[Path]:
     """Write `images.npz` (images uint8 [N, H, W, C], labels int64 [N]) and `samples.png`, one row a class.
 
-    The arguments are those of `zsq.quantize`; images stream into the file, so any number fits in memory.
+    The arguments are those of `zsq.quantize`; images stream into the file, so any number fits in memory. Several
+    processes share the training, as there.
 
     Raises:
         InputError: an argument does not fit, or the folder holds images already.
@@ -43,11 +45,18 @@ def synthesize(
     written = [folder / "images.npz", folder / "samples.png"]
     if count < 1:
         raise InputError(f"count is {count}; at least 1 image is made.")
-    if any(path.is_file() for path in (folder, *folder.parents)):
-        raise InputError(f"{folder} is a file or lies below one; --out takes a folder.")
-    if not overwrite and any(path.exists() for path in written):
-        raise InputError(f"{folder} holds images already; --overwrite replaces them.")
-    run = Run(seed=seed, device=pick_device(device), progress=progress)
+    where = parallel.start(pick_device(device).type)
+
+    def check() -> None:
+        if any(path.is_file() for path in (folder, *folder.parents)):
+            raise InputError(f"{folder} is a file or lies below one; --out takes a folder.")
+        if not overwrite and any(path.exists() for path in written):
+            raise InputError(f"{folder} holds images already; --overwrite replaces them.")
+
+    parallel.on_main(check)
+    if not parallel.is_main():
+        progress, say = None, lambda text: None
+    run = Run(seed=seed, device=where, progress=progress)
     teacher = teacher.to(run.device) if run.device.type != "cpu" else teacher
     _, surrogate = fit_surrogate(
         teacher, run, method=method, recipe=recipe, settings=settings, budget=budget, from_run=from_run, say=say
@@ -55,9 +64,13 @@ def synthesize(
     if surrogate.statistics is not None:
         raise InputError("this method makes no images: it takes ranges and means from batch norm.")
     source = surrogate.source
-    write_npz(written[0], source.sample(count), teacher.spec, count)
-    save_grid(source, teacher.spec, written[1])
-    return written
+
+    def write() -> list[Path]:
+        write_npz(written[0], source.sample(count), teacher.spec, count)
+        save_grid(source, teacher.spec, written[1])
+        return written
+
+    return parallel.on_main(write)
 
 
 def fit_surrogate(

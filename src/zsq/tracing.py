@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from zsq.errors import TeacherError
+from zsq.patterns import name_activations
 from zsq.types import ImageSpec
 
 FOREIGN_FAULTS = (
@@ -80,6 +81,7 @@ def trace(net: nn.Module, spec: ImageSpec, name: str) -> fx.GraphModule:
     graph.set_codegen(fx.graph.CodeGen())
     _functionalize(graph)
     _remove_dropout(graph)
+    name_activations(graph)
     graph.eliminate_dead_code()
     graph.lint()
     network = fx.GraphModule(exported, graph, class_name=type(net).__name__)

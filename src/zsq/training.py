@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from zsq import parallel
 from zsq.errors import InputError, NumericsError
 
 FLUSH_EVERY = 10
@@ -140,6 +141,8 @@ class Silent:
 class Run:
     """One run: its seed, device and folder, and the loop that trains within it.
 
+    Where several processes share the run, all train, and the first alone reads and writes the folder.
+
     Args:
         folder: where checkpoints and metrics go; None keeps neither.
         seed: of every random stream.
@@ -176,13 +179,15 @@ class Run:
         saved = time.monotonic()
         for step in range(first, steps):
             try:
-                pending.append((step, learner.step(step)))
+                with parallel.together():
+                    pending.append((step, learner.step(step)))
             except RuntimeError:
                 if pending:  # an earlier loss that was not finite explains what this step choked on
                     self._flush(phase, pending, steps)
                 raise
-            due = step + 1 == steps or self._due(step + 1, saved)
-            if due or len(pending) == FLUSH_EVERY:
+            full = len(pending) == FLUSH_EVERY
+            due = step + 1 == steps or self._due(step + 1, saved, full)
+            if due or full:
                 self._flush(phase, pending, steps)
                 pending = []
             if due:
@@ -197,9 +202,11 @@ class Run:
             done += size(item)
             self.progress.update(phase, done, total, {})
 
-    def _due(self, done: int, saved: float) -> bool:
+    def _due(self, done: int, saved: float, full: bool) -> bool:
         if self.checkpoint_steps is not None:
             return done % self.checkpoint_steps == 0
+        if parallel.processes() > 1 and not full:  # clocks differ, and all must read their losses at the same steps
+            return False
         return time.monotonic() - saved > 30
 
     def _path(self, phase: str) -> Path | None:
@@ -207,23 +214,29 @@ class Run:
 
     def _resume(self, phase: str, learner: Learner) -> int:
         path = self._path(phase)
-        if path is None:
-            return 0
-        path.parents[1].mkdir(parents=True, exist_ok=True)
-        first = 0
-        if path.exists():
-            state, metadata = load_tensors(path)
+
+        def stored() -> tuple[dict[str, Tensor], dict[str, str]] | None:
+            if path is not None and path.exists():
+                return load_tensors(path)
+            if parallel.processes() == 1:
+                return None
+            return {name: value.detach().cpu() for name, value in learner.state_dict().items()}, {"step": "0"}
+
+        first, found = 0, parallel.on_main(stored)  # so that all processes start alike
+        if found is not None:
             try:
-                learner.load_state_dict(state)
-                first = int(metadata["step"])
+                learner.load_state_dict(found[0])
+                first = int(found[1]["step"])
             except (LookupError, RuntimeError, ValueError) as error:
                 raise InputError(f"{path} is no checkpoint of this run; --overwrite starts anew.") from error
-        _forget_metrics(path.parents[1] / "metrics.jsonl", phase, first)
+        if path is not None and parallel.is_main():
+            path.parents[1].mkdir(parents=True, exist_ok=True)
+            _forget_metrics(path.parents[1] / "metrics.jsonl", phase, first)
         return first
 
     def _save(self, phase: str, learner: Learner, step: int) -> None:
         path = self._path(phase)
-        if path is not None:
+        if path is not None and parallel.is_main():
             save_tensors(path, learner.state_dict(), {"step": str(step)})
 
     def _flush(self, phase: str, pending: list[tuple[int, dict[str, Tensor]]], steps: int) -> None:
@@ -238,7 +251,7 @@ class Run:
                     )
         latest = dict(zip(names, values[-1], strict=True))
         self.progress.update(phase, pending[-1][0] + 1, steps, latest)
-        if self.folder is not None:
+        if self.folder is not None and parallel.is_main():
             line = json.dumps({"phase": phase, "step": pending[-1][0] + 1, **latest})
             with open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(line + "\n")

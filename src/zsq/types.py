@@ -73,11 +73,11 @@ class Batch:
     """Images as the network takes them, with what is known of them."""
 
     images: Tensor
-    """Normalised images, float [N, C, H, W]."""
+    """Normalised images, float [N, C, H, W]; where processes share a batch, this one's share of the N."""
     labels: Tensor
-    """Wanted or true classes, int64 [N]."""
+    """Wanted or true classes, int64 [N]: always those of the whole batch."""
     teacher_logits: Tensor | None = None
-    """Logits of the teacher for these images, float [N, classes], where already computed."""
+    """Logits of the teacher for the whole batch, float [N, classes], where already computed."""
     losses: dict[str, Tensor] = field(default_factory=dict)
     """Scalars worth logging of the source's own learning step."""
 

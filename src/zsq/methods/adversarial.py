@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from zsq import parallel
 from zsq.errors import InputError
 from zsq.losses import batch_entropy, instance_entropy, kl_divergence
 from zsq.methods.generator import GeneratorSettings, GeneratorSource
@@ -77,8 +78,9 @@ class AdversarialSource(GeneratorSource):
         generator = self.generators[step % len(self.generators)]
         noise = self._noise(stream(self.seed, "fit", step, self.device), self.batch_size)
         generator.train()
-        images = self._make(generator, noise)
+        images = self._make(generator, parallel.share(noise))
         logits, moments = self.teacher(images)
+        logits = parallel.whole(logits, len(noise))
         losses = {
             "bns": self.bns(moments),
             "instance_entropy": instance_entropy(logits),
@@ -86,7 +88,7 @@ class AdversarialSource(GeneratorSource):
         }
         if student is not None:
             with straight_through(student):
-                losses["student_kl"] = kl_divergence(logits, student(images))
+                losses["student_kl"] = kl_divergence(logits, parallel.whole(student(images), len(noise)))
         self.learn(losses, self.weights, step)
         losses = {name: value.detach() for name, value in losses.items()}
         return Batch(images.detach(), logits.detach().argmax(1), logits.detach(), losses)

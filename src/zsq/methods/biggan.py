@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zsq import parallel
 from zsq.checkpoints import load_weights
 from zsq.errors import InputError, MissingExtraError
 from zsq.methods.base import Surrogate
@@ -124,8 +125,8 @@ class BigGANSource(Stateless):
         return Batch(self._make(labels, random), labels)
 
     def _make(self, labels: Tensor, random: torch.Generator) -> Tensor:
-        noise = truncated_normal((len(labels), self.network.config.z_dim), self.truncation, random)
-        classes = F.one_hot(labels, self.spec.classes).float()
+        noise = parallel.share(truncated_normal((len(labels), self.network.config.z_dim), self.truncation, random))
+        classes = F.one_hot(parallel.share(labels), self.spec.classes).float()
         parts = zip(noise.split(CHUNK), classes.split(CHUNK), strict=True)
         return torch.cat([fit_images(self.network(z, y, self.truncation), self.spec) for z, y in parts])
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zsq import parallel
 from zsq.errors import InputError
 from zsq.losses import competition, feature_norm, image_norm, label_cross_entropy, total_variation
 from zsq.methods.given import Noise, NoiseSource
@@ -127,7 +128,7 @@ class DeepInversionSource(InversionSource):
         }
         if self.student is not None:
             with straight_through(self.student):
-                answers = self.student(images)
+                answers = parallel.whole(self.student(parallel.share(images)), len(images))
             found["competition"] = competition(logits, answers)
         return found
 

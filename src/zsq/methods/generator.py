@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from zsq import parallel
 from zsq.batchnorm import ObservedTeacher
 from zsq.errors import InputError
 from zsq.losses import bns_loss
@@ -156,6 +157,7 @@ class GeneratorSource(ABC):
         loss = torch.stack([weights[name] * value for name, value in losses.items() if weights[name]]).sum()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        parallel.reduce_gradients(self.generator.parameters())
         set_learning_rate(self.optimizer, cosine(1.0, step, self.horizon))
         self.optimizer.step()
 

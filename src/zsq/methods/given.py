@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from zsq import parallel
 from zsq.datasets import open_dataset
 from zsq.errors import InputError
 from zsq.methods.base import Surrogate
@@ -56,8 +57,8 @@ class NoiseSource(Stateless):
         labels = torch.randint(0, self.spec.classes, (count,), generator=random, device=self.device)
         shape = (count, self.spec.channels, self.spec.height, self.spec.width)
         if self.settings.distribution == "gaussian":
-            return Batch(torch.randn(shape, generator=random, device=self.device), labels)
-        pixels = torch.rand(shape, generator=random, device=self.device)
+            return Batch(parallel.share(torch.randn(shape, generator=random, device=self.device)), labels)
+        pixels = parallel.share(torch.rand(shape, generator=random, device=self.device))
         return Batch(self.spec.normalize(pixels), labels)
 
     def sample(self, count: int, batch_size: int = 100) -> Iterator[Batch]:
@@ -156,25 +157,28 @@ class RealSource(LabelledPool):
             return batch
         black = self.spec.normalize(torch.zeros(1, self.spec.channels, 1, 1, device=self.device))
         random = stream(self.seed, "augment", step)
-        return Batch(crop_flip(batch.images, black, random), batch.labels)
+        return Batch(crop_flip(batch.images, black, random, len(batch.labels)), batch.labels)
 
 
-def crop_flip(images: Tensor, fill: Tensor, random: torch.Generator) -> Tensor:
+def crop_flip(images: Tensor, fill: Tensor, random: torch.Generator, drawn: int | None = None) -> Tensor:
     """Shift images at random by up to an eighth of their sides and mirror half of them left to right.
 
     Args:
         images: [N, C, H, W].
         fill: what moves in from outside, [1, C, 1, 1].
         random: of the draws, on the CPU.
+        drawn: images of the whole batch, where processes share it; None: these are all.
 
     Returns:
         [N, C, H, W].
     """
     count, _, height, width = images.shape
     pad_y, pad_x = height // 8, width // 8
-    tops = torch.randint(0, 2 * pad_y + 1, (count,), generator=random).tolist()
-    lefts = torch.randint(0, 2 * pad_x + 1, (count,), generator=random).tolist()
-    flips = torch.randint(0, 2, (count,), generator=random).tolist()
+
+    def draw(below: int) -> list[int]:
+        return parallel.share(torch.randint(0, below, (drawn or count,), generator=random)).tolist()
+
+    tops, lefts, flips = draw(2 * pad_y + 1), draw(2 * pad_x + 1), draw(2)
     padded = fill.expand(count, -1, height + 2 * pad_y, width + 2 * pad_x).clone()
     padded[:, :, pad_y : pad_y + height, pad_x : pad_x + width] = images
     crops = []

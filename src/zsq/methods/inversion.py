@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from zsq import parallel
 from zsq.batchnorm import ObservedTeacher
 from zsq.errors import InputError
 from zsq.methods.base import Surrogate
@@ -90,6 +91,8 @@ class Inversion(ABC):
 class InversionSource(PoolSource, ABC):
     """A pool of images that grows by one batch at a time; the latest batch is the one that is optimised.
 
+    Every process holds all pixels; where processes share a batch, each shows its share to the teacher.
+
     Args:
         settings: schedule and batch.
         teacher: whose logits and statistics the losses read.
@@ -151,11 +154,13 @@ class InversionSource(PoolSource, ABC):
         iteration = step % self.iterations
         labels = self.labels[-self.batch_size :].to(self.device)
         images = self.images_of(step)
-        logits, moments = self.teacher(images)
+        logits, moments = self.teacher(parallel.share(images))
+        logits = parallel.whole(logits, len(images))
         losses = self.losses(images, logits, moments, labels)
         loss = torch.stack([self.weights[name] * value for name, value in losses.items()]).sum()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        parallel.reduce_gradients([self.pixels])
         set_learning_rate(self.optimizer, self.rate(iteration))
         self.optimizer.step()
         with torch.no_grad():

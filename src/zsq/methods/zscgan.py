@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from zsq import graphs
+from zsq import graphs, parallel
 from zsq.errors import InputError
 from zsq.losses import label_cross_entropy
 from zsq.methods.generator import GeneratorSettings, GeneratorSource
@@ -66,8 +66,9 @@ class ConditionalSource(GeneratorSource):
         del student
         labels, noise = self._inputs("fit", step, self.batch_size)
         self.generator.train()
-        images = self.generator(noise, labels)
+        images = self.generator(parallel.share(noise), parallel.share(labels))
         logits, moments = self.teacher(images)
+        logits = parallel.whole(logits, len(labels))
         losses = {"ce": label_cross_entropy(logits, labels), "bns": self.bns(moments)}
         self.learn(losses, self.weights, step)
         losses = {name: value.detach() for name, value in losses.items()}

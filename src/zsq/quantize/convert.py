@@ -7,7 +7,14 @@ from torch.fx import GraphModule, Node
 
 from zsq import graphs
 from zsq.graphs import argument
-from zsq.quantize.fakequant import ActivationQuantizer, WeightQuantizer, bias_integers, quantize_bias
+from zsq.quantize.fakequant import (
+    ActivationQuantizer,
+    WeightQuantizer,
+    bias_integers,
+    grid_hardswish,
+    hardswish_steps,
+    quantize_bias,
+)
 from zsq.quantize.prepare import TRANSPARENT, Student, is_float, prepared_layers, weight_node
 
 _ops = torch.ops.quantized_decomposed
@@ -32,6 +39,8 @@ def convert(student: Student) -> GraphModule:
             node.replace_all_uses_with(rounded)
             network.graph.erase_node(node)
             grids[rounded] = module
+        elif node.target is grid_hardswish:
+            _store_hardswish(network, node, grids[node.args[0]])
         elif node.target in TRANSPARENT and node.args[0] in grids:
             grid = grids[node.args[0]]
             if _only_pads_layers(node):
@@ -65,6 +74,23 @@ def _round_behind(network: GraphModule, node: Node, grid: ActivationQuantizer, r
     for reader in readers:
         reader.replace_input_with(node, rounded)
     return rounded
+
+
+def _store_hardswish(network: GraphModule, node: Node, grid: ActivationQuantizer) -> None:
+    """Write `grid_hardswish` as the product of its input and of the same integers, clipped and read on a finer grid."""
+    x, graph = node.args[0], network.graph
+    assert isinstance(x, Node)
+    three, six = (int(steps) for steps in hardswish_steps(grid.scale))
+    zero = int(grid.zero_point.round()) - three
+    low, high = max(zero, grid.quant_min), min(zero + six, grid.quant_max)
+    with graph.inserting_before(node):
+        clipped = graph.call_function(graphs.aten.clamp.default, (x.args[0], low, high))
+        gate_grid = (float(grid.scale) / 6, zero, grid.quant_min, grid.quant_max, torch.int8)
+        gate = graph.call_function(_ops.dequantize_per_tensor.default, (clipped, *gate_grid))
+        product = graph.call_function(graphs.aten.mul.Tensor, (x, gate))
+    product.meta.update(node.meta)
+    node.replace_all_uses_with(product)
+    graph.erase_node(node)
 
 
 def _store_layer(network: GraphModule, layer: Node) -> None:

@@ -8,10 +8,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from zsq import parallel
+
 Mode = Literal["off", "observe", "histogram", "quantize"]
 
 HISTOGRAM_BINS = 2048
 SMALLEST_SCALE = 1e-8
+HARD_REACH = 3.0
+"""The gate of hard swish opens at minus this and ends at this."""
+
 DEAD_CHANNEL = 2.0**-16
 """Least scale of a channel over the largest of its weight: a channel of zeros needs one that its bias can live on."""
 
@@ -59,6 +64,7 @@ class ActivationQuantizer(nn.Module):
         mode: `observe` records the range, `histogram` counts values within it, `quantize` rounds, `off` passes on.
         scale, zero_point: the grid, each [1]; scale is 0 until a range is set.
         low, high: the range seen, each [1].
+        reach: what the range holds at least, at most 0; `grid_hardswish` needs its input's to hold -3.
         low_factor, high_factor: what calibration made of the range seen, each [1]; moving averages keep it.
     """
 
@@ -77,6 +83,7 @@ class ActivationQuantizer(nn.Module):
         self.mode: Mode = "off"
         self.smallest = SMALLEST_SCALE
         self.average_ranges = False
+        self.reach = 0.0
         self.passes_gradients = False
         self.scale = nn.Parameter(torch.zeros(1), requires_grad=learnable)
         self.zero_point = nn.Parameter(torch.zeros(1), requires_grad=learnable)
@@ -106,14 +113,14 @@ class ActivationQuantizer(nn.Module):
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Take the grid that spans [low, high]."""
-        scale, zero_point = affine_grid(low.view(1), high.view(1), self.bits)
+        scale, zero_point = affine_grid(low.view(1).clamp(max=self.reach), high.view(1), self.bits)
         with torch.no_grad():
             self.scale.copy_(scale)
             self.zero_point.copy_(zero_point)
 
     @torch.no_grad()
     def _observe(self, x: Tensor, averaging: float | None) -> None:
-        low, high = (edge.view(1) for edge in torch.aminmax(x))
+        low, high = parallel.widest(*(edge.view(1) for edge in torch.aminmax(x)))
         if averaging is None or not torch.isfinite(self.low).all():
             self.low.copy_(torch.minimum(self.low, low))
             self.high.copy_(torch.maximum(self.high, high))
@@ -217,6 +224,30 @@ def quantize_bias(bias: Tensor, activation_scale: Tensor, weight_scale: Tensor) 
     return bias + (rounded - bias).detach()
 
 
+def hardswish_steps(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return 3 and 6 in steps of a grid, rounded: where the gate of `grid_hardswish` opens and ends."""
+    return (HARD_REACH / scale).round(), (2 * HARD_REACH / scale).round()
+
+
+def grid_hardswish(x: Tensor, scale: Tensor) -> Tensor:
+    """Hard swish whose gate is clipped on the grid of its input: x * clip(x + 3', 0, 6') / 6.
+
+    3' and 6' are the multiples of `scale` nearest to 3 and 6, so that an integer Clip makes the gate and an integer
+    product the result; no kernel computes in float.
+
+    Args:
+        x: values on a grid whose range holds -3; any shape.
+        scale: step of the grid, [1]; at 0, before calibration, the plain function.
+
+    Returns:
+        As x.
+    """
+    step = scale.detach()
+    three, six = hardswish_steps(step)
+    gate = torch.minimum((x / step + three).clamp(min=0), six) * (step / 6)
+    return x * torch.where(step > 0, gate, torch.nn.functional.hardsigmoid(x))
+
+
 def bias_integers(bias: Tensor, scale: Tensor) -> Tensor:
     """Return the integers of a bias, [C], as float; saturated to int32."""
     limit = float(2**31 - 128)  # the largest int32 that a float32 holds
@@ -269,3 +300,7 @@ def constrain(network: nn.Module) -> None:
     for quantizer in quantizers(network):
         quantizer.scale.clamp_(min=quantizer.smallest)
         quantizer.zero_point.clamp_(quantizer.quant_min, quantizer.quant_max)
+        if isinstance(quantizer, ActivationQuantizer) and quantizer.reach:
+            quantizer.scale.clamp_(min=-quantizer.reach / (quantizer.quant_max - quantizer.quant_min))
+            steps = (-quantizer.reach / quantizer.scale).round()
+            quantizer.zero_point.copy_(torch.maximum(quantizer.zero_point, quantizer.quant_min + steps))

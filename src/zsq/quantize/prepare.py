@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from zsq import graphs
 from zsq.errors import InputError, unknown_name
 from zsq.graphs import argument, aten, tensor_of
-from zsq.quantize.fakequant import ActivationQuantizer, WeightQuantizer, quantize_bias
+from zsq.quantize.fakequant import HARD_REACH, ActivationQuantizer, WeightQuantizer, grid_hardswish, quantize_bias
 
 ENDS_BITS = 8
 """Bits of the network's input and of its logits, always."""
@@ -128,6 +128,7 @@ def prepare(folded: GraphModule, scheme: Scheme) -> Student:
     check_weight_names(network, scheme.weight_bits)
     placer = _Placer(network, scheme, every_layer)
     placer.place_activations()
+    placer.put_hardswish_on_grids()
     for layer in every_layer:
         placer.place_weight(layer)
     return Student(graphs.finish(network), placer.output_name)
@@ -189,6 +190,17 @@ class _Placer:
                 continue
             for read in dict.fromkeys(n.args[0] for n in self.layers if self.origin(n.args[0]) is node):
                 self.insert(read, self.bits_of(node), only_layers=True)
+
+    def put_hardswish_on_grids(self) -> None:
+        """Let hard swish of 8-bit values be computed by integers; narrower grids are too coarse for its gate."""
+        for node in self.network.graph.nodes:
+            name = self.placed.get(node.args[0]) if node.target is aten.hardswish.default else None
+            quantizer = self.network.get_submodule(name) if name else None
+            if isinstance(quantizer, ActivationQuantizer) and quantizer.bits == ENDS_BITS:
+                quantizer.reach = -HARD_REACH
+                with self.network.graph.inserting_before(node):
+                    scale = self.network.graph.get_attr(f"{name}.scale")
+                node.target, node.args = grid_hardswish, (node.args[0], scale)
 
     def rounds(self, node: Node) -> bool:
         """Whether an integer-only device would store the node's value."""

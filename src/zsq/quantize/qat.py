@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from zsq import graphs
+from zsq import graphs, parallel
 from zsq.batchnorm import fold
 from zsq.errors import InputError
 from zsq.losses import distillation_loss, intermediate_loss
@@ -119,17 +119,19 @@ class Distiller:
         batch = self.source.batch(step, self.student)
         images = batch.images.to(self.device)
         self.student.train()
-        answers, logits, distances = self._answers(images, batch.teacher_logits)
+        labels = batch.labels.to(self.device)
+        answers, logits, distances = self._answers(images, batch.teacher_logits, len(labels))
         loss = distillation_loss(
             answers,
             logits,
-            batch.labels.to(self.device),
+            labels,
             kd_weight=self.kd_weight,
             temperature=self.settings.temperature,
         )
         total = loss + self.settings.intermediate_weight * distances["intermediate"] if distances else loss
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
+        parallel.reduce_gradients(self.student.parameters())
         set_learning_rate(self.optimizer, cosine(1.0, step, self.settings.steps))
         self.optimizer.step()
         constrain(self.student)
@@ -137,22 +139,24 @@ class Distiller:
         terms = {"kd": loss, **distances}
         return {name: term.detach() for name, term in terms.items()} | {"agreement": agreement, **batch.losses}
 
-    def _answers(self, images: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def _answers(self, images: Tensor, known: Tensor | None, count: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the student's logits, the teacher's, and the distance between their layers where that is a loss.
 
         Args:
-            images: [N, C, H, W] on the device.
+            images: [n, C, H, W] on the device, this process's share of the batch.
             known: the teacher's logits where the source has computed them; its layers' outputs need another forward.
+            count: images of the whole batch, for which logits are returned.
         """
         if self.views is None:
             with torch.no_grad():
-                logits = self.teacher(images) if known is None else known
-            return self.student(images), logits, {}
+                logits = parallel.whole(self.teacher(images), count) if known is None else known
+            return parallel.whole(self.student(images), count), logits, {}
         student, folded = self.views
         with torch.no_grad():
             logits, wanted = folded(images)
         answers, found = student(images)
-        return answers, logits if known is None else known, {"intermediate": intermediate_loss(found, wanted)}
+        distances = {"intermediate": intermediate_loss(found, wanted)}
+        return parallel.whole(answers, count), parallel.whole(logits, count) if known is None else known, distances
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return student, momentum and source."""
