@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check bench bench-peers clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -28,9 +28,15 @@ check: $(STAMP)  ## format, lint, types and the fast tests
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 -m 'not slow and not real'
 
-bench: $(STAMP)  ## measure the single steps and the memory; writes to benchmarks/results
+bench: $(STAMP)  ## measure steps, growth, memory and the deployed file at small sizes; writes to benchmarks/results
 	$(BIN)/python benchmarks/moments.py
+	$(BIN)/python benchmarks/step.py --small
+	$(BIN)/python benchmarks/growth.py --small
+	$(BIN)/python benchmarks/deployed.py --small
 	$(BIN)/python benchmarks/memory.py
+
+bench-peers: $(STAMP)  ## compare ways of making images and quantizers on ../shared/data, about ten minutes
+	$(BIN)/python benchmarks/peers.py --small
 
 clean:  ## remove the environment and the runs
 	rm -rf .venv runs

@@ -1,0 +1,204 @@
+"""The single jobs of peers.py, each in a process of its own: making images, and quantizing with them.
+
+python benchmarks/peer_jobs.py JOB.json    reads what to do, and writes JOB.json with the result
+"""
+
+import json
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from floatfile import quantize_by_onnxruntime, write_float
+from genie import Genie
+
+from zsq.datasets import LabelledImages, open_dataset
+from zsq.evaluate import evaluate
+from zsq.export import OnnxClassifier, write_onnx
+from zsq.methods import ZSCGAN, Noise, Real, ZeroQ
+from zsq.methods.inversion import Inversion
+from zsq.quantize import PTQ
+from zsq.quantize.convert import convert
+from zsq.quantize.ptq import quantize_ptq
+from zsq.teachers import Teacher, load_teacher
+from zsq.training import Learner, Run
+from zsq.types import Batch
+
+METHODS: dict[str, Any] = {"zscgan": ZSCGAN, "zeroq": ZeroQ, "genie": Genie}
+SHARES = (0.125, 0.25, 0.5, 1.0)
+"""Shares of the synthesis after which its images are kept, to see when they became good enough."""
+MEASURED_STEPS = 4
+RATE_IMAGES = 256
+
+
+def peak_mebibytes() -> int:
+    """Return the largest memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def kept_steps(steps: int, unit: int) -> list[int]:
+    """Return after which steps images are kept: shares of all steps, at the ends of `unit` steps, the last always.
+
+    >>> kept_steps(800, 1), kept_steps(1000, 500), kept_steps(5, 10)
+    ([100, 200, 400, 800], [500, 1000], [5])
+    """
+    wanted = (round(share * steps / unit) * unit for share in SHARES)
+    return sorted({step for step in wanted if 0 < step < steps} | {steps})
+
+
+class Clock(Run):
+    """A run that counts the seconds of its steps alone, and calls back after some of them."""
+
+    def __init__(self, keep: Callable[[Learner, int, float], None], unit: int) -> None:
+        super().__init__()
+        self.keep, self.unit, self.times = keep, unit, list[float]()
+
+    def train(self, phase: str, learner: Learner, steps: int) -> None:
+        """Run the steps."""
+        wanted = kept_steps(steps, self.unit)
+        for step in range(steps):
+            start = time.perf_counter()
+            learner.step(step)
+            self.times.append(time.perf_counter() - start)
+            if step + 1 in wanted:
+                self.keep(learner, step + 1, sum(self.times))
+
+
+def method_of(name: str, seconds: float, teacher: Teacher) -> Any:
+    """Return the method at its own settings, with as many steps as fit into the time."""
+    trial = Clock(lambda learner, step, spent: None, 1)
+    METHODS[name](steps=MEASURED_STEPS).fit(teacher, trial)
+    return METHODS[name](steps=max(1, int(seconds / statistics.median(trial.times))))
+
+
+def drawn(source: Any, count: int) -> np.ndarray:
+    """Return up to `count` images as the network takes them, float32 [n, C, H, W]."""
+    return torch.cat([batch.images.float().cpu() for batch in source.sample(count)]).numpy()
+
+
+def synthesise(job: dict[str, Any], teacher: Teacher) -> dict[str, Any]:
+    """Fit a method within a time and keep images of several moments."""
+    begin = time.perf_counter()
+    method = method_of(job["source"], job["seconds"], teacher)
+    unit = -(-method.steps // method.batches) if isinstance(method, Inversion) else 1
+    kept: list[dict[str, Any]] = []
+
+    def keep(learner: Any, step: int, seconds: float) -> None:
+        path = Path(job["folder"]) / f"images-{job['source']}-{step}.npy"
+        images = drawn(learner, job["images"])
+        np.save(path, images)
+        kept.append({"step": step, "seconds": round(seconds, 2), "images": len(images), "path": str(path)})
+
+    run = Clock(keep, unit)
+    source = method.fit(teacher, run).source
+    peak = peak_mebibytes()
+    rate = None
+    if not isinstance(method, Inversion):  # else each further image costs what the first did
+        start = time.perf_counter()
+        rate = round(len(drawn(source, RATE_IMAGES)) / (time.perf_counter() - start), 1)
+    settings = {"steps": method.steps, "batch_size": source.batch_size}
+    facts = {"synthesis_seconds": round(sum(run.times), 2), "synthesis_peak_MiB": peak, "images_per_second": rate}
+    return {**settings, **facts, "kept": kept, "job_seconds": round(time.perf_counter() - begin, 2)}
+
+
+def given(job: dict[str, Any], teacher: Teacher) -> dict[str, Any]:
+    """Keep images that cost nothing: noise, or real ones."""
+    method: Any = Noise() if job["source"] == "noise" else Real(data=job["train"])
+    images = drawn(method.fit(teacher, Run()).source, job["images"])
+    path = Path(job["folder"]) / f"images-{job['source']}.npy"
+    np.save(path, images)
+    kept = [{"step": 0, "seconds": 0.0, "images": len(images), "path": str(path)}]
+    return {"synthesis_seconds": 0.0, "images_per_second": None, "kept": kept}
+
+
+def batches_of(path: str, size: int = 64) -> Iterator[Batch]:
+    """Stream stored images."""
+    for images in torch.from_numpy(np.load(path)).split(size):
+        yield Batch(images, torch.zeros(len(images), dtype=torch.int64))
+
+
+def top1_of_zsq(teacher: Teacher, path: str, bits: str, file: Path, test: LabelledImages) -> float:
+    """Quantize with stored images, write the file, and return the file's accuracy."""
+    student = quantize_ptq(teacher.network, lambda: batches_of(path), PTQ(bits=bits, num_samples=10**6), Run())
+    write_onnx(convert(student), teacher.spec, file)
+    return round(evaluate(OnnxClassifier(file, threads=torch.get_num_threads()), test).top1, 2)
+
+
+def quantize_by_zsq(job: dict[str, Any], teacher: Teacher, test: LabelledImages) -> dict[str, Any]:
+    """Quantize to all widths, and find out when the images were good enough for the target."""
+    kept, file = job["kept"], Path(job["folder"]) / "zsq.onnx"
+    start = time.perf_counter()
+    top1 = {bits: top1_of_zsq(teacher, kept[-1]["path"], bits, file, test) for bits in job["bits"]}
+    result: dict[str, Any] = {
+        "top1": top1,
+        "job_seconds": round(time.perf_counter() - start, 2),
+        "peak_MiB": peak_mebibytes(),
+        "seconds_to_target": None,
+    }
+    bits, least = job["target"]
+    for moment in kept:
+        is_last = moment is kept[-1] and bits in top1
+        found = top1[bits] if is_last else top1_of_zsq(teacher, moment["path"], bits, file, test)
+        moment["top1"] = found
+        if found >= least:
+            result["seconds_to_target"] = moment["seconds"]
+            break
+    return result | {"curve": [{k: v for k, v in moment.items() if k != "path"} for moment in kept]}
+
+
+def quantize_by_peer(job: dict[str, Any], test: LabelledImages) -> dict[str, Any]:
+    """Quantize to INT8 by another tool's own static quantization, and measure its file."""
+    folder = Path(job["folder"])
+    source, file = folder / "float.onnx", folder / f"{job['tool']}.onnx"
+    images = np.load(job["kept"][-1]["path"])
+    start = time.perf_counter()
+    if job["tool"] == "nncf":
+        if reason := quantize_by_nncf(source, images, file):
+            return {"skipped": reason}
+    else:
+        singles = (image[None] for image in images)
+        quantize_by_onnxruntime(source, singles, file, unsigned=job["tool"] == "onnxruntime-uint8")
+    seconds = round(time.perf_counter() - start, 2)
+    top1 = evaluate(OnnxClassifier(file, threads=torch.get_num_threads()), test).top1
+    return {"top1": {"8": round(top1, 2)}, "job_seconds": seconds, "peak_MiB": peak_mebibytes()}
+
+
+def quantize_by_nncf(source: Path, images: np.ndarray, path: Path) -> str:
+    """Quantize a float file by NNCF at its defaults; return why not, where it cannot be done."""
+    os.environ["NNCF_CI"] = "1"  # it sends no usage statistics then
+    try:
+        import nncf
+    except ImportError as error:
+        return f"pip install nncf: {error}"
+    feeds = [{"images": image[None]} for image in images]
+    try:
+        model = nncf.quantize(onnx.load(source), nncf.Dataset(feeds), subset_size=len(feeds))
+    except (RuntimeError, ValueError, nncf.ValidationError) as error:
+        return f"nncf {nncf.__version__}: {str(error).strip().splitlines()[0]}"
+    onnx.save(model, str(path))
+    return ""
+
+
+def work(job: dict[str, Any]) -> dict[str, Any]:
+    """Do one job."""
+    torch.set_num_threads(job["threads"])
+    teacher = load_teacher(job["model"], weights=job["weights"])
+    if job["kind"] == "images":
+        return synthesise(job, teacher) if job["source"] in METHODS else given(job, teacher)
+    if job["kind"] == "float":
+        write_float(teacher, Path(job["folder"]) / "float.onnx")
+        return {}
+    test = open_dataset(job["test"], teacher.spec, limit=job["test_images"])
+    return quantize_by_zsq(job, teacher, test) if job["tool"] == "zsq" else quantize_by_peer(job, test)
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1])
+    path.with_suffix(".done").write_text(json.dumps(work(json.loads(path.read_text()))))
