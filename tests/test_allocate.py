@@ -9,6 +9,7 @@ import tomllib
 import numpy as np
 import onnx
 import pytest
+from PIL import Image
 
 from zsq import allocation, cli
 from zsq.allocation import allocate, parse_size, spread
@@ -85,6 +86,22 @@ def test_the_frontier_is_written_and_holds_the_chosen_point(mixed):
     assert costs[rows.index(chosen[0])] == max(
         c for s, c in zip(sizes, costs, strict=True) if s == float(chosen[0]["bytes"])
     )
+
+
+def test_the_frontier_is_drawn(mixed):
+    pytest.importorskip("matplotlib")
+    with Image.open(mixed[0] / "frontier.png") as picture:
+        colours = picture.convert("RGB").getcolors(2**20)
+    assert len(colours) > 20  # a line, a mark and text, not an empty frame
+
+
+def test_without_matplotlib_the_rest_is_written(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr("zsq.allocation.importlib.util.find_spec", lambda name: None)
+    said = []
+    done = allocate(teacher, out=tmp_path / "a", average=4, num_images=8, method="noise", say=said.append)
+    assert [path.name for path in done.files] == ["bits.toml", "frontier.csv"]
+    assert not (tmp_path / "a" / "frontier.png").exists()
+    assert said == ["frontier.png needs matplotlib: pip install 'zsq[plots]'"]
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Choose a width for each weight: sensitivities on synthetic images, their frontier, and one point of it."""
 
 import csv
+import importlib.util
 import json
 import re
 from collections.abc import Iterable
@@ -33,7 +34,7 @@ class Allocated:
     sensitivities: dict[str, dict[int, float]]
     """KL in nats by weight and width."""
     files: tuple[Path, ...]
-    """What was written: `bits.toml` and `frontier.csv`."""
+    """What was written: `bits.toml`, `frontier.csv`, and `frontier.png` where matplotlib is installed."""
 
     @property
     def allocation(self) -> Allocation:
@@ -65,7 +66,7 @@ def allocate(
 
     Args:
         teacher: the float network.
-        out: folder of `bits.toml` and `frontier.csv`.
+        out: folder of `bits.toml`, `frontier.csv` and `frontier.png` (with matplotlib, the extra `plots`).
         average: most bits a weight on average, or
         size: most bytes of all weights, each packed at its own width, such as `100KB`. (zsq's files store bytes.)
         widths: those to choose from, in bits.
@@ -78,7 +79,7 @@ def allocate(
         InputError: an argument does not fit, no allocation is small enough, or the folder holds one already.
     """
     folder = Path(out)
-    files = (folder / "bits.toml", folder / "frontier.csv")
+    files = tuple(folder / name for name in ("bits.toml", "frontier.csv", "frontier.png"))
     tried = _checked_widths(widths, activation)
     if num_images < 1:
         raise InputError(f"images is {num_images}; at least 1 is needed.")
@@ -105,15 +106,24 @@ def allocate(
     frontier = pareto_frontier(found, sizes)
     if not frontier.exact:
         say("the frontier has too many points; its size axis is cut into steps, so a better point may be left out")
-    result = Allocated(frontier, frontier.within(most_bits), found, files)
+    result = Allocated(frontier, frontier.within(most_bits), found, files if can_draw(say) else files[:2])
     facts = {
         "network": f"{teacher.name}, weights sha256 {teacher.weights_sha256[:12]}",
         "images": f"{len(images)} of method {chosen.method.name}, seed {seed}",
         "versions": f"zsq {versions()['zsq']}, torch {torch.__version__}",
     }
     write_bits(files[0], result, activation, facts)
-    write_frontier(files[1], frontier, result.chosen)
+    for path, write in zip(result.files[1:], (write_frontier, draw_frontier), strict=False):
+        write(path, frontier, result.chosen)
     return result
+
+
+def can_draw(say: Say) -> bool:
+    """Return whether matplotlib is installed, and say what brings it where it is not."""
+    installed = importlib.util.find_spec("matplotlib") is not None
+    if not installed:
+        say("frontier.png needs matplotlib: pip install 'zsq[plots]'")
+    return installed
 
 
 def _checked_widths(widths: Iterable[int], activation: int) -> list[int]:
@@ -193,3 +203,21 @@ def write_frontier(path: Path, frontier: Frontier, chosen: int) -> None:
             average = f"{point.bits / frontier.num_weights:.4f}"
             sensitivity = f"{point.sensitivity:.6g}"
             rows.writerow([point.bits / 8, average, sensitivity, int(index == chosen), *point.widths.values()])
+
+
+def draw_frontier(path: Path, frontier: Frontier, chosen: int) -> None:
+    """Draw the frontier as a PNG, summed sensitivity against average width, the chosen point marked."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    panel = figure.subplots()
+    indices = spread(len(frontier), MOST_ROWS, chosen)
+    averages = frontier.bits[indices] / frontier.num_weights
+    panel.plot(averages, frontier.sensitivity[indices], "-")
+    panel.plot(frontier.bits[chosen] / frontier.num_weights, frontier.sensitivity[chosen], "o", label="chosen")
+    panel.set_yscale("log")
+    panel.set_xlabel("bits a weight, on average")
+    panel.set_ylabel("summed sensitivity, nats")
+    panel.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)

@@ -19,7 +19,7 @@ SHOWN = 12
 class Allocate(RunOptions):
     """Choose a width for each weight: the least sensitive ones that fit a size (ZeroQ's mixed precision).
 
-    Writes bits.toml, which `zsq quantize --bits` takes, and frontier.csv.
+    Writes bits.toml, which `zsq quantize --bits` takes, frontier.csv, and frontier.png with zsq[plots].
 
     Examples:
       zsq allocate digits --from runs/digits --average 4 --out mixed
