@@ -89,7 +89,7 @@ def allocate(
         raise InputError(f"{folder} holds an allocation already; --overwrite replaces it.")
     sizes = weight_sizes(teacher.network)
     most_bits = _limit(average, size, sum(sizes.values()), min(tried))
-    run = Run(seed=seed, device=pick_device(device), progress=progress)
+    run = Run(seed=seed, device=pick_device(device), progress=progress, say=say)
     teacher = teacher.to(run.device) if run.device.type != "cpu" else teacher
     chosen, surrogate = fit_surrogate(
         teacher, run, method=method, recipe=recipe, settings=settings, budget=budget, from_run=from_run, say=say

@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from zsq import parallel
 from zsq.errors import InputError
@@ -108,7 +109,7 @@ def plan(
     fit_seconds = 0.0
     if method.steps and not fitted:
         assert isinstance(source, Learner), f"{method.name} has steps and its source learns nothing"
-        fit_seconds = seconds_each(source.step, at_least_seconds=patience)
+        fit_seconds = seconds_each(partial(probe.take, source), at_least_seconds=patience)
     few = replace(quantizer, num_samples=PROBE_IMAGES)
     start = time.perf_counter()
     student = quantize_ptq(
@@ -125,7 +126,7 @@ def plan(
     distill_seconds = 0.0
     if isinstance(quantizer, QAT):
         distiller = Distiller(student, teacher.network, source, quantizer, run.device)
-        distill_seconds = seconds_each(distiller.step, at_least_seconds=patience)
+        distill_seconds = seconds_each(partial(probe.take, distiller), at_least_seconds=patience)
     layers = sum(1 for name, _ in student.network.named_children() if name.startswith("weight_"))
     images = PROBE_IMAGES if surrogate.statistics else quantizer.num_samples  # statistics ask for none
     fixed = calibrate_seconds * images + 4 * forward_seconds * (num_eval_images + 1000)

@@ -158,7 +158,7 @@ class Bench:
         folder = self.folder / "fits" / cell.fit_name
         settings = self._resolved(cell.fit_settings)
         resumed = self._begin(folder, cell, settings, fit_digest(cell, loaded.teacher))
-        run = Run(folder, seed=cell.seed, device=self.device, progress=self.progress)
+        run = Run(folder, seed=cell.seed, device=self.device, progress=self.progress, say=self.say)
         stored = folder / "fit.json"
         known = json.loads(stored.read_text()) if stored.exists() else None
         fitted = None
@@ -209,7 +209,7 @@ class Bench:
             loaded.float_results = evaluate(loaded.teacher.network, loaded.data)
         begin = time.perf_counter()
         settings = self._resolved(cell.settings)
-        run = Run(folder, seed=cell.seed, device=self.device, progress=self.progress)
+        run = Run(folder, seed=cell.seed, device=self.device, progress=self.progress, say=self.say)
         resumed = self._begin(folder, cell, settings, digest(cell) + loaded.teacher.weights_sha256)
         job = Job(loaded.teacher, folder, run, loaded.data, self.say, known=loaded.float_results)
         surrogate = self._surrogate(cell, fit, settings, run)

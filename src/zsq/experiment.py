@@ -142,7 +142,7 @@ def quantize(
     wanted = resolve_settings(method, quantizer, bits, recipe=recipe, assignments=tuple(settings), source_run=reused)
     if wanted.quantizer.weight_bits:  # before hours are spent on the fit
         check_weight_names(fold(teacher.network)[0], wanted.quantizer.weight_bits)
-    run = Run(folder, seed=seed, device=where, checkpoint_steps=checkpoint_every, progress=progress)
+    run = Run(folder, seed=seed, device=where, checkpoint_steps=checkpoint_every, progress=progress, say=say)
     job = Job(teacher, folder, run, images, say, reused)
     chosen = job.stored(wanted, resume=resume, overwrite=overwrite) or job.scheduled(wanted, budget, recipe)
     return job.carry_out(chosen, begin)

@@ -56,7 +56,7 @@ def synthesize(
     parallel.on_main(check)
     if not parallel.is_main():
         progress, say = None, lambda text: None
-    run = Run(seed=seed, device=where, progress=progress)
+    run = Run(seed=seed, device=where, progress=progress, say=say)
     teacher = teacher.to(run.device) if run.device.type != "cpu" else teacher
     _, surrogate = fit_surrogate(
         teacher, run, method=method, recipe=recipe, settings=settings, budget=budget, from_run=from_run, say=say

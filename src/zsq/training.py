@@ -149,6 +149,7 @@ class Run:
         device: where networks live.
         checkpoint_steps: steps between checkpoints; None saves every 30 seconds.
         progress: where progress is shown.
+        say: called with lines that the user should read.
     """
 
     def __init__(
@@ -159,6 +160,7 @@ class Run:
         device: torch.device | str = "cpu",
         checkpoint_steps: int | None = None,
         progress: Progress | None = None,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
         if checkpoint_steps is not None and checkpoint_steps < 1:
             raise InputError(f"checkpoint-every is {checkpoint_steps}; it must be at least 1 step.")
@@ -167,6 +169,7 @@ class Run:
         self.device = torch.device(device)
         self.checkpoint_steps = checkpoint_steps
         self.progress: Progress = progress or Silent()
+        self.say = say
 
     def train(self, phase: str, learner: Learner, steps: int) -> None:
         """Run steps 0 to `steps` of a phase, from its checkpoint where the folder holds one.
@@ -179,8 +182,7 @@ class Run:
         saved = time.monotonic()
         for step in range(first, steps):
             try:
-                with parallel.together():
-                    pending.append((step, learner.step(step)))
+                pending.append((step, self.take(learner, step)))
             except RuntimeError:
                 if pending:  # an earlier loss that was not finite explains what this step choked on
                     self._flush(phase, pending, steps)
@@ -193,6 +195,30 @@ class Run:
             if due:
                 self._save(phase, learner, step + 1)
                 saved = time.monotonic()
+
+    def take(self, learner: Learner, step: int) -> dict[str, Tensor]:
+        """Do a step; where its batch does not fit into the device's memory, again with the batch in halves.
+
+        Raises:
+            InputError: it does not fit in the smallest parts either.
+        """
+        while True:
+            try:
+                with parallel.together():
+                    return learner.step(step)
+            except torch.OutOfMemoryError as error:
+                halve = getattr(learner, "halve", None)
+                if parallel.processes() > 1 or halve is None or not halve():
+                    raise InputError(
+                        f"a step does not fit into the memory of {self.device}; --set method.batch_size=N below the "
+                        "one of settings.toml may."
+                    ) from error
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.say(
+                "WARNING: a batch does not fit into memory; it now goes through in halves. Gradients are those of the "
+                "whole, batch statistics those of a part."
+            )
 
     def each(self, phase: str, items: Iterable[Any], total: int, size: Callable[[Any], int]) -> Iterator[Any]:
         """Pass items on, showing how many of `total` are done."""

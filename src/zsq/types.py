@@ -1,6 +1,6 @@
 """The values that travel between the parts: what an image is, a batch of them, and where they come from."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -80,6 +80,24 @@ class Batch:
     """Logits of the teacher for the whole batch, float [N, classes], where already computed."""
     losses: dict[str, Tensor] = field(default_factory=dict)
     """Scalars worth logging of the source's own learning step."""
+
+    def split(self, parts: int) -> "list[Batch]":
+        """Return the images in at most `parts` batches, without the losses."""
+        logits = [None] * parts if self.teacher_logits is None else self.teacher_logits.chunk(parts)
+        return [Batch(*rows) for rows in zip(self.images.chunk(parts), self.labels.chunk(parts), logits, strict=False)]
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Return one batch of the images of several, losses averaged; all of them know the teacher's logits, or none."""
+    if len(batches) == 1:
+        return batches[0]
+    logits = [batch.teacher_logits for batch in batches if batch.teacher_logits is not None]
+    return Batch(
+        torch.cat([batch.images for batch in batches]),
+        torch.cat([batch.labels for batch in batches]),
+        torch.cat(logits) if logits else None,
+        {name: torch.stack([batch.losses[name] for batch in batches]).mean() for name in batches[0].losses},
+    )
 
 
 @dataclass(frozen=True, slots=True)

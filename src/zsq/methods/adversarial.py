@@ -73,10 +73,14 @@ class AdversarialSource(GeneratorSource):
             "student_kl": -settings.adversarial_weight,
         }
 
-    def update(self, step: int, student: nn.Module | None) -> Batch:
-        """Update the generator whose turn it is, against the student if there is one, which is left alone."""
+    def inputs(self, step: int) -> tuple[Tensor, ...]:
+        """Return noise."""
+        return (self._noise(stream(self.seed, "fit", step, self.device), self.batch_size),)
+
+    def learnt_from(self, step: int, student: nn.Module | None, *inputs: Tensor) -> Batch:
+        """Return images of the generator whose turn it is, with its losses, against the student if there is one."""
+        (noise,) = inputs
         generator = self.generators[step % len(self.generators)]
-        noise = self._noise(stream(self.seed, "fit", step, self.device), self.batch_size)
         generator.train()
         images = self._make(generator, parallel.share(noise))
         logits, moments = self.teacher(images)
@@ -89,9 +93,7 @@ class AdversarialSource(GeneratorSource):
         if student is not None:
             with straight_through(student):
                 losses["student_kl"] = kl_divergence(logits, parallel.whole(student(images), len(noise)))
-        self.learn(losses, self.weights, step)
-        losses = {name: value.detach() for name, value in losses.items()}
-        return Batch(images.detach(), logits.detach().argmax(1), logits.detach(), losses)
+        return Batch(images, logits.detach().argmax(1), logits.detach(), losses)
 
     def draw(self, name: str, index: int, count: int) -> Batch:
         """Return `count` images, each by a generator drawn at random, with the teacher's answers as labels."""

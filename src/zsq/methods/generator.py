@@ -17,7 +17,7 @@ from zsq.methods.pool import require_positive
 from zsq.networks import Generator, make_generator
 from zsq.teachers import Teacher
 from zsq.training import Run, cosine, flatten_optimizer, part, restore_optimizer, set_learning_rate, stream, under
-from zsq.types import Batch, ImageSpec
+from zsq.types import Batch, ImageSpec, joined
 
 LARGE_IMAGE = 96
 """Shorter side in pixels from which images count as large: smaller batches are enough, and cost as much."""
@@ -108,6 +108,8 @@ class GeneratorSource(ABC):
     data_free = True
     true_labels = False
     asks_labels: bool
+    weights: dict[str, float]
+    """Factor of each loss; what `losses` returns beside them is for the log."""
 
     def __init__(
         self, settings: GeneratorSettings, generator: nn.Module, teacher: Teacher, run: Run, distill_steps: int
@@ -116,6 +118,7 @@ class GeneratorSource(ABC):
         large = min(teacher.spec.height, teacher.spec.width) >= LARGE_IMAGE
         self.batch_size = settings.batch_size or (32 if large else 64)
         self.horizon = settings.steps + distill_steps
+        self.parts = 1
         observed = ObservedTeacher(teacher.network, teacher.name)
         self.teacher = observed.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.generator = generator.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -127,12 +130,38 @@ class GeneratorSource(ABC):
         )
 
     @abstractmethod
-    def update(self, step: int, student: nn.Module | None) -> Batch:
-        """Update the generator once, at step `step` of fit and distillation together; return its images and losses."""
+    def inputs(self, step: int) -> tuple[Tensor, ...]:
+        """Return what step `step` of fit and distillation together draws for its images, each [N, ...]."""
+
+    @abstractmethod
+    def learnt_from(self, step: int, student: nn.Module | None, *inputs: Tensor) -> Batch:
+        """Return images made of the inputs, with the losses of the generator, through which gradients reach it."""
 
     @abstractmethod
     def draw(self, name: str, index: int, count: int) -> Batch:
         """Return `count` images as when sampling; a pure function of the generator and of (seed, name, index)."""
+
+    def update(self, step: int, student: nn.Module | None) -> Batch:
+        """Update the generator once and return its images and losses; the batch goes through in `parts`."""
+        self.optimizer.zero_grad(set_to_none=True)
+        made = []
+        for inputs in zip(*(drawn.chunk(self.parts) for drawn in self.inputs(step)), strict=True):
+            batch = self.learnt_from(step, student, *inputs)
+            terms = [self.weights[name] * value for name, value in batch.losses.items() if self.weights.get(name)]
+            (torch.stack(terms).sum() / self.parts).backward()
+            losses = {name: value.detach() for name, value in batch.losses.items()}
+            made.append(Batch(batch.images.detach(), batch.labels, batch.teacher_logits, losses))
+        parallel.reduce_gradients(self.generator.parameters())
+        set_learning_rate(self.optimizer, cosine(1.0, step, self.horizon))
+        self.optimizer.step()
+        return joined(made)
+
+    def halve(self) -> bool:
+        """Let the batch go through the networks in twice as many parts, where that leaves two images each."""
+        if self.batch_size < 4 * self.parts:
+            return False
+        self.parts *= 2
+        return True
 
     def step(self, step: int) -> dict[str, Tensor]:
         """Update the generator once and return its losses."""
@@ -151,15 +180,6 @@ class GeneratorSource(ABC):
     def bns(self, moments: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Return the batch-norm statistics loss of what the teacher observed."""
         return bns_loss(moments, self.teacher.target_mean, self.teacher.target_var, self.teacher.eps)
-
-    def learn(self, losses: dict[str, Tensor], weights: dict[str, float], step: int) -> None:
-        """Take one optimizer step on the sum of the losses by their weights; one of weight 0 is left out."""
-        loss = torch.stack([weights[name] * value for name, value in losses.items() if weights[name]]).sum()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        parallel.reduce_gradients(self.generator.parameters())
-        set_learning_rate(self.optimizer, cosine(1.0, step, self.horizon))
-        self.optimizer.step()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the generator's weights and Adam's moments."""

@@ -61,19 +61,21 @@ class ConditionalSource(GeneratorSource):
         ce_weight = max(1.0, teacher.spec.classes / 32) if settings.ce_weight is None else settings.ce_weight
         self.weights = {"ce": ce_weight, "bns": settings.bns_weight}
 
-    def update(self, step: int, student: nn.Module | None) -> Batch:
-        """Update the generator once by eq. (2)."""
-        del student
-        labels, noise = self._inputs("fit", step, self.batch_size)
+    def inputs(self, step: int) -> tuple[Tensor, ...]:
+        """Return labels and noise."""
+        return self._inputs("fit", step, self.batch_size)
+
+    def learnt_from(self, step: int, student: nn.Module | None, *inputs: Tensor) -> Batch:
+        """Return images of these labels and this noise with the losses of eq. (2)."""
+        del step, student
+        labels, noise = inputs
         self.generator.train()
         images = self.generator(parallel.share(noise), parallel.share(labels))
         logits, moments = self.teacher(images)
         logits = parallel.whole(logits, len(labels))
         losses = {"ce": label_cross_entropy(logits, labels), "bns": self.bns(moments)}
-        self.learn(losses, self.weights, step)
-        losses = {name: value.detach() for name, value in losses.items()}
         losses["label_recognition"] = (logits.detach().argmax(1) == labels).float().mean() * 100
-        return Batch(images.detach(), labels, logits.detach(), losses)
+        return Batch(images, labels, logits.detach(), losses)
 
     def draw(self, name: str, index: int, count: int) -> Batch:
         """Return `count` images, labels uniform."""

@@ -17,7 +17,7 @@ from zsq.quantize.fakequant import ActivationQuantizer, WeightQuantizer, constra
 from zsq.quantize.prepare import Student, prepared_layers
 from zsq.quantize.ptq import PTQ
 from zsq.training import Run, cosine, flatten_optimizer, part, restore_optimizer, set_learning_rate, under
-from zsq.types import SampleSource
+from zsq.types import Batch, SampleSource, joined
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +91,7 @@ class Distiller:
         self, student: Student, teacher: nn.Module, source: SampleSource, settings: QAT, device: torch.device
     ) -> None:
         self.student, self.teacher, self.source, self.settings = student, teacher, source, settings
-        self.device = device
+        self.device, self.parts = device, 1
         self.kd_weight = settings.resolved_kd_weight(source)
         centre_biases(student, first_images(source.sample(IMAGES), device))
         self.views: tuple[GraphModule, GraphModule] | None = None
@@ -117,9 +117,18 @@ class Distiller:
     def step(self, step: int) -> dict[str, Tensor]:
         """Do one distillation step by eq. (3) and return its losses."""
         batch = self.source.batch(step, self.student)
-        images = batch.images.to(self.device)
         self.student.train()
-        labels = batch.labels.to(self.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = joined([self._learn(part) for part in batch.split(self.parts)]).losses
+        parallel.reduce_gradients(self.student.parameters())
+        set_learning_rate(self.optimizer, cosine(1.0, step, self.settings.steps))
+        self.optimizer.step()
+        constrain(self.student)
+        return losses | batch.losses
+
+    def _learn(self, batch: Batch) -> Batch:
+        """Add the gradient of a part of the batch; return it with its losses."""
+        images, labels = batch.images.to(self.device), batch.labels.to(self.device)
         answers, logits, distances = self._answers(images, batch.teacher_logits, len(labels))
         loss = distillation_loss(
             answers,
@@ -129,15 +138,16 @@ class Distiller:
             temperature=self.settings.temperature,
         )
         total = loss + self.settings.intermediate_weight * distances["intermediate"] if distances else loss
-        self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        parallel.reduce_gradients(self.student.parameters())
-        set_learning_rate(self.optimizer, cosine(1.0, step, self.settings.steps))
-        self.optimizer.step()
-        constrain(self.student)
+        (total / self.parts).backward()
         agreement = (answers.detach().argmax(1) == logits.argmax(1)).float().mean() * 100
-        terms = {"kd": loss, **distances}
-        return {name: term.detach() for name, term in terms.items()} | {"agreement": agreement, **batch.losses}
+        terms = {name: term.detach() for name, term in {"kd": loss, **distances}.items()}
+        return Batch(batch.images, batch.labels, None, terms | {"agreement": agreement})
+
+    def halve(self) -> bool:
+        """Let the batch go through source and student in twice as many parts."""
+        halve = getattr(self.source, "halve", None)
+        self.parts *= 2
+        return halve is None or halve()
 
     def _answers(self, images: Tensor, known: Tensor | None, count: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the student's logits, the teacher's, and the distance between their layers where that is a loss.
