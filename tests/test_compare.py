@@ -483,6 +483,12 @@ def test_a_small_grid_of_verified_files(recipe, tmp_path):
     assert alone.record["teacher_agreement"] == same["teacher_agreement"]
 
 
+def test_rows_without_a_finished_cell_are_left_out(ran, recipe, tmp_path):
+    compare(recipe, out=tmp_path / "out", only="*/ptq-8/*")
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "out" / "table.csv").read_text())))
+    assert [row["bits"] for row in rows] == ["INT8"]
+
+
 def test_jobs_divide_the_cells_and_keep_fits_together(recipe: Path, tmp_path: Path) -> None:
     grid = recipes.cells(read_recipe(recipe))
     shares = share_out(grid, 2)

@@ -115,7 +115,7 @@ class Outcomes:
         return Group(tuple(found), hits)
 
     def table(self) -> TextTable:
-        """Return the table in the form that the recipe asks for."""
+        """Return the table in the form that the recipe asks for; without the rows of which no cell is finished."""
         return self._rows() if self.recipe.layout == "rows" else self._columns()
 
     def columns(self) -> list[tuple[MethodEntry, QuantizerEntry]]:
@@ -155,7 +155,8 @@ class Outcomes:
         for teacher in self.recipe.teachers:
             for bits in [b for b in self.bits if b in (teacher.bits or self.bits)]:
                 keys = [(teacher.label, method.label, quantizer.label, bits) for method, quantizer in columns]
-                rows.append([teacher.title, _int(bits), self._float(teacher), *self._entries(keys)])
+                if any(key in self.groups for key in keys):
+                    rows.append([teacher.title, _int(bits), self._float(teacher), *self._entries(keys)])
         header = ["network", "bits", "float", *(self.heading(*column) for column in columns)]
         return text_table(header, rows, text_columns=2)
 
