@@ -328,3 +328,10 @@ def test_a_resumed_run_on_other_versions_says_so(run_folder, teacher):
     stored_settings(run_folder, resolve(), teacher, 0, say=said.append)
     assert len(said) == 1
     assert "started with torch 1.0, now" in said[0]
+
+
+def test_settings_that_lack_their_last_table_are_cut_short(run_folder, teacher):
+    path = run_folder / "settings.toml"
+    path.write_text(path.read_text().partition("[run]")[0])
+    with pytest.raises(InputError, match=r"is cut short: its last table, \[run\], is missing"):
+        FittedRun.open(run_folder, teacher)

@@ -267,9 +267,12 @@ def stored_spec(folder: Path) -> ImageSpec:
         InputError: the folder holds no settings.toml with a teacher.
     """
     path = folder / "settings.toml"
-    table = read_toml(path).get("teacher")
+    content = read_toml(path)
+    table = content.get("teacher")
     if not isinstance(table, dict):
         raise InputError(f"{path} names no teacher; it is not a run's.")
+    if "run" not in content:
+        raise InputError(f"{path} is cut short: its last table, [run], is missing.")
     sizes = {name: table.get(name, 0) for name in ("channels", "height", "width", "classes")}
     mean, std = tuple(table.get("mean", ())), tuple(table.get("std", ()))
     return ImageSpec(**sizes, mean=mean, std=std, resize=table.get("resize"))
