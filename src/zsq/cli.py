@@ -281,7 +281,10 @@ def parse(arguments: list[str] | None = None) -> Any:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits 1 on an expected fault, 2 on wrong usage."""
     try:
-        command = parse(arguments)
+        try:
+            command = parse(arguments)
+        finally:
+            sys.stdout.flush()  # help that nobody reads is a fault here, not at exit
         watch_starter()
         if isinstance(command, ParallelOptions) and _needs_workers(command.devices, command.device):
             sys.exit(run_workers([*WORKER, *(sys.argv[1:] if arguments is None else arguments)], command.devices))

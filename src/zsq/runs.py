@@ -42,8 +42,9 @@ Say = Callable[[str], None]
 
 def versions() -> dict[str, str]:
     """Return the versions on which a result depends, and the processor's kind."""
-    names = ("zsq", "torch", "onnx", "onnxruntime")
+    names = ("zsq", "onnx", "onnxruntime")
     return {name: metadata.version(name) for name in names} | {
+        "torch": torch.__version__,  # names the build, which the package's metadata may not
         "python": platform.python_version(),
         "machine": platform.machine(),
     }
