@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -442,7 +443,6 @@ DRIVER = """
 import json, os, signal, sys, torch, zsq
 torch.set_num_threads(1)
 teacher = zsq.load_teacher("digits")
-jobs = json.loads(sys.argv[1])
 
 def run(kind, name, count, arguments):
     seen, replace = [], os.replace
@@ -465,16 +465,9 @@ def run(kind, name, count, arguments):
     os.replace = watched
     zsq.quantize(teacher, progress=Watch(), checkpoint_every=1, **arguments)
 
-for job in jobs:
-    child = os.fork()
-    if child == 0:
-        try:
-            run(*job)
-        finally:
-            os._exit(3)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+run(*json.loads(sys.argv[1]))
 """
-"""Runs each job in a child process of its own, so that torch is imported once."""
+"""Runs one job in a process of its own: builds of torch for CUDA cannot train in a forked child."""
 
 KILLED_ARGUMENTS = {"settings": QAT_, "quantizer": "qat", "bits": "4", "seed": 0}
 
@@ -482,10 +475,13 @@ KILLED_ARGUMENTS = {"settings": QAT_, "quantizer": "qat", "bits": "4", "seed": 0
 def kill(jobs: list[tuple]) -> list[int]:
     """Run jobs (kind, name, count, arguments) until each is killed; return the exit codes."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", DRIVER, json.dumps(jobs)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    return [int(line) for line in done.stdout.split()]
+
+    def code_of(job: tuple) -> int:
+        command = [sys.executable, "-c", DRIVER, json.dumps(job)]
+        return subprocess.run(command, capture_output=True, check=False, env=environment).returncode
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(code_of, jobs))
 
 
 @pytest.fixture(scope="module")
