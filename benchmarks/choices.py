@@ -40,9 +40,9 @@ class Setup:
     compile_seconds: int
     """Longest time for compiling and timing together; 0 leaves it out."""
 
-    def source(self) -> ConditionalSource:
-        """Return an untrained source; all are equal."""
-        return source_of(self.teacher, self.batch, self.device)
+    def source(self, **settings: object) -> ConditionalSource:
+        """Return an untrained source; all start alike."""
+        return source_of(self.teacher, self.batch, self.device, **settings)
 
 
 def channels_last(setup: Setup) -> tuple[Step, Step]:
@@ -63,20 +63,12 @@ def fused_adam(setup: Setup) -> tuple[Step, Step]:
 
 def bfloat16(setup: Setup) -> tuple[Step, Step]:
     """Return the steps without and with generator and teacher under bfloat16 autocast."""
-    other = setup.source()
-
-    def step(index: int) -> dict[str, torch.Tensor]:
-        with torch.autocast(setup.device.type, torch.bfloat16):
-            return other.step(index)
-
-    return setup.source().step, step
+    return setup.source().step, setup.source(precision="bfloat16").step
 
 
 def compiled(setup: Setup) -> tuple[Step, Step]:
     """Return the steps without and with generator and teacher compiled."""
-    other: Any = setup.source()
-    other.generator, other.teacher = torch.compile(other.generator), torch.compile(other.teacher)
-    return setup.source().step, other.step
+    return setup.source().step, setup.source(compiled=True).step
 
 
 CHOICES = {"channels_last": channels_last, "fused_adam": fused_adam, "bfloat16": bfloat16, "compile": compiled}

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from zsq import graphs
-from zsq.batchnorm import batch_norms, fold, frozen_norm, moments
+from zsq.batchnorm import batch_norms, fold, moments
 from zsq.losses import distillation_loss
 from zsq.methods.zscgan import ZSCGAN, ConditionalSource
 from zsq.quantize.fakequant import quantizers
@@ -96,7 +96,7 @@ def multiply_added(network: GraphModule) -> GraphModule:
             graphs.set_tensor(network, name, value.view(shape))
         with network.graph.inserting_before(norm.node):
             stored = tuple(network.graph.get_attr(name) for name in names)
-            norm.node.replace_all_uses_with(network.graph.call_function(frozen_norm, (x, *stored)))
+            norm.node.replace_all_uses_with(network.graph.call_function(torch.addcmul, (stored[1], x, stored[0])))
         network.graph.erase_node(norm.node)
     return graphs.finish(network).requires_grad_(False)
 

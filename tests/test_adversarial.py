@@ -12,7 +12,7 @@ from zsq.losses import kl_divergence
 from zsq.methods import Adversarial
 from zsq.methods.adversarial import AdversarialSource
 from zsq.quantize import QAT
-from zsq.quantize.fakequant import quantizers, set_mode
+from zsq.quantize.fakequant import set_mode
 from zsq.quantize.prepare import Student
 from zsq.quantize.ptq import quantize_ptq
 from zsq.quantize.qat import Distiller
@@ -109,7 +109,6 @@ def test_the_student_is_left_alone_bit_for_bit(teacher, warm, scales, training):
     assert any(isinstance(gradient, Tensor) for gradient in before[1])
     batch = source.batch(1, student)
     assert same(facts(student), before)
-    assert not any(quantizer.passes_gradients for quantizer in quantizers(student) if hasattr(quantizer, "low"))
     assert not same(weights_of(source), weights)
     assert batch.losses["student_kl"] > 0
     assert not batch.losses["student_kl"].requires_grad

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from toys import Branchy, Plain, graph, images
 
-from zsq.batchnorm import ObservedTeacher, batch_norms, fold, moments
+from zsq.batchnorm import ObservedTeacher, batch_norms, fold, moments, observed_norm
 from zsq.errors import InputError
 from zsq.graphs import aten
 
@@ -93,6 +93,39 @@ def test_moments_and_gradients_agree_with_var_mean(shape: tuple[int, ...]) -> No
 def test_moments_of_values_far_from_zero() -> None:
     x = 1e3 + torch.randn(16, 2, 8, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(moments(x)[1], statistics(x.double())[1].float(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (4, 3, 6), (2, 3, 4, 5)])
+def test_observed_norm_is_batch_norm_and_moments_in_one(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(shape, generator=generator, dtype=torch.float64) + 3).requires_grad_()
+    size = (1, 3, *[1] * (len(shape) - 2))
+    scale, shift = (torch.randn(size, generator=generator, dtype=torch.float64) for _ in range(2))
+    y, (mean, var) = observed_norm(x, scale, shift)
+    torch.testing.assert_close(y, x * scale + shift)
+    for got, wanted in zip((mean, var), statistics(x), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+    def flat(x: Tensor) -> tuple[Tensor, ...]:
+        y, statistics_of_x = observed_norm(x, scale, shift)
+        return y, *statistics_of_x
+
+    assert torch.autograd.gradcheck(flat, x)
+
+
+def test_in_bfloat16_statistics_stay_near_those_of_float32() -> None:
+    network = graph(Branchy)
+    found = []
+    for low in (False, True):
+        x = images(16).requires_grad_()
+        logits, seen = ObservedTeacher(network, low_precision=low)(x)
+        assert logits.dtype == torch.float32
+        assert all(value.dtype == torch.float32 for pair in seen for value in pair)
+        (sum(mean.sum() + var.sum() for mean, var in seen) + logits.square().sum()).backward()
+        found.append((x.grad, logits.detach(), *(value.detach() for pair in seen for value in pair)))
+    assert not torch.equal(found[0][1], found[1][1])
+    for number, (exact, near) in enumerate(zip(*found, strict=True)):
+        assert (near - exact).norm() < (0.02 if number else 0.05) * exact.norm()  # the gradient passes all layers twice
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,9 +1,21 @@
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from zsq.errors import InputError
-from zsq.networks import GENERATORS, ConditionalNorm, Generator, label_codes, make_generator, shifted
+from zsq.networks import (
+    BRIGHTNESS_BOUND,
+    CONTRAST_BOUND,
+    GENERATORS,
+    ConditionalNorm,
+    Exposure,
+    Generator,
+    label_codes,
+    make_generator,
+    shifted,
+)
 from zsq.types import ImageSpec
 
 
@@ -14,7 +26,7 @@ def spec_of(channels: int, height: int, width: int, classes: int = 10) -> ImageS
     return ImageSpec(channels=channels, height=height, width=width, classes=classes, mean=mean, std=std)
 
 
-def build(name: str, spec: ImageSpec, **settings: int) -> Generator:
+def build(name: str, spec: ImageSpec, **settings: int | bool) -> Generator:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         codes = torch.randn(spec.classes, 6)
@@ -48,13 +60,44 @@ def test_any_size_and_number_of_channels_gives_a_valid_image(name: str, channels
 @pytest.mark.parametrize("name", GENERATORS)
 def test_extreme_outputs_stay_valid_images(name: str) -> None:
     spec = spec_of(3, 8, 8)
-    generator = build(name, spec)
+    generator = build(name, spec, bound_contrast=False)
     nn.init.constant_(generator.to_pixels.bias, 1e4)
     with torch.no_grad():
         made = generator(*draw(generator, 2))
     assert torch.equal(spec.to_pixels(made), torch.full((2, 8, 8, 3), 255, dtype=torch.uint8))
     wanted = torch.tensor([(1 - m) / s for m, s in zip(spec.mean, spec.std, strict=True)])
     torch.testing.assert_close(made[0, :, 0, 0], wanted)
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_no_label_can_become_a_flat_colour_or_a_pattern_of_extremes(name: str) -> None:
+    spec = ImageSpec(channels=3, height=16, width=16, classes=10, mean=(0.45,) * 3, std=(0.225,) * 3)
+    for weight, bias in ((1e4, 0.0), (1.0, 10.0)):  # all black and white; all one colour
+        free, bounded = (build(name, spec, bound_contrast=choice).eval() for choice in (False, True))
+        for generator in (free, bounded):
+            generator.to_pixels.weight.data.mul_(weight)
+            nn.init.constant_(generator.to_pixels.bias, bias)
+        with torch.no_grad():
+            contrasts = [generator(*draw(generator, 50)).flatten(1).std(1) for generator in (free, bounded)]
+        assert contrasts[0].max() > 1.5 or contrasts[0].max() < 0.1
+        assert 0.5 < contrasts[1].min() < contrasts[1].max() < 1.4  # where real images lie
+
+
+def test_exposure_in_closed_form() -> None:
+    exposure = Exposure(0.25, 3)
+    x = torch.randn(4, 2, 5, 5) * torch.tensor([0.2, 1.0, 5.0, 50.0]).view(4, 1, 1, 1) + 7
+    even = exposure(x, torch.randn(4, 3))
+    torch.testing.assert_close(even.mean((1, 2, 3)), torch.full((4,), math.log(1 / 3)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(even.std((1, 2, 3), correction=0), torch.ones(4), rtol=2e-3, atol=0)
+    nn.init.constant_(exposure.variation.weight, 100.0)
+    uneven = exposure(x, torch.tensor([[1.0] * 3, [-1.0] * 3, [0.0] * 3, [1.0] * 3]))
+    bounds = torch.tensor([1.0, -1.0, 0.0, 1.0])
+    torch.testing.assert_close(
+        uneven.mean((1, 2, 3)), math.log(1 / 3) + BRIGHTNESS_BOUND * bounds, rtol=1e-4, atol=1e-4
+    )
+    torch.testing.assert_close(
+        uneven.std((1, 2, 3), correction=0), torch.exp(CONTRAST_BOUND * bounds), rtol=2e-3, atol=0
+    )
 
 
 @pytest.mark.parametrize("name", GENERATORS)

@@ -1,6 +1,8 @@
 """Read, observe and fold the batch norms of an exported network."""
 
+import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,20 +20,30 @@ class _Moments(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> tuple[Tensor, Tensor]:
-        dims = [0, *range(2, x.dim())]
-        mean = x.mean(dims, keepdim=True)
-        var = (x - mean).square_().mean(dims)
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, var = _moments(x)
         ctx.save_for_backward(x, mean)
         return mean.flatten(), var
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad_mean: Tensor, grad_var: Tensor) -> Tensor:
-        x, mean = ctx.saved_tensors  # type: ignore[attr-defined]
-        count = x.numel() // x.shape[1]
-        slope = (2 / count) * grad_var.view_as(mean)
-        offset = grad_mean.view_as(mean) / count - slope * mean
-        return torch.addcmul(offset, x, slope)
+    def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> Tensor:
+        x, mean = ctx.saved_tensors
+        return _moments_gradient(x, mean, grad_mean, grad_var)
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean, [1, C, 1, ...], and biased variance, [C], at least in float32."""
+    dims = [0, *range(2, x.dim())]
+    mean = x.mean(dims, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return mean, (x - mean).square_().mean(dims)
+
+
+def _moments_gradient(x: Tensor, mean: Tensor, grad_mean: Tensor, grad_var: Tensor) -> Tensor:
+    """Return the gradient to x of what has these gradients to its mean and variance."""
+    count = x.numel() // x.shape[1]
+    slope = (2 / count) * grad_var.view_as(mean)
+    offset = grad_mean.view_as(mean) / count - slope * mean
+    return torch.addcmul(offset.to(x.dtype), x, slope.to(x.dtype))
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,9 +59,34 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return parallel.pooled(mean, var, x.numel() // x.shape[1])
 
 
-def frozen_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Batch norm with stored statistics, as one multiply-add a channel; `scale` and `shift` are [1, C, 1, ...]."""
-    return torch.addcmul(shift, x, scale)
+class _ObservedNorm(torch.autograd.Function):
+    """`observed_norm`: with the moments, two passes backward instead of the four of both apart."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mean, var = _moments(x)
+        scale = scale.to(x.dtype)
+        ctx.save_for_backward(x, mean, scale)
+        return torch.addcmul(shift.to(x.dtype), x, scale), mean.flatten(), var
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor, None, None]:
+        x, mean, scale = ctx.saved_tensors
+        return _moments_gradient(x, mean, grad_mean, grad_var).addcmul_(grad, scale), None, None
+
+
+def observed_norm(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Batch norm with stored statistics as one multiply-add a channel, and the `moments` of its input.
+
+    Args:
+        x: [N, C] or [N, C, ...].
+        scale, shift: [1, C, 1, ...]; they take no gradient.
+
+    Returns:
+        The normalised x, and mean and biased variance, each [C].
+    """
+    y, mean, var = _ObservedNorm.apply(x, scale, shift)
+    return y, parallel.pooled(mean, var, x.numel() // x.shape[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +141,7 @@ class ObservedTeacher(nn.Module):
     Args:
         network: the exported teacher; it is copied, not changed.
         name: for the error text.
+        low_precision: compute the layers in bfloat16; logits and statistics are float32.
 
     Attributes:
         target_mean, target_var, eps: what the layers store, concatenated, each [sum C_l].
@@ -116,8 +154,9 @@ class ObservedTeacher(nn.Module):
     target_var: Tensor
     eps: Tensor
 
-    def __init__(self, network: GraphModule, name: str = "teacher") -> None:
+    def __init__(self, network: GraphModule, name: str = "teacher", *, low_precision: bool = False) -> None:
         super().__init__()
+        self.low_precision = low_precision
         network = graphs.copy_network(network)
         norms = batch_norms(network)
         if not norms:
@@ -143,8 +182,9 @@ class ObservedTeacher(nn.Module):
         with network.graph.inserting_before(norm.node):
             scale = network.graph.get_attr(f"observed_scale_{index}")
             shift = network.graph.get_attr(f"observed_shift_{index}")
-            normalised = network.graph.call_function(frozen_norm, (x, scale, shift))
-            statistics = network.graph.call_function(moments, (x,))
+            observed = network.graph.call_function(observed_norm, (x, scale, shift))
+            normalised = network.graph.call_function(operator.getitem, (observed, 0))
+            statistics = network.graph.call_function(operator.getitem, (observed, 1))
         normalised.meta["val"] = norm.node.meta["val"]
         norm.node.replace_all_uses_with(normalised)
         network.graph.erase_node(norm.node)
@@ -152,9 +192,10 @@ class ObservedTeacher(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Map images [N, C, H, W] to logits [N, classes] and (mean, biased variance) of each layer."""
-        logits, statistics = self.network(images)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.low_precision):
+            logits, statistics = self.network(images)
         logits = logits[0] if isinstance(logits, (tuple, list)) else logits
-        return logits, list(statistics)
+        return logits.float() if self.low_precision else logits, list(statistics)
 
 
 def fold(network: GraphModule) -> tuple[GraphModule, dict[str, tuple[Tensor, Tensor]]]:

@@ -17,10 +17,20 @@ from zsq.types import ImageSpec
 LEAK = 0.2
 
 SMALL_IMAGE = 16
-"""Shorter side in pixels below which the light decoder neither shifts nor blurs: there, every pixel has its place."""
+"""Shorter side in pixels below which every pixel has its place: nothing is shifted, blurred, or bound in contrast."""
 
 DETAIL = 0.2
 """Size of the noise in the light decoder's first map, beside the label's layout of 0.6, before training."""
+
+
+BRIGHTNESS_BOUND = 0.7
+"""Most by which an image's mean before the sigmoid lies off that of all: about 0.17 in pixels of [0, 1]."""
+
+CONTRAST_BOUND = 0.3
+"""Most by which the logarithm of an image's contrast lies off that of all."""
+
+LEAST_VARIANCE = 1e-6
+"""Keeps an image of one colour from being amplified without bound."""
 
 
 class ConditionalNorm(nn.Module):
@@ -60,7 +70,7 @@ class ConditionalNorm(nn.Module):
         scale = gamma * torch.rsqrt(var + self.eps)
         shift = beta - mean * scale
         shape = (*scale.shape, *[1] * (x.dim() - 2))
-        return torch.addcmul(shift.view(shape), x, scale.view(shape))
+        return torch.addcmul(shift.to(x.dtype).view(shape), x, scale.to(x.dtype).view(shape))
 
 
 class _Block(nn.Module):
@@ -98,6 +108,34 @@ class _Level(nn.Module):
         return self.mix(self.up(x, code), code)
 
 
+class Exposure(nn.Module):
+    """Brightness and contrast of each image, within bounds of what is learnt for all images.
+
+    The statistics of a batch leave open how labels share them: without bounds, some labels become black-and-white
+    patterns of twice the contrast of real images, and others flat colours.
+
+    Args:
+        mean: of the pixels to start from, in (0, 1).
+        code_size: length of a label's code with its style.
+    """
+
+    def __init__(self, mean: float, code_size: int) -> None:
+        super().__init__()
+        self.brightness = nn.Parameter(torch.tensor(mean).logit())
+        self.log_contrast = nn.Parameter(torch.tensor(0.0))
+        self.variation = nn.Linear(code_size, 2, bias=False)
+        nn.init.zeros_(self.variation.weight)
+
+    def forward(self, x: Tensor, code: Tensor) -> Tensor:
+        """Give images before the sigmoid, [N, C, H, W], mean and deviation as codes [N, E] ask for, within bounds."""
+        brighter, sharper = torch.tanh(self.variation(code)).unsqueeze(2).unsqueeze(3).unbind(1)
+        brightness = self.brightness + BRIGHTNESS_BOUND * brighter
+        contrast = torch.exp(self.log_contrast + CONTRAST_BOUND * sharper)
+        centred = x - x.mean((1, 2, 3), keepdim=True)
+        deviation = torch.sqrt(centred.square().mean((1, 2, 3), keepdim=True) + LEAST_VARIANCE)
+        return torch.addcmul(brightness[..., None], centred, contrast[..., None] / deviation)
+
+
 class Generator(nn.Module, ABC):
     """A conditional generator: standard-normal noise and a label to a normalised image.
 
@@ -108,25 +146,35 @@ class Generator(nn.Module, ABC):
         spec: shape and normalisation of the image.
         codes: one fixed code a label, [classes, E].
         style_size: length of the style.
+        bound_contrast: keep brightness and contrast of each image near those of all, see `Exposure`.
 
     Attributes:
+        low_precision: compute the layers in bfloat16 in training.
         noise_size: length of one image's noise, style included.
     """
 
     noise_size: int
     codes: Tensor
 
-    def __init__(self, spec: ImageSpec, codes: Tensor, style_size: int) -> None:
+    def __init__(self, spec: ImageSpec, codes: Tensor, style_size: int, bound_contrast: bool) -> None:
         super().__init__()
-        self.spec, self.style_size = spec, style_size
+        self.spec, self.style_size, self.low_precision = spec, style_size, False
         self.code_size = codes.shape[1] + style_size
+        mean = min(max(sum(spec.mean) / len(spec.mean), 0.05), 0.95)
+        self.small = min(spec.height, spec.width) < SMALL_IMAGE
+        self.exposure = Exposure(mean, self.code_size) if bound_contrast and not self.small else None
         self.register_buffer("codes", codes.clone())
 
     def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
         """Map noise [N, noise_size] and labels int64 [N] to images, [N, C, H, W], as the teacher takes them."""
         style, detail = noise.split([self.style_size, self.noise_size - self.style_size], dim=1)
-        pixels = torch.sigmoid(self.synthesize(detail, torch.cat([self.codes[labels], style], dim=1)))
-        return self.spec.normalize(pixels[..., : self.spec.height, : self.spec.width])
+        code = torch.cat([self.codes[labels], style], dim=1)
+        with torch.autocast(noise.device.type, torch.bfloat16, enabled=self.low_precision and self.training):
+            x = self.synthesize(detail, code)
+        x = x[..., : self.spec.height, : self.spec.width].float()
+        if self.exposure is not None:
+            x = self.exposure(x, code)
+        return self.spec.normalize(torch.sigmoid(x))
 
     @abstractmethod
     def synthesize(self, noise: Tensor, code: Tensor) -> Tensor:
@@ -152,8 +200,9 @@ class UNet(Generator):
         skip: int = 4,
         noise_channels: int = 32,
         style_size: int = 0,
+        bound_contrast: bool = True,
     ) -> None:
-        super().__init__(spec, codes, style_size)
+        super().__init__(spec, codes, style_size, bound_contrast)
         levels = max(1, min(levels, int(math.log2(min(spec.height, spec.width))) - 1))
         multiple = 2**levels
         height, width_px = (math.ceil(side / multiple) * multiple for side in (spec.height, spec.width))
@@ -179,16 +228,22 @@ class LightDecoder(Generator):
     """
 
     def __init__(
-        self, spec: ImageSpec, codes: Tensor, *, width: int = 64, noise_channels: int = 32, style_size: int = 0
+        self,
+        spec: ImageSpec,
+        codes: Tensor,
+        *,
+        width: int = 64,
+        noise_channels: int = 32,
+        style_size: int = 0,
+        bound_contrast: bool = True,
     ) -> None:
-        super().__init__(spec, codes, style_size)
+        super().__init__(spec, codes, style_size, bound_contrast)
         self.shuffle = 4 if min(spec.height, spec.width) >= 96 else 2
         sides = [math.ceil(side / self.shuffle) for side in (spec.height, spec.width)]
         self.ups = max(0, math.ceil(math.log2(min(sides) / 7)))
         self.start = tuple(math.ceil(side / 2**self.ups) for side in sides)
         self.noise_map = (noise_channels, *self.start)
         self.noise_size = style_size + 2 + math.prod(self.noise_map)
-        self.small = min(spec.height, spec.width) < SMALL_IMAGE
         code_size = self.code_size
         widths = [width * 2 ** min(2, self.ups - level) for level in range(self.ups + 1)]
         self.widths = widths

@@ -1,11 +1,13 @@
 """What every method gives: something to quantize, and images to do it with."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from zsq.batchnorm import ObservedTeacher
 from zsq.teachers import Teacher
 from zsq.training import Run
 from zsq.types import SampleSource, Statistics
@@ -47,3 +49,30 @@ class Method(Protocol):
             fitted: the state of a source fitted before, by these settings; nothing is learnt again.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arithmetic:
+    """How a method that learns from the teacher computes."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of layers while the method learns; statistics, losses and samples stay float32."""
+    compiled: bool = False
+    """Compile teacher and generator by torch.compile; results may differ in bits, and the first steps take minutes."""
+
+    def placed(self, network: nn.Module, device: torch.device) -> nn.Module:
+        """Return a network on its device, its layers in channels-last order, compiled if that is wanted."""
+        placed: nn.Module = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.compiled:
+            placed.compile()
+        return placed
+
+    def observed(self, teacher: Teacher, device: torch.device) -> ObservedTeacher:
+        """Return the teacher with the statistics of its batch norms.
+
+        Raises:
+            InputError: it stores none.
+        """
+        observed = ObservedTeacher(teacher.network, teacher.name, low_precision=self.precision == "bfloat16")
+        self.placed(observed, device)
+        return observed

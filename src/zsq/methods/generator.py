@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from zsq import parallel
-from zsq.batchnorm import ObservedTeacher
 from zsq.errors import InputError
 from zsq.losses import bns_loss
-from zsq.methods.base import Surrogate
+from zsq.methods.base import Arithmetic, Surrogate
 from zsq.methods.pool import require_positive
 from zsq.networks import Generator, make_generator
 from zsq.teachers import Teacher
@@ -24,7 +23,7 @@ LARGE_IMAGE = 96
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GeneratorSettings(ABC):
+class GeneratorSettings(Arithmetic, ABC):
     """Settings of a generator and of its training."""
 
     steps: int = 4000
@@ -49,6 +48,8 @@ class GeneratorSettings(ABC):
     """Channels of the noise map: of the image's size for the U-Net, of the smallest map's for the light decoder."""
     style_size: int = 16
     """Length of the noise that every batch norm sees beside the label's code."""
+    bound_contrast: bool = True
+    """Keep brightness and contrast of each image near those learnt for all images, from 16 pixels on."""
 
     def __post_init__(self) -> None:
         require_positive(self, "width", "levels", "skip", "noise_channels")
@@ -67,6 +68,7 @@ class GeneratorSettings(ABC):
     def build(self, spec: ImageSpec, codes: Tensor, seed: int, number: int = 0) -> Generator:
         """Make generator `number`, untrained; a pure function of settings and arguments."""
         settings = {"width": self.width, "noise_channels": self.noise_channels, "style_size": self.style_size}
+        settings["bound_contrast"] = self.bound_contrast
         if self.generator == "unet":
             settings |= {"levels": self.levels, "skip": self.skip}
         with torch.random.fork_rng(devices=[]):
@@ -119,9 +121,11 @@ class GeneratorSource(ABC):
         self.batch_size = settings.batch_size or (32 if large else 64)
         self.horizon = settings.steps + distill_steps
         self.parts = 1
-        observed = ObservedTeacher(teacher.network, teacher.name)
-        self.teacher = observed.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.generator = generator.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.teacher = settings.observed(teacher, self.device)
+        self.generator = settings.placed(generator, self.device)
+        for network in self.generator.modules():
+            if isinstance(network, Generator):
+                network.low_precision = settings.precision == "bfloat16"
         self.optimizer = torch.optim.Adam(
             self.generator.parameters(),
             lr=settings.learning_rate,

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from zsq import parallel
-from zsq.batchnorm import ObservedTeacher
 from zsq.errors import InputError
-from zsq.methods.base import Surrogate
+from zsq.methods.base import Arithmetic, Surrogate
 from zsq.methods.generator import LARGE_IMAGE
 from zsq.methods.pool import PoolSource, require_positive
 from zsq.teachers import Teacher
@@ -36,7 +35,7 @@ def require_weights(settings: object, *names: str) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Inversion(ABC):
+class Inversion(Arithmetic, ABC):
     """Settings of every method that optimises pixels."""
 
     name: ClassVar[str]
@@ -118,8 +117,7 @@ class InversionSource(PoolSource, ABC):
         self.spec, self.learning_rate, self.weights = teacher.spec, learning_rate, weights
         self.steps, self.batches = settings.steps, settings.batches
         self.iterations = -(-self.steps // self.batches) or settings.iterations
-        observed = ObservedTeacher(teacher.network, teacher.name)
-        self.teacher = observed.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.teacher = settings.observed(teacher, self.device)
         self.pool = torch.empty(0, self.spec.channels, self.spec.height, self.spec.width, dtype=torch.float16)
         self._begin(0)
 

@@ -26,7 +26,7 @@ class ZSCGAN(GeneratorSettings):
     quantizers: ClassVar[tuple[str, ...]] = ("ptq", "qat")
 
     ce_weight: float | None = None
-    """Factor of the label cross-entropy, eq. (2); 0: none; unset: 1 up to 32 classes and classes / 32 above."""
+    """Factor of the label cross-entropy, eq. (2); 0: none; unset: 2 up to 64 classes and classes / 32 above."""
     bns_weight: float = 1.0
     """Factor of the batch-norm statistics loss, eq. (2); 0 switches it off."""
     code_size: int = 128
@@ -58,7 +58,7 @@ class ConditionalSource(GeneratorSource):
         generator = settings.build(teacher.spec, codes, run.seed)
         super().__init__(settings, generator, teacher, run, distill_steps)
         self.noise_size = generator.noise_size
-        ce_weight = max(1.0, teacher.spec.classes / 32) if settings.ce_weight is None else settings.ce_weight
+        ce_weight = max(2.0, teacher.spec.classes / 32) if settings.ce_weight is None else settings.ce_weight
         self.weights = {"ce": ce_weight, "bns": settings.bns_weight}
 
     def inputs(self, step: int) -> tuple[Tensor, ...]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ Mode = Literal["off", "observe", "histogram", "quantize"]
 
 HISTOGRAM_BINS = 2048
 SMALLEST_SCALE = 1e-8
+HALF_STEP = 0.5001
+"""What rounding moves a value by at most, in steps, with room for the float's own rounding: beyond lies the outside."""
+
 HARD_REACH = 3.0
 """The gate of hard swish opens at minus this and ends at this."""
 
@@ -52,6 +55,77 @@ def affine_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return torch.maximum(below, above).clamp(min=SMALLEST_SCALE), zero_point
 
 
+class _FakeQuantize(torch.autograd.Function):
+    """`fake_quantize` in passes over memory that the processor's vector units do whole."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, factor: float
+    ) -> Tensor:
+        offset = zero_point.round()
+        integers = (x / scale).round_().add_(offset).clamp_(quant_min, quant_max)
+        y = integers.sub_(offset).mul_(scale)
+        ctx.save_for_backward(x, y, scale)
+        ctx.factor = factor
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, scale = ctx.saved_tensors
+        steps = (y - x).div_(scale)
+        inside = torch.ops.aten.hardtanh_backward(grad, steps, -HALF_STEP, HALF_STEP)
+        if not any(ctx.needs_input_grad[1:3]):
+            return inside, None, None, None, None, None
+        outside = grad - inside
+        grad_scale = grad_zero = None
+        if ctx.needs_input_grad[1]:
+            grad_scale = (_inner(inside, steps, scale) + _inner(outside, y, scale) / scale) * ctx.factor
+        if ctx.needs_input_grad[2]:
+            grad_zero = outside.sum() * scale * -ctx.factor
+        return inside, grad_scale, grad_zero, None, None, None
+
+
+def _inner(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
+    """Sum a * b over all but the dimensions that `like` has; no temporary where the sum is one and memory allows."""
+    if like.numel() > 1:
+        return (a * b).sum_to_size(like.shape)
+    dense = a.is_contiguous() or (a.dim() == 4 and a.is_contiguous(memory_format=torch.channels_last))
+    if dense and a.stride() == b.stride():
+        return torch.dot(a.as_strided((a.numel(),), (1,)), b.as_strided((b.numel(),), (1,))).view(like.shape)
+    return (a * b).sum().view(like.shape)
+
+
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, factor: float = 1.0
+) -> Tensor:
+    r"""Round to a grid and back to float, literally as the file does, division included.
+
+    .. math:: y = s\,(clip(round(x/s) + z, q_{min}, q_{max}) - z)
+
+    Gradients: straight through inside the grid and none outside for x; for the scale (y - x) / s inside and y / s
+    outside, for the zero point -s outside, both times `factor`. PyTorch's own CPU kernels took six times as long
+    (benchmarks/fakequant.py); its fused ones are used on GPUs, where they are quick.
+
+    Args:
+        x: any shape.
+        scale: [1], or [C, 1, ...] for one grid a channel of x [C, ...].
+        zero_point: [1]; it is rounded.
+        quant_min, quant_max: the smallest and the largest integer.
+        factor: of the gradients of scale and zero point.
+
+    Returns:
+        As x.
+
+    Source: Esser et al. 2020, LSQ, section 2.1; Bhalgat et al. 2020, LSQ+, section 3.1.
+    """
+    if x.is_cuda and scale.numel() == 1 and torch.is_grad_enabled():
+        levels = quant_max - quant_min  # from 0 up: the kernel's backward misrounds zero points below 0
+        return torch._fake_quantize_learnable_per_tensor_affine(
+            x, scale.view(1), zero_point - quant_min, 0, levels, factor
+        )
+    return _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max, factor)
+
+
 class ActivationQuantizer(nn.Module):
     """Quantizes one activation tensor per tensor, affine.
 
@@ -84,7 +158,6 @@ class ActivationQuantizer(nn.Module):
         self.smallest = SMALLEST_SCALE
         self.average_ranges = False
         self.reach = 0.0
-        self.passes_gradients = False
         self.scale = nn.Parameter(torch.zeros(1), requires_grad=learnable)
         self.zero_point = nn.Parameter(torch.zeros(1), requires_grad=learnable)
         self.register_buffer("low", torch.full((1,), math.inf))
@@ -120,7 +193,7 @@ class ActivationQuantizer(nn.Module):
 
     @torch.no_grad()
     def _observe(self, x: Tensor, averaging: float | None) -> None:
-        low, high = parallel.widest(*(edge.view(1) for edge in torch.aminmax(x)))
+        low, high = parallel.widest(x.amin().view(1), x.amax().view(1))
         if averaging is None or not torch.isfinite(self.low).all():
             self.low.copy_(torch.minimum(self.low, low))
             self.high.copy_(torch.maximum(self.high, high))
@@ -129,23 +202,11 @@ class ActivationQuantizer(nn.Module):
             self.high.lerp_(high, averaging)
 
     def _quantize(self, x: Tensor) -> Tensor:
-        if self.passes_gradients:
-            scale, zero_point = self.scale.detach(), self.zero_point.detach().round().to(torch.int32)
-            return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, self.quant_min, self.quant_max)
-        if not self.training:  # literally what the file does, division included; the fused kernels below multiply
-            zero_point = self.zero_point.detach().round()
-            integers = (x / self.scale).round_().add_(zero_point).clamp_(self.quant_min, self.quant_max)
-            return integers.sub_(zero_point).mul_(self.scale)
-        if self.learnable:
-            factor = 1 / math.sqrt(max(1, x[0].numel()) * self.quant_max)
-            levels = self.quant_max - self.quant_min  # from 0 up: the kernel's backward misrounds zero points below 0
-            return torch._fake_quantize_learnable_per_tensor_affine(
-                x, self.scale, self.zero_point - self.quant_min, 0, levels, factor
-            )
-        self._observe(x, self.averaging)
-        self.set_range(self.low * self.low_factor, self.high * self.high_factor)
-        zero_point = self.zero_point.to(torch.int32)
-        return torch.fake_quantize_per_tensor_affine(x, self.scale, zero_point, self.quant_min, self.quant_max)
+        if self.training and not self.learnable:
+            self._observe(x, self.averaging)
+            self.set_range(self.low * self.low_factor, self.high * self.high_factor)
+        factor = 1 / math.sqrt(max(1, x[0].numel()) * self.quant_max)
+        return fake_quantize(x, self.scale, self.zero_point, self.quant_min, self.quant_max, factor)
 
 
 class WeightQuantizer(nn.Module):
@@ -171,7 +232,7 @@ class WeightQuantizer(nn.Module):
         self.mode: Mode = "off"
         channels = weight.shape[0] if per_channel else 1
         self.scale = nn.Parameter(torch.ones(channels), requires_grad=learnable)
-        self.register_buffer("zero_point", torch.zeros(channels))
+        self.register_buffer("zero_point", torch.zeros(1))
         self.factor = 1 / math.sqrt(weight.numel() / channels * self.quant_max)
         self.set_range(weight)
 
@@ -181,20 +242,8 @@ class WeightQuantizer(nn.Module):
             return weight
         if self.training and not self.learnable:
             self.set_range(weight.detach())
-        if self.learnable and self.per_channel:
-            return torch._fake_quantize_learnable_per_channel_affine(
-                weight, self.scale, self.zero_point, 0, self.quant_min, self.quant_max, self.factor
-            )
-        if self.learnable:
-            return torch._fake_quantize_learnable_per_tensor_affine(
-                weight, self.scale, self.zero_point, self.quant_min, self.quant_max, self.factor
-            )
-        zero_point = self.zero_point.to(torch.int32)
-        if self.per_channel:
-            return torch.fake_quantize_per_channel_affine(
-                weight, self.scale, zero_point, 0, self.quant_min, self.quant_max
-            )
-        return torch.fake_quantize_per_tensor_affine(weight, self.scale, zero_point, self.quant_min, self.quant_max)
+        scale = self.scale.view(-1, *[1] * (weight.dim() - 1))
+        return fake_quantize(weight, scale, self.zero_point, self.quant_min, self.quant_max, self.factor)
 
     def set_range(self, weight: Tensor) -> None:
         """Take the scales that span the weight's largest magnitudes."""
@@ -267,28 +316,22 @@ def set_mode(network: nn.Module, mode: Mode) -> None:
 
 @contextmanager
 def straight_through(student: nn.Module) -> Iterator[None]:
-    """Let gradients pass through a student to its images, as if rounding were the identity, and change nothing of it.
+    """Let gradients pass through a student to its images and change nothing of it.
 
     Within the block the student is in evaluation, so that no quantizer observes, and none of its parameters takes a
-    gradient. It answers as in evaluation, but for values halfway between two grid points. The backward pass may follow
-    the block, as long as it comes before the student's next update.
+    gradient. The backward pass may follow the block, as long as it comes before the student's next update.
 
     Args:
         student: calibrated, its quantizers on; in training or evaluation, which it is again afterwards.
     """
     was_training = student.training
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    activations = [quantizer for quantizer in quantizers(student) if isinstance(quantizer, ActivationQuantizer)]
     student.eval()
     try:
-        for quantizer in activations:
-            quantizer.passes_gradients = True
         for parameter in trained:
             parameter.requires_grad_(False)
         yield
     finally:
-        for quantizer in activations:
-            quantizer.passes_gradients = False
         for parameter in trained:
             parameter.requires_grad_(True)
         student.train(was_training)
