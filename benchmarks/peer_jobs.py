@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ from zsq.evaluate import evaluate
 from zsq.export import OnnxClassifier, write_onnx
 from zsq.methods import ZSCGAN, Noise, Real, ZeroQ
 from zsq.methods.inversion import Inversion
-from zsq.quantize import PTQ
+from zsq.methods.pool import PoolSource, Stateless
+from zsq.quantize import PTQ, QAT
 from zsq.quantize.convert import convert
 from zsq.quantize.ptq import quantize_ptq
+from zsq.quantize.qat import distill
 from zsq.teachers import Teacher, load_teacher
 from zsq.training import Learner, Run
 from zsq.types import Batch
@@ -153,6 +156,41 @@ def quantize_by_zsq(job: dict[str, Any], teacher: Teacher, test: LabelledImages)
     return result | {"curve": [{k: v for k, v in moment.items() if k != "path"} for moment in kept]}
 
 
+class Stored(Stateless, PoolSource):
+    """Images of a file, for distillation; whatever made them, the student sees them in the same way."""
+
+    data_free, true_labels, asks_labels = True, False, False
+
+    def __init__(self, path: str) -> None:
+        super().__init__(Run(), 64)
+        self.stored = torch.from_numpy(np.load(path))
+        self.labels = torch.zeros(len(self.stored), dtype=torch.int64)
+
+    def images(self, rows: torch.Tensor) -> torch.Tensor:
+        """See `PoolSource.images`."""
+        return self.stored[rows]
+
+
+def distil_by_zsq(job: dict[str, Any], teacher: Teacher, test: LabelledImages) -> dict[str, Any]:
+    """Distil at the target's width with the images of each kept moment: what more time for making them would bring."""
+    bits, _ = job["target"]
+    settings, file = QAT(bits=bits, steps=job["distill_steps"]), Path(job["folder"]) / "zsq-qat.onnx"
+    curve = []
+    for moment in job["kept"]:
+        start, source = time.perf_counter(), Stored(moment["path"])
+        images = partial(source.sample, len(source.labels))
+        student = quantize_ptq(teacher.network, images, settings, Run(), learnable=True)
+        distill(student, teacher.network, source, settings, Run())
+        spent = round(time.perf_counter() - start, 2)
+        write_onnx(convert(student), teacher.spec, file)
+        top1 = round(evaluate(OnnxClassifier(file, threads=torch.get_num_threads()), test).top1, 2)
+        known = {key: value for key, value in moment.items() if key != "path"}
+        curve.append({**known, "distill_seconds": spent, "top1": top1})
+    last = curve[-1]
+    seconds = {"job_seconds": last["distill_seconds"], "peak_MiB": peak_mebibytes()}
+    return {"top1": {bits: last["top1"]}, "curve": curve, **seconds}
+
+
 def quantize_by_peer(job: dict[str, Any], test: LabelledImages) -> dict[str, Any]:
     """Quantize to INT8 by another tool's own static quantization, and measure its file."""
     folder = Path(job["folder"])
@@ -196,7 +234,8 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         write_float(teacher, Path(job["folder"]) / "float.onnx")
         return {}
     test = open_dataset(job["test"], teacher.spec, limit=job["test_images"])
-    return quantize_by_zsq(job, teacher, test) if job["tool"] == "zsq" else quantize_by_peer(job, test)
+    own = {"zsq": quantize_by_zsq, "zsq-qat": distil_by_zsq}.get(job["tool"])
+    return own(job, teacher, test) if own else quantize_by_peer(job, test)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@
 
 Images: zsq's generator (zscgan), ZeroQ's distilled data (zeroq), GENIE's (genie, see genie.py), real ones and noise.
 ZeroQ and GENIE are written anew from their papers, and each method stops when its time is over, so that these are not
-those papers' figures. Quantizers: zsq's PTQ at INT8, INT6 and INT4, and the static INT8 quantization of ONNX Runtime
-(with int8 and with uint8 activations) and of NNCF, each at its defaults. Every top-1 is an ONNX file's in ONNX Runtime.
+those papers' figures. Quantizers: zsq's PTQ at INT8, INT6 and INT4, its distillation at the target's width, and the
+static INT8 quantization of ONNX Runtime (with int8 and with uint8 activations) and of NNCF, each at its defaults. Every
+top-1 is an ONNX file's in ONNX Runtime.
 
 One process after the other does the work, each measured by its own peak memory. A finished row is not run again;
 its line is in benchmarks/results/peers.jsonl, and its files are under the folder of --out.
@@ -27,7 +28,8 @@ from records import append
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SYNTHETIC = ("zscgan", "zeroq", "genie")
 SOURCES = (*SYNTHETIC, "real", "noise")
-TOOLS = ("zsq", "onnxruntime", "onnxruntime-uint8", "nncf")
+TOOLS = ("zsq", "zsq-qat", "onnxruntime", "onnxruntime-uint8", "nncf")
+DATA_FREE_PEERS = ("zeroq", "genie")
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Bench:
             self.do("float", {"kind": "float"})  # by itself, so that it counts in nobody's memory
         job = {"kind": "quantize", "tool": tool, "source": source, "kept": made["kept"]}
         job |= {"bits": self.arguments.bits, "target": self.target, "test_images": self.arguments.test_images}
+        job |= {"distill_steps": self.arguments.distill_steps} if tool == "zsq-qat" else {}
         name = f"{tool}-{source}"
         is_new = not self.finished(name, job)
         found = self.do(name, job)
@@ -160,6 +163,32 @@ def table(rows: list[dict[str, Any]], bits: list[str], target: tuple[str, float]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def aims(rows: list[dict[str, Any]]) -> list[str]:
+    """Say when each source's images, distilled, gave what those of the best data-free peer gave in the end.
+
+    Seconds are those of making the images and of distilling; rates are images a second of making.
+    """
+    by_source = {row["source"]: row for row in rows if row["tool"] == "zsq-qat" and "skipped" not in row}
+    peers = {name: by_source[name]["curve"][-1]["top1"] for name in DATA_FREE_PEERS if name in by_source}
+    if not peers:
+        return []
+    best = max(peers, key=lambda name: peers[name])
+    spent = sum(by_source[best]["curve"][-1][part] for part in ("seconds", "distill_seconds"))
+    lines = [f"best data-free peer, distilled: {best}, {peers[best]:.2f} % in {spent:.0f} s"]
+    for name, row in by_source.items():
+        reached = [moment for moment in row["curve"] if moment["top1"] >= peers[best]]
+        if reached:
+            first = reached[0]["seconds"] + reached[0]["distill_seconds"]
+            lines.append(f"{name}: reached after {first:.0f} s, {first / spent:.2f} of that time")
+        else:
+            most = max(moment["top1"] for moment in row["curve"])
+            lines.append(f"{name}: not reached, at most {most:.2f} %")
+        if row["synthesis_seconds"]:
+            rate = row["images_per_second"] or row["images"] / row["synthesis_seconds"]
+            lines[-1] += f"; {rate:.4g} images/s"
+    return lines
+
+
 def parse(given: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -170,6 +199,7 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="of synthesis, for each method (600; small: 60)")
     parser.add_argument("--images", type=int, help="calibration images (1024; small: 256)")
     parser.add_argument("--test-images", type=int, help="images of the accuracy (all; small: 1000)")
+    parser.add_argument("--distill-steps", type=int, help="of 64 images (200; small: 50)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-record", action="store_true", help="append nothing to the results")
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES))
@@ -182,6 +212,7 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     arguments.networks = arguments.networks or (["cifar10"] if small else list(NETWORKS))
     arguments.out = arguments.out or Path("runs/peers-small" if small else "runs/peers")
     arguments.seconds = arguments.seconds or (60.0 if small else 600.0)
+    arguments.distill_steps = arguments.distill_steps or (50 if small else 200)
     arguments.images = arguments.images or (256 if small else 1024)
     arguments.test_images = arguments.test_images or (1000 if small else None)
     return arguments
@@ -193,7 +224,8 @@ def main(given: list[str] | None = None) -> None:
     for name in arguments.networks:
         bench = Bench(name, arguments)
         rows = [bench.row(tool, source) for tool in arguments.tools for source in arguments.sources]
-        print(f"\n{name}, {arguments.threads} thread(s)\n\n{table(rows, arguments.bits, bench.target)}", flush=True)
+        print(f"\n{name}, {arguments.threads} thread(s)\n\n{table(rows, arguments.bits, bench.target)}\n", flush=True)
+        print("\n".join(aims(rows)), flush=True)
 
 
 if __name__ == "__main__":

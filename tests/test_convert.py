@@ -120,12 +120,23 @@ def test_integers_by_hand() -> None:
     network = student.network
     scale = network.weight_1.scale.detach()
     wanted = (network.second.weight.detach() / scale.view(-1, 1, 1, 1)).round().clamp(-128, 127)
-    assert (converted.second.weight - wanted).abs().max() <= 1  # 1 where the quotient is a tie
-    assert (converted.second.weight != wanted).float().mean() < 0.02
+    assert torch.equal(converted.second.weight.float(), wanted)
+    simulated = network.weight_1(network.second.weight).detach() / scale.view(-1, 1, 1, 1)
+    torch.testing.assert_close(simulated, wanted, rtol=1e-6, atol=0)
     product = network.activation_1.scale.detach() * scale
     bias = (network.second.bias.detach() / product).round()
     assert torch.equal(converted.second.bias.float(), bias)
     torch.testing.assert_close(converted.second.bias_scale, product)
+
+
+def test_a_weight_halfway_between_integers_is_stored_as_it_is_simulated() -> None:
+    """With min-max, the largest weight of each channel lies at 127.5 steps."""
+    student = student_of(Plain, bias_correction=False)
+    quantizer, weight = student.network.weight_1, student.network.second.weight.detach()
+    steps = (weight / quantizer.scale.detach().view(-1, 1, 1, 1)).abs().flatten(1).amax(1)
+    torch.testing.assert_close(steps, torch.full_like(steps, 127.5))
+    stored_values = convert(student).second.weight * quantizer.scale.detach().view(-1, 1, 1, 1)
+    assert torch.equal(stored_values, quantizer(weight).detach())
 
 
 @pytest.mark.parametrize("make", [ConvHead, SharedLayer, Branchy])

@@ -12,6 +12,7 @@ from zsq.quantize.fakequant import (
     WeightQuantizer,
     bias_integers,
     grid_hardswish,
+    grid_integers,
     hardswish_steps,
     quantize_bias,
 )
@@ -111,7 +112,7 @@ def _store_layer(network: GraphModule, layer: Node) -> None:
         graphs.set_tensor(network, str(source.target), integers)
         bias = _dequantize(network, layer, str(source.target), product, -(2**31), 2**31 - 1, torch.int32)
     shape = (-1, *[1] * (weight.dim() - 1))
-    integers = (weight * (1 / scale.view(shape))).round().clamp(quantizer.quant_min, quantizer.quant_max)
+    integers = grid_integers(weight, scale.view(shape), scale.new_zeros(1), quantizer.quant_min, quantizer.quant_max)
     graphs.set_tensor(network, name, integers.to(torch.int8))
     weight_read = _dequantize(network, layer, name, scale, quantizer.quant_min, quantizer.quant_max, torch.int8)
     layer.args = (layer.args[0], weight_read, bias, *layer.args[3:])

@@ -55,6 +55,11 @@ def affine_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return torch.maximum(below, above).clamp(min=SMALLEST_SCALE), zero_point
 
 
+def grid_integers(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """Return the integers of a grid nearest to x, as float: those simulated and those stored."""
+    return (x / scale).round_().add_(zero_point).clamp_(quant_min, quant_max)
+
+
 class _FakeQuantize(torch.autograd.Function):
     """`fake_quantize` in passes over memory that the processor's vector units do whole."""
 
@@ -63,8 +68,7 @@ class _FakeQuantize(torch.autograd.Function):
         ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, factor: float
     ) -> Tensor:
         offset = zero_point.round()
-        integers = (x / scale).round_().add_(offset).clamp_(quant_min, quant_max)
-        y = integers.sub_(offset).mul_(scale)
+        y = grid_integers(x, scale, offset, quant_min, quant_max).sub_(offset).mul_(scale)
         ctx.save_for_backward(x, y, scale)
         ctx.factor = factor
         return y
