@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import choices
 import growth
+import memory
 import parts
 import step
 import timing
@@ -44,6 +45,16 @@ def test_actions_are_taken_in_turn() -> None:
     times = timing.interleaved({name: lambda name=name: calls.append(name) for name in "ab"}, 2, CPU, warm_up=1)
     assert calls == list("ababab")
     assert [len(values) for values in times.values()] == [2, 2]
+
+
+def test_kept_bytes_count_each_storage_once_and_the_largest_again() -> None:
+    weight = torch.ones(10, requires_grad=True)
+
+    def step() -> None:
+        y = (weight * 2).exp()  # kept: its result
+        (y.view(2, 5) * y.view(2, 5).detach()[:, :1].clone()).sum().backward()  # y again, and the clone
+
+    assert memory.kept_bytes(step, [weight]) == 4 * (10 + 2) + 4 * 10
 
 
 def test_exponent() -> None:

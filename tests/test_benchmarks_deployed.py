@@ -153,6 +153,30 @@ def test_peers_table_says_what_was_not_measured(module):
     assert len({line.count("|") for line in lines}) == 1
 
 
+def distilled(source, curve, rate=None):
+    moments = [{"seconds": s, "distill_seconds": 10.0, "top1": top1} for s, top1 in curve]
+    made = {"synthesis_seconds": curve[-1][0], "images": 100, "images_per_second": rate}
+    return {"tool": "zsq-qat", "source": source, "curve": moments, **made}
+
+
+def test_the_aim_is_what_the_best_data_free_peer_ends_with(module):
+    rows = [
+        distilled("zscgan", [(20.0, 85.0), (40.0, 88.0), (100.0, 89.0)], rate=5000.0),
+        distilled("zeroq", [(50.0, 89.5), (100.0, 87.5)]),
+        distilled("genie", [(100.0, 80.0)]),
+        distilled("real", [(0.0, 91.0)]),
+        {"tool": "zsq", "source": "zscgan"},
+    ]
+    assert module("peers").aims(rows) == [
+        "best data-free peer, distilled: zeroq, 87.50 % in 110 s",
+        "zscgan: reached after 50 s, 0.45 of that time; 5000 images/s",
+        "zeroq: reached after 60 s, 0.55 of that time; 1 images/s",
+        "genie: not reached, at most 80.00 %; 1 images/s",
+        "real: reached after 10 s, 0.09 of that time",
+    ]
+    assert module("peers").aims(rows[:1]) == []
+
+
 def test_a_finished_job_is_not_run_again(module, tmp_path):
     peers = module("peers")
     bench = peers.Bench("cifar10", peers.parse(["cifar10", "--small", "--out", str(tmp_path)]))

@@ -285,13 +285,13 @@ def test_deepinversion_keeps_pixels_valid(teacher: Teacher) -> None:
     settings = DeepInversion(steps=3, iterations=3, batch_size=8, learning_rate=5.0)
     source, spec = settings.source(teacher, Run()), teacher.spec
     for step in range(4):
-        images = source.pool.float() * spec.std[0] + spec.mean[0]
+        images = source.state_dict()["pool"].float() * spec.std[0] + spec.mean[0]
         assert -1e-3 <= images.min() <= images.max() <= 1 + 1e-3  # float16
         exact = source.pixels.detach() * spec.std[0] + spec.mean[0]
         assert -1e-6 <= exact.min() <= exact.max() <= 1 + 1e-6
         source.step(step)
     zeroq = ZeroQ(steps=3, iterations=3, batch_size=8).fit(teacher, Run()).source
-    assert (zeroq.pool.float() * spec.std[0] + spec.mean[0]).min() < -0.1  # that one does not clip
+    assert (zeroq.state_dict()["pool"].float() * spec.std[0] + spec.mean[0]).min() < -0.1  # that one does not clip
 
 
 def test_deepinversion_rolls_and_mirrors(teacher: Teacher) -> None:

@@ -304,3 +304,26 @@ def test_a_single_layer_has_no_intermediate_output() -> None:
     settings = settings_of(intermediate_weight=1.0)
     with pytest.raises(InputError, match="needs a network of at least 2 layers"):
         distiller_of(teacher, settings)
+
+
+READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__")
+"""What makes the host wait for a GPU."""
+
+
+@pytest.mark.parametrize("scales", ["learnable", "moving-average"])
+def test_no_step_reads_a_value_back_from_the_device(scales: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = load_teacher("digits")
+    source = ZSCGAN(steps=0, batch_size=4, width=4).fit(teacher, Run(), distill_steps=3).source
+    settings = QAT(num_samples=8, scales=scales, bits="4")
+    student = quantize_ptq(teacher.network, lambda: source.sample(8), settings, Run(), learnable=scales == "learnable")
+    distiller = Distiller(student, teacher.network, source, settings, torch.device("cpu"))
+    distiller.step(0)  # Adam and SGD make their states
+    with monkeypatch.context() as patch:
+        for name in READS:
+            patch.setattr(Tensor, name, refuse)
+        losses = distiller.step(1)
+    assert losses["kd"].isfinite()
+
+
+def refuse(*_: object) -> None:
+    raise AssertionError("a value was read")

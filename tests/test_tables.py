@@ -32,11 +32,11 @@ def test_csv_holds_what_can_be_computed_with():
 def test_latex_is_a_booktabs_tabular():
     text = to_latex(TABLE, caption="INT8 & more")
     lines = text.splitlines()
-    assert "\\usepackage{booktabs}" in lines[0]
+    assert "\\usepackage{booktabs,graphicx}" in lines[0]
     assert lines[0].startswith("%")
     assert "\\caption{INT8 \\& more}" in lines
     assert "\\begin{tabular}{lrr}" in lines
-    assert "net\\_work & a \\& b & c|d \\\\" in lines
+    assert "net\\_work & \\shortstack[r]{a \\&\\\\b} & c|d \\\\" in lines
     assert "ResNet-18 & 71.92 & \\textbf{71.72 $\\pm$ 0.05} \\\\" in lines
     assert [line for line in lines if line.startswith("\\begin")] == ["\\begin{table}", "\\begin{tabular}{lrr}"]
     assert text.count("{") - text.count("\\{") == text.count("}") - text.count("\\}")

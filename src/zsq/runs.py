@@ -162,8 +162,8 @@ def resolve_settings(
     )
     if source_run is None:
         return merged
-    given = tables.get("method", {})
-    clash = [f"method.{key}" for key, value in given.items() if value != getattr(source_run.method, key, None)]
+    asked = tables.get("method", {})
+    clash = [f"method.{key}" for key, value in asked.items() if value != getattr(source_run.method, key, None)]
     clash += [text.partition("=")[0] for text in assignments if text.startswith("method.")]
     if names[0] not in (None, source_run.method.name) or clash:
         raise InputError(

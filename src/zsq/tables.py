@@ -17,6 +17,9 @@ LATEX = {
 }
 """What LaTeX reads as something else, or not at all."""
 
+NO_WIDER = "\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%"
+"""Shrinks what follows to the width of the text where it is wider."""
+
 EMPTY = "-"
 
 
@@ -75,38 +78,47 @@ def to_csv(table: TextTable) -> str:
 
 
 def to_latex(table: TextTable, caption: str = "") -> str:
-    r"""Return a `table` with a `tabular` that needs the package booktabs.
+    r"""Return a `table` with a `tabular` that needs the packages booktabs and graphicx.
 
-    >>> print(to_latex(text_table(["a_b"], [[Entry("1 ± 2", bold=True)]])), end="")
-    % needs \usepackage{booktabs}
+    It is shrunk to the width of the text where it is wider, and the last word of a figure's heading has its own line.
+
+    >>> print(to_latex(text_table(["a_b", "c PTQ"], [["x", Entry("1 ± 2", bold=True)]])), end="")
+    % needs \usepackage{booktabs,graphicx}
     \begin{table}
     \centering
-    \begin{tabular}{l}
+    \resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%
+    \begin{tabular}{lr}
     \toprule
-    a\_b \\
+    a\_b & \shortstack[r]{c\\PTQ} \\
     \midrule
-    \textbf{1 $\pm$ 2} \\
+    x & \textbf{1 $\pm$ 2} \\
     \bottomrule
-    \end{tabular}
+    \end{tabular}}
     \end{table}
     """
     kinds = "".join("l" if i < table.text_columns else "r" for i in range(len(table.header)))
     rows = [[f"\\textbf{{{latex(e.text)}}}" if e.bold else latex(e.text) for e in row] for row in table.rows]
     lines = [
-        "% needs \\usepackage{booktabs}",
+        "% needs \\usepackage{booktabs,graphicx}",
         "\\begin{table}",
         "\\centering",
         *([f"\\caption{{{latex(caption)}}}"] if caption else []),
+        NO_WIDER,
         f"\\begin{{tabular}}{{{kinds}}}",
         "\\toprule",
-        _line([latex(text) for text in table.header]),
+        _line([latex(text) if i < table.text_columns else _stacked(text) for i, text in enumerate(table.header)]),
         "\\midrule",
         *map(_line, rows),
         "\\bottomrule",
-        "\\end{tabular}",
+        "\\end{tabular}}",
         "\\end{table}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _stacked(heading: str) -> str:
+    first, space, last = heading.rpartition(" ")
+    return f"\\shortstack[r]{{{latex(first)}\\\\{latex(last)}}}" if space else latex(last)
 
 
 def _line(texts: list[str]) -> str:

@@ -100,7 +100,8 @@ class InversionSource(PoolSource, ABC):
         weights: factor of each loss by its name; 0 only logs it.
 
     Attributes:
-        pool: images as the network takes them, float16 [N, C, H, W], on the CPU.
+        pool: images as the network takes them, float16 [N, C, H, W], on the CPU; those of `pixels` as they were when
+            it was last read.
         pixels: what Adam changes, the pool's last `batch_size` images in float32.
         history: weighted sum of the losses at each iteration of this batch so far.
     """
@@ -164,17 +165,23 @@ class InversionSource(PoolSource, ABC):
         with torch.no_grad():
             self.constrain()
             self.history[iteration] = loss
-            self.pool[-self.batch_size :] = self.pixels.cpu()
         values = {name: value.detach() for name, value in losses.items()}
         if "ce" in values:
             values["label_recognition"] = (logits.detach().argmax(1) == labels).float().mean() * 100
         return values
 
     def _begin(self, index: int) -> None:
-        """Put the first pixels of a batch into the pool."""
+        """Put the first pixels of a batch into the pool, behind the last ones of the batch before."""
+        if len(self.pool):
+            self._keep()
         self._optimise(self.start(stream(self.seed, "initial", index)))
         self.history = torch.zeros(self.iterations, device=self.device)
         self._take(torch.cat([self.pool, self.pixels.detach().cpu().half()]))
+
+    def _keep(self) -> Tensor:
+        """Return the pool with the pixels as they are now; reading them waits for the device, so no step does."""
+        self.pool[-self.batch_size :] = self.pixels.detach().cpu()
+        return self.pool
 
     def _optimise(self, pixels: Tensor) -> None:
         """Make these pixels those that a fresh Adam changes; its rate is set at each step."""
@@ -192,11 +199,11 @@ class InversionSource(PoolSource, ABC):
 
     def images(self, rows: Tensor) -> Tensor:
         """See `PoolSource.images`."""
-        return self.pool[rows].float()
+        return self._keep()[rows].float()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the pool, and pixels, losses and Adam's moments of the batch that is optimised."""
-        own = {"pool": self.pool, "pixels": self.pixels.detach(), "history": self.history}
+        own = {"pool": self._keep(), "pixels": self.pixels.detach(), "history": self.history}
         return own | under("optimizer", flatten_optimizer(self.optimizer))
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

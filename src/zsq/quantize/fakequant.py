@@ -198,12 +198,13 @@ class ActivationQuantizer(nn.Module):
     @torch.no_grad()
     def _observe(self, x: Tensor, averaging: float | None) -> None:
         low, high = parallel.widest(x.amin().view(1), x.amax().view(1))
-        if averaging is None or not torch.isfinite(self.low).all():
-            self.low.copy_(torch.minimum(self.low, low))
-            self.high.copy_(torch.maximum(self.high, high))
-        else:
-            self.low.lerp_(low, averaging)
-            self.high.lerp_(high, averaging)
+        widest = torch.minimum(self.low, low), torch.maximum(self.high, high)
+        if averaging is not None:
+            known = torch.isfinite(self.low)  # not read here: on a GPU, that would wait for the device
+            low, high = (torch.lerp(old, new, averaging) for old, new in ((self.low, low), (self.high, high)))
+            widest = torch.where(known, low, widest[0]), torch.where(known, high, widest[1])
+        self.low.copy_(widest[0])
+        self.high.copy_(widest[1])
 
     def _quantize(self, x: Tensor) -> Tensor:
         if self.training and not self.learnable:
@@ -224,10 +225,12 @@ class WeightQuantizer(nn.Module):
 
     Attributes:
         scale: [C] or [1].
+        smallest: least value of a scale, [].
     """
 
     scale: nn.Parameter
     zero_point: Tensor
+    smallest: Tensor
 
     def __init__(self, weight: Tensor, bits: int, *, per_channel: bool, learnable: bool) -> None:
         super().__init__()
@@ -237,6 +240,7 @@ class WeightQuantizer(nn.Module):
         channels = weight.shape[0] if per_channel else 1
         self.scale = nn.Parameter(torch.ones(channels), requires_grad=learnable)
         self.register_buffer("zero_point", torch.zeros(1))
+        self.register_buffer("smallest", torch.tensor(SMALLEST_SCALE), persistent=False)
         self.factor = 1 / math.sqrt(weight.numel() / channels * self.quant_max)
         self.set_range(weight)
 
@@ -257,8 +261,8 @@ class WeightQuantizer(nn.Module):
     def set_scale(self, scale: Tensor) -> None:
         """Take these scales, [C] or [1], raised to what keeps int32 biases from saturating."""
         with torch.no_grad():
-            self.smallest = max(SMALLEST_SCALE, float(scale.max()) * DEAD_CHANNEL)
-            self.scale.copy_(scale.clamp(min=self.smallest))
+            self.smallest.copy_((scale.max() * DEAD_CHANNEL).clamp(min=SMALLEST_SCALE))
+            self.scale.copy_(torch.maximum(scale, self.smallest))
 
 
 def quantize_bias(bias: Tensor, activation_scale: Tensor, weight_scale: Tensor) -> Tensor:
