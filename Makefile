@@ -30,10 +30,12 @@ check: $(STAMP)  ## format, lint, types and the fast tests
 
 bench: $(STAMP)  ## measure steps, growth, memory and the deployed file at small sizes; writes to benchmarks/results
 	$(BIN)/python benchmarks/moments.py
+	$(BIN)/python benchmarks/fakequant.py
 	$(BIN)/python benchmarks/step.py --small
 	$(BIN)/python benchmarks/growth.py --small
 	$(BIN)/python benchmarks/deployed.py --small
-	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/memory.py --small
+	$(BIN)/python benchmarks/checkpoints.py
 
 bench-peers: $(STAMP)  ## compare ways of making images and quantizers on ../shared/data, about ten minutes
 	$(BIN)/python benchmarks/peers.py --small

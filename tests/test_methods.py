@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zsq.datasets import open_dataset
 from zsq.errors import InputError
-from zsq.methods import METHODS, ZSCGAN, Method, Noise, Real, Surrogate
+from zsq.methods import METHODS, ZSCGAN, Method, Noise, Real, Surrogate, ZeroQ
 from zsq.quantize import QAT, QUANTIZERS
 from zsq.quantize.convert import convert
 from zsq.quantize.ptq import quantize_ptq
@@ -305,3 +305,16 @@ def test_noise_distributions(teacher: Teacher) -> None:
     assert -1e-6 <= pixels.min() < 0.01
     assert 0.99 < pixels.max() <= 1 + 1e-6
     assert pixels.std().item() == pytest.approx(12**-0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("method", [ZSCGAN(steps=40, batch_size=16, width=8), ZeroQ(steps=40, batch_size=16)])
+def test_bfloat16_learns_about_as_well(method) -> None:
+    teacher = load_teacher("digits")
+    found = []
+    for precision in ("float32", "bfloat16"):
+        source = dataclasses.replace(method, precision=precision).fit(teacher, Run()).source
+        assert all(batch.images.dtype == torch.float32 for batch in source.sample(8))
+        found.append(float(source.step(40)["bns"]))
+    fresh = float(dataclasses.replace(method, steps=0).fit(teacher, Run()).source.step(0)["bns"])
+    assert found[0] != found[1]
+    assert abs(found[1] - found[0]) < 0.1 * (fresh - found[0])

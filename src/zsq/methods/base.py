@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule
 
 from zsq.batchnorm import ObservedTeacher
@@ -57,22 +57,12 @@ class Arithmetic:
 
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of layers while the method learns; statistics, losses and samples stay float32."""
-    compiled: bool = False
-    """Compile teacher and generator by torch.compile; results may differ in bits, and the first steps take minutes."""
-
-    def placed(self, network: nn.Module, device: torch.device) -> nn.Module:
-        """Return a network on its device, its layers in channels-last order, compiled if that is wanted."""
-        placed: nn.Module = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if self.compiled:
-            placed.compile()
-        return placed
 
     def observed(self, teacher: Teacher, device: torch.device) -> ObservedTeacher:
-        """Return the teacher with the statistics of its batch norms.
+        """Return the teacher with the statistics of its batch norms, in channels-last order.
 
         Raises:
             InputError: it stores none.
         """
         observed = ObservedTeacher(teacher.network, teacher.name, low_precision=self.precision == "bfloat16")
-        self.placed(observed, device)
-        return observed
+        return observed.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

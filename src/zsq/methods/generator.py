@@ -122,7 +122,7 @@ class GeneratorSource(ABC):
         self.horizon = settings.steps + distill_steps
         self.parts = 1
         self.teacher = settings.observed(teacher, self.device)
-        self.generator = settings.placed(generator, self.device)
+        self.generator = generator.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         for network in self.generator.modules():
             if isinstance(network, Generator):
                 network.low_precision = settings.precision == "bfloat16"
