@@ -2,6 +2,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -259,6 +260,17 @@ def test_require_accepts_the_minimum_itself() -> None:
     require(at_minimum)
     with pytest.raises(ExportError, match=r"99.00 % of 100 decided images, where 99.5 %"):
         require(at_minimum, minimum=99.5)
+
+
+def test_a_file_that_disagrees_with_itself_need_not_agree_more_with_the_simulation() -> None:
+    found = Verification(1000, 900, 98.2, 95.0, 95.0, 9.0, decided_self_agreement=98.0)
+    require(found)
+    with pytest.raises(ExportError, match=r"98.20 % of 900 decided images, where 98.5 % is required"):
+        require(replace(found, decided_self_agreement=98.5))
+    with pytest.raises(ExportError, match=r"94.90 % of 900 decided images, where 95 % is required"):
+        require(replace(found, decided_agreement=94.9, decided_self_agreement=50.0))  # chaos is no excuse
+    with pytest.raises(ExportError, match=r"where 99 % is required"):
+        require(replace(found, decided_self_agreement=100.0))
 
 
 def test_canonical_hash_sees_content_only(files: Path, tmp_path: Path) -> None:
