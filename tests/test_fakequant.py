@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from zsq.quantize import fakequant
 from zsq.quantize.fakequant import (
     HISTOGRAM_BINS,
     SMALLEST_SCALE,
@@ -157,8 +158,11 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("bits", [8, 4])
-def test_activations_and_gradients_are_those_of_torchs_kernels(layout: str, bits: int) -> None:
+@pytest.mark.parametrize(("bits", "piece"), [(8, fakequant.PIECE), (8, 16), (4, 16)])  # of 420 values
+def test_activations_and_gradients_are_those_of_torchs_kernels(
+    layout: str, bits: int, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fakequant, "PIECE", piece)
     random = torch.Generator().manual_seed(0)
     quant_min, quant_max = integer_range(bits)
     levels = quant_max - quant_min

@@ -1,7 +1,7 @@
 """Fake quantization: float tensors that hold only the values an integer file can hold."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -14,6 +14,9 @@ Mode = Literal["off", "observe", "histogram", "quantize"]
 
 HISTOGRAM_BINS = 2048
 SMALLEST_SCALE = 1e-8
+PIECE = 2**17
+"""Values that are rounded at a time: half a MiB, so that all passes over them but the first find them in the cache."""
+
 HALF_STEP = 0.5001
 """What rounding moves a value by at most, in steps, with room for the float's own rounding: beyond lies the outside."""
 
@@ -55,20 +58,23 @@ def affine_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return torch.maximum(below, above).clamp(min=SMALLEST_SCALE), zero_point
 
 
-def grid_integers(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+def grid_integers(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, out: Tensor | None = None
+) -> Tensor:
     """Return the integers of a grid nearest to x, as float: those simulated and those stored."""
-    return (x / scale).round_().add_(zero_point).clamp_(quant_min, quant_max)
+    return torch.div(x, scale, out=out).round_().add_(zero_point).clamp_(quant_min, quant_max)
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """`fake_quantize` in passes over memory that the processor's vector units do whole."""
+    """`fake_quantize` in passes over memory that the processor's vector units do whole, piece by piece in its cache."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, factor: float
     ) -> Tensor:
-        offset = zero_point.round()
-        y = grid_integers(x, scale, offset, quant_min, quant_max).sub_(offset).mul_(scale)
+        offset, y = zero_point.round(), torch.empty_like(x)
+        for x_piece, y_piece in _pieces(scale, x, y):
+            grid_integers(x_piece, scale, offset, quant_min, quant_max, out=y_piece).sub_(offset).mul_(scale)
         ctx.save_for_backward(x, y, scale)
         ctx.factor = factor
         return y
@@ -76,27 +82,33 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, y, scale = ctx.saved_tensors
-        steps = (y - x).div_(scale)
-        inside = torch.ops.aten.hardtanh_backward(grad, steps, -HALF_STEP, HALF_STEP)
-        if not any(ctx.needs_input_grad[1:3]):
-            return inside, None, None, None, None, None
-        outside = grad - inside
-        grad_scale = grad_zero = None
-        if ctx.needs_input_grad[1]:
-            grad_scale = (_inner(inside, steps, scale) + _inner(outside, y, scale) / scale) * ctx.factor
-        if ctx.needs_input_grad[2]:
-            grad_zero = outside.sum() * scale * -ctx.factor
-        return inside, grad_scale, grad_zero, None, None, None
+        trained, passed = any(ctx.needs_input_grad[1:3]), torch.empty_like(x)
+        grad_scale, lost = torch.zeros_like(scale), scale.new_zeros(())
+        for x_piece, y_piece, given, inside in _pieces(scale, x, y, grad, passed):
+            steps = (y_piece - x_piece).div_(scale)
+            torch.ops.aten.hardtanh_backward(given, steps, -HALF_STEP, HALF_STEP, grad_input=inside)
+            if trained:
+                outside = given - inside
+                grad_scale += _inner(inside, steps, scale) + _inner(outside, y_piece, scale) / scale
+                lost += outside.sum()
+        if not trained:
+            return passed, None, None, None, None, None
+        grad_zero = lost * scale * -ctx.factor if ctx.needs_input_grad[2] else None
+        return passed, grad_scale * ctx.factor, grad_zero, None, None, None
+
+
+def _pieces(scale: Tensor, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Return tensors of one shape in the same small, flat parts where they share a scale and lie alike in memory."""
+    first = tensors[0]
+    dense = first.is_contiguous() or (first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last))
+    if scale.numel() > 1 or not dense or any(tensor.stride() != first.stride() for tensor in tensors):
+        return [tensors]
+    return zip(*(tensor.as_strided((tensor.numel(),), (1,)).split(PIECE) for tensor in tensors), strict=True)
 
 
 def _inner(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
-    """Sum a * b over all but the dimensions that `like` has; no temporary where the sum is one and memory allows."""
-    if like.numel() > 1:
-        return (a * b).sum_to_size(like.shape)
-    dense = a.is_contiguous() or (a.dim() == 4 and a.is_contiguous(memory_format=torch.channels_last))
-    if dense and a.stride() == b.stride():
-        return torch.dot(a.as_strided((a.numel(),), (1,)), b.as_strided((b.numel(),), (1,))).view(like.shape)
-    return (a * b).sum().view(like.shape)
+    """Sum a * b over all but the dimensions that `like` has; no temporary for flat tensors."""
+    return torch.dot(a, b).view(like.shape) if a.dim() == b.dim() == 1 else (a * b).sum_to_size(like.shape)
 
 
 def fake_quantize(
@@ -122,11 +134,10 @@ def fake_quantize(
 
     Source: Esser et al. 2020, LSQ, section 2.1; Bhalgat et al. 2020, LSQ+, section 3.1.
     """
+    scale = scale.view(1) if scale.numel() == 1 else scale
     if x.is_cuda and scale.numel() == 1 and torch.is_grad_enabled():
         levels = quant_max - quant_min  # from 0 up: the kernel's backward misrounds zero points below 0
-        return torch._fake_quantize_learnable_per_tensor_affine(
-            x, scale.view(1), zero_point - quant_min, 0, levels, factor
-        )
+        return torch._fake_quantize_learnable_per_tensor_affine(x, scale, zero_point - quant_min, 0, levels, factor)
     return _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max, factor)
 
 
