@@ -69,7 +69,7 @@ class Grid:
     """Images a step where the image size varies, and for MobileNet."""
     batch: int
     """Images a step where depth or classes vary."""
-    generators: tuple[tuple[str, int], ...] = (("light", 24), ("light", 32), ("unet", 24))
+    generators: tuple[tuple[str, int], ...] = (("light", 8), ("light", 16), ("light", 24), ("light", 32), ("unet", 24))
     """Kinds and widths set against MobileNetV1 0.25."""
     against: str = "mobilenet_v1_025"
     steps: int

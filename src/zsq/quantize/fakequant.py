@@ -119,7 +119,7 @@ def fake_quantize(
     .. math:: y = s\,(clip(round(x/s) + z, q_{min}, q_{max}) - z)
 
     Gradients: straight through inside the grid and none outside for x; for the scale (y - x) / s inside and y / s
-    outside, for the zero point -s outside, both times `factor`. PyTorch's own CPU kernels took six times as long
+    outside, for the zero point -s outside, both times `factor`. PyTorch's own CPU kernels took twice as long
     (benchmarks/fakequant.py); its fused ones are used on GPUs, where they are quick.
 
     Args:
