@@ -5,8 +5,9 @@
 
 Times the generator's step and the distillation step of CIFAR ResNets with random weights, one axis at a time, and fits
 the exponent on a log-log line: 1 is linear. The axis `generators` sets each generator's forward and backward against
-the pass of MobileNetV1 0.25 at its own image size. Appends a dated line to benchmarks/results/growth.jsonl; `--plot`
-draws docs/growth.png and needs matplotlib, which the extra `zsq[plots]` brings.
+the pass of MobileNetV1 0.25, or of another network, at its own image size. Appends a dated line to
+benchmarks/results/growth.jsonl; `--plot` draws docs/growth.png and needs matplotlib, which the extra `zsq[plots]`
+brings.
 """
 
 import argparse
@@ -19,7 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from parts import EXAMPLES, Actions, Feed, counted, distiller_of, learning_parts, one_batch, random_teacher, source_of
+from parts import (
+    EXAMPLES,
+    NETWORKS,
+    Actions,
+    Feed,
+    counted,
+    distiller_of,
+    learning_parts,
+    one_batch,
+    random_teacher,
+    source_of,
+)
 from records import RESULTS, append
 from timing import hardware, interleaved, ratio
 
@@ -195,6 +207,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*FULL.axes(), "generators"]
     parser.add_argument("--axes", nargs="+", choices=names, default=names, help="what to vary; default: all")
+    parser.add_argument("--against", choices=NETWORKS, help="network of the axis generators; default mobilenet_v1_025")
     parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto")
     parser.add_argument("--threads", type=int, help="of the processor; default: torch's own")
     parser.add_argument("--steps", type=int, help="timed rounds; default 7, and 3 with --small")
@@ -211,7 +224,7 @@ def main(given: Sequence[str] | None = None, grid: Grid | None = None) -> dict[s
         torch.set_num_threads(args.threads)
     device = pick_device(args.device)
     grid = grid or (SMALL if args.small else FULL)
-    grid = replace(grid, steps=args.steps or grid.steps)
+    grid = replace(grid, steps=args.steps or grid.steps, against=args.against or grid.against)
     axes = {name: points for name, points in grid.axes().items() if name in args.axes}
     measured: dict[str, Any] = {"small": args.small, "steps": grid.steps, **hardware(device)}
     measured["axes"] = {name: measure_axis(points, grid.steps, device) for name, points in axes.items()}

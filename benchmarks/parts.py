@@ -22,6 +22,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 NETWORKS = {
     "cifar10_resnet20": f"{EXAMPLES}/cifar10.py:cifar10_resnet20",
     "mobilenet_v1_025": f"{EXAMPLES}/mobilenet_v1.py:mobilenet_v1_025",
+    "mobilenet_v1_075": f"{EXAMPLES}/mobilenet_v1.py:mobilenet_v1_075",
     "digits": "digits",
 }
 
