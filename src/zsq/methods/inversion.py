@@ -103,6 +103,7 @@ class InversionSource(PoolSource, ABC):
         pool: images as the network takes them, float16 [N, C, H, W], on the CPU; those of `pixels` as they were when
             it was last read.
         pixels: what Adam changes, the pool's last `batch_size` images in float32.
+        changed: whether the pixels have changed since the pool was last read.
         history: weighted sum of the losses at each iteration of this batch so far.
     """
 
@@ -120,6 +121,7 @@ class InversionSource(PoolSource, ABC):
         self.iterations = -(-self.steps // self.batches) or settings.iterations
         self.teacher = settings.observed(teacher, self.device)
         self.pool = torch.empty(0, self.spec.channels, self.spec.height, self.spec.width, dtype=torch.float16)
+        self.changed = False
         self._begin(0)
 
     @abstractmethod
@@ -165,6 +167,7 @@ class InversionSource(PoolSource, ABC):
         with torch.no_grad():
             self.constrain()
             self.history[iteration] = loss
+        self.changed = True
         values = {name: value.detach() for name, value in losses.items()}
         if "ce" in values:
             values["label_recognition"] = (logits.detach().argmax(1) == labels).float().mean() * 100
@@ -172,21 +175,22 @@ class InversionSource(PoolSource, ABC):
 
     def _begin(self, index: int) -> None:
         """Put the first pixels of a batch into the pool, behind the last ones of the batch before."""
-        if len(self.pool):
-            self._keep()
+        self._keep()
         self._optimise(self.start(stream(self.seed, "initial", index)))
         self.history = torch.zeros(self.iterations, device=self.device)
         self._take(torch.cat([self.pool, self.pixels.detach().cpu().half()]))
 
     def _keep(self) -> Tensor:
         """Return the pool with the pixels as they are now; reading them waits for the device, so no step does."""
-        self.pool[-self.batch_size :] = self.pixels.detach().cpu()
+        if self.changed:
+            self.pool[-self.batch_size :] = self.pixels.detach().cpu()
+            self.changed = False
         return self.pool
 
     def _optimise(self, pixels: Tensor) -> None:
         """Make these pixels those that a fresh Adam changes; its rate is set at each step."""
         placed = pixels.to(self.device, memory_format=torch.channels_last, copy=True)
-        self.pixels = nn.Parameter(placed)
+        self.pixels, self.changed = nn.Parameter(placed), False
         self.optimizer = torch.optim.Adam([self.pixels], lr=1.0, betas=self.betas, fused=True)
 
     def _take(self, pool: Tensor) -> None:

@@ -120,7 +120,8 @@ def fake_quantize(
 
     Gradients: straight through inside the grid and none outside for x; for the scale (y - x) / s inside and y / s
     outside, for the zero point -s outside, both times `factor`. PyTorch's own CPU kernels took twice as long
-    (benchmarks/fakequant.py); its fused ones are used on GPUs, where they are quick.
+    on activations (benchmarks/fakequant.py). Where gradients are needed on a GPU, its fused kernel rounds activations;
+    it multiplies by the inverse of the scale.
 
     Args:
         x: any shape.
