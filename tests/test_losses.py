@@ -236,3 +236,7 @@ def test_a_blur_keeps_what_is_flat_and_takes_out_period_two() -> None:
     point = torch.zeros(1, 1, 5, 5)
     point[0, 0, 2, 2] = 16
     assert blurred(point)[0, 0, 1:4, 1:4].tolist() == [[1, 2, 1], [2, 4, 2], [1, 2, 1]]
+    corner = torch.zeros(1, 1, 5, 5)
+    corner[0, 0, 0, 4] = 16
+    assert blurred(corner)[0, 0, :2, 3:].tolist() == [[3, 9], [1, 3]]  # edges repeated
+    assert torch.autograd.gradcheck(blurred, torch.randn(2, 3, 4, 5, dtype=torch.double, requires_grad=True))

@@ -129,7 +129,7 @@ def test_sampling_one_by_one_gives_the_same_images(name: str) -> None:
 
 @pytest.mark.parametrize("name", GENERATORS)
 def test_every_weight_learns(name: str) -> None:
-    generator = build(name, spec_of(1, 16, 16), style_size=2)
+    generator = build(name, spec_of(3, 16, 16), style_size=2)  # of one channel, exposure takes out the bias
     generator(*draw(generator, 4)).square().sum().backward()
     idle = [key for key, p in generator.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert idle == []

@@ -80,3 +80,31 @@ def test_a_gate_of_another_value_is_a_hardsigmoid_of_it() -> None:
     found, difference = traced(lambda x: x * (F.relu6(x.mean((2, 3), keepdim=True) + 3) / 6))
     assert found == [HARD[1]]
     assert difference < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("pool", "found"),
+    [
+        (nn.AvgPool2d(6), True),
+        (nn.AvgPool2d((6, 6), stride=1), True),
+        (lambda x: F.avg_pool2d(x, kernel_size=x.shape[2:]), True),
+        (nn.AvgPool2d(6, divisor_override=7), False),
+        (nn.AvgPool2d(6, padding=1), False),
+        (nn.AvgPool2d((6, 5)), False),
+        (nn.AvgPool2d(4), False),
+    ],
+)
+def test_pooling_of_the_whole_map(pool: Callable[[Tensor], Tensor], found: bool) -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(pool(self.conv(x)).flatten(2).mean(2))
+
+    torch.manual_seed(0)
+    net = Pooled().eval()
+    network = trace(net, SPEC, "toy")
+    assert (aten.adaptive_avg_pool2d.default in {node.target for node in network.graph.nodes}) == found
+    torch.testing.assert_close(network(images(4)), net(images(4)))

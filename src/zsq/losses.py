@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -359,9 +360,33 @@ def smoothness(images: Tensor) -> Tensor:
     return (images - blurred(images)).square().mean()
 
 
+class _Blur(torch.autograd.Function):
+    """`blurred`, whose matrix is symmetric: the gradient is blurred as the images are."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor) -> Tensor:
+        return _blurred_along(_blurred_along(images, 2), 3)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _blurred_along(_blurred_along(grad, 2), 3)
+
+
+def _blurred_along(x: Tensor, dim: int) -> Tensor:
+    """Return (1/4, 1/2, 1/4) times each value and its neighbours, edges repeated."""
+    last = x.shape[dim] - 1
+    y = x / 2
+    y.narrow(dim, 1, last).add_(x.narrow(dim, 0, last), alpha=0.25)
+    y.narrow(dim, 0, last).add_(x.narrow(dim, 1, last), alpha=0.25)
+    for edge in (0, last):
+        y.select(dim, edge).add_(x.select(dim, edge), alpha=0.25)
+    return y
+
+
 def blurred(images: Tensor) -> Tensor:
-    """Blur images [N, C, H, W] by the 3x3 binomial kernel, edges repeated; a pattern of period 2 vanishes."""
-    channels = images.shape[1]
-    line = torch.tensor([0.25, 0.5, 0.25], dtype=images.dtype, device=images.device)
-    kernel = torch.outer(line, line).expand(channels, 1, 3, 3)
-    return F.conv2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), kernel, groups=channels)
+    """Blur images [N, C, H, W] by the 3x3 binomial kernel, edges repeated; a pattern of period 2 vanishes.
+
+    A depthwise convolution took two to six times as long (8x3x224x224 with gradient, one core).
+    """
+    blurred_images: Tensor = _Blur.apply(images)
+    return blurred_images

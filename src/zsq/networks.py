@@ -131,9 +131,7 @@ class Exposure(nn.Module):
         brighter, sharper = torch.tanh(self.variation(code)).unsqueeze(2).unsqueeze(3).unbind(1)
         brightness = self.brightness + BRIGHTNESS_BOUND * brighter
         contrast = torch.exp(self.log_contrast + CONTRAST_BOUND * sharper)
-        centred = x - x.mean((1, 2, 3), keepdim=True)
-        deviation = torch.sqrt(centred.square().mean((1, 2, 3), keepdim=True) + LEAST_VARIANCE)
-        return torch.addcmul(brightness[..., None], centred, contrast[..., None] / deviation)
+        return torch.addcmul(brightness[..., None], F.group_norm(x, 1, eps=LEAST_VARIANCE), contrast[..., None])
 
 
 class Generator(nn.Module, ABC):
@@ -267,7 +265,7 @@ class LightDecoder(Generator):
         for block in self.blocks:
             x = block(F.interpolate(x, scale_factor=2.0, mode="nearest"), code)
         x = self.refine(x, code)
-        pixels = F.pixel_shuffle(self.to_pixels(x), self.shuffle)
+        pixels = F.pixel_shuffle(self.to_pixels(x).contiguous(), self.shuffle)
         return pixels if self.small else blurred(pixels)
 
 

@@ -1,4 +1,4 @@
-"""Activations written out by hand, put under the names that quantizers and runtimes know them by."""
+"""Operations written in other ways, put under the names that quantizers and runtimes know them by."""
 
 from typing import Any
 
@@ -23,6 +23,21 @@ def name_activations(graph: Graph) -> None:
             named = graph.call_function(operator, (x,))
         named.meta.update(node.meta)
         node.replace_all_uses_with(named)
+
+
+def name_global_pools(graph: Graph) -> None:
+    """Replace average pooling by a kernel of the whole map's size by adaptive pooling to one value, in place.
+
+    Runtimes have integers for both, and those of the second are quicker.
+    """
+    for node in graph.nodes:
+        if node.target is not aten.avg_pool2d.default:
+            continue
+        x, kernel = node.args[:2]
+        size = x.meta["val"].shape[2:] if isinstance(x, Node) else ()
+        padding, divisor = argument(node, 3, [0]), argument(node, 6)
+        if [*kernel] * (2 // len(kernel)) == [*size] and not any(padding) and divisor is None:
+            node.target, node.args = aten.adaptive_avg_pool2d.default, (x, [1, 1])
 
 
 def _hard(node: Node) -> tuple[Any, Node] | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from zsq.errors import TeacherError
-from zsq.patterns import name_activations
+from zsq.patterns import name_activations, name_global_pools
 from zsq.types import ImageSpec
 
 FOREIGN_FAULTS = (
@@ -82,6 +82,7 @@ def trace(net: nn.Module, spec: ImageSpec, name: str) -> fx.GraphModule:
     _functionalize(graph)
     _remove_dropout(graph)
     name_activations(graph)
+    name_global_pools(graph)
     graph.eliminate_dead_code()
     graph.lint()
     network = fx.GraphModule(exported, graph, class_name=type(net).__name__)

@@ -8,9 +8,11 @@ from torch.fx import GraphModule, Node
 from zsq import graphs
 from zsq.graphs import argument
 from zsq.quantize.fakequant import (
+    HARD_REACH,
     ActivationQuantizer,
     WeightQuantizer,
     bias_integers,
+    grid_hardsigmoid,
     grid_hardswish,
     grid_integers,
     hardswish_steps,
@@ -36,7 +38,8 @@ def convert(student: Student) -> GraphModule:
     for node in list(network.graph.nodes):
         module = network.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, ActivationQuantizer):
-            rounded = _round_behind(network, node.args[0], module, [node])
+            store = _store_hardsigmoid if node.args[0].target is grid_hardsigmoid else _round_behind
+            rounded = store(network, node.args[0], module, [node])
             node.replace_all_uses_with(rounded)
             network.graph.erase_node(node)
             grids[rounded] = module
@@ -77,6 +80,24 @@ def _round_behind(network: GraphModule, node: Node, grid: ActivationQuantizer, r
     return rounded
 
 
+def _store_hardsigmoid(network: GraphModule, node: Node, grid: ActivationQuantizer, readers: list[Node]) -> Node:
+    """Write `grid_hardsigmoid` as the layer's integers on a grid six times as coarse, read on the grid itself."""
+    layer = node.args[0]
+    assert isinstance(layer, Node)
+    fine, zero = float(grid.scale), int(grid.zero_point.round())
+    high = min(zero + round(1 / fine), grid.quant_max)
+    ends = (zero, grid.quant_min, grid.quant_max, torch.int8)
+    with network.graph.inserting_before(node):
+        integers = network.graph.call_function(_ops.quantize_per_tensor.default, (layer, fine * 2 * HARD_REACH, *ends))
+        if (zero, high) != (grid.quant_min, grid.quant_max):
+            integers = network.graph.call_function(graphs.aten.clamp.default, (integers, zero, high))
+        rounded = network.graph.call_function(_ops.dequantize_per_tensor.default, (integers, fine, *ends))
+    rounded.meta["val"] = node.meta.get("val")
+    for reader in readers:
+        reader.replace_input_with(node, rounded)
+    return rounded
+
+
 def _store_hardswish(network: GraphModule, node: Node, grid: ActivationQuantizer) -> None:
     """Write `grid_hardswish` as the product of its input and of the same integers, clipped and read on a finer grid."""
     x, graph = node.args[0], network.graph
@@ -106,10 +127,12 @@ def _store_layer(network: GraphModule, layer: Node) -> None:
     if isinstance(bias, Node) and bias.target is quantize_bias:
         value, activation_scale = (_read(network, node) for node in bias.args[:2])
         product = activation_scale * scale
-        integers = bias_integers(value, product).to(torch.int32)
+        integers = bias_integers(value, product)
+        if any(user.target is grid_hardsigmoid for user in layer.users):
+            integers += bias_integers(torch.full_like(product, HARD_REACH), product)
         source = bias.args[0]
         assert isinstance(source, Node)
-        graphs.set_tensor(network, str(source.target), integers)
+        graphs.set_tensor(network, str(source.target), integers.to(torch.int32))
         bias = _dequantize(network, layer, str(source.target), product, -(2**31), 2**31 - 1, torch.int32)
     shape = (-1, *[1] * (weight.dim() - 1))
     integers = grid_integers(weight, scale.view(shape), scale.new_zeros(1), quantizer.quant_min, quantizer.quant_max)

@@ -21,7 +21,7 @@ HALF_STEP = 0.5001
 """What rounding moves a value by at most, in steps, with room for the float's own rounding: beyond lies the outside."""
 
 HARD_REACH = 3.0
-"""The gate of hard swish opens at minus this and ends at this."""
+"""Hard sigmoid, and so the gate of hard swish, opens at minus this and ends at this."""
 
 DEAD_CHANNEL = 2.0**-16
 """Least scale of a channel over the largest of its weight: a channel of zeros needs one that its bias can live on."""
@@ -315,6 +315,24 @@ def grid_hardswish(x: Tensor, scale: Tensor) -> Tensor:
     three, six = hardswish_steps(step)
     gate = torch.minimum((x / step + three).clamp(min=0), six) * (step / 6)
     return x * torch.where(step > 0, gate, torch.nn.functional.hardsigmoid(x))
+
+
+def grid_hardsigmoid(x: Tensor, activation_scale: Tensor, weight_scale: Tensor) -> Tensor:
+    """Hard sigmoid of a layer's output: clip(x + 3', 0, 6) / 6.
+
+    3' is the multiple nearest to 3 of the step of the layer's bias, which holds it in the file. There, the layer's
+    rounding clips, and its integers are read on a grid six times as fine: nothing is left to compute.
+
+    Args:
+        x: [N, C, ...].
+        activation_scale: of the layer's input, [1]; at 0, before calibration, the plain function.
+        weight_scale: [C] or [1].
+
+    Returns:
+        As x.
+    """
+    three = quantize_bias(torch.full_like(weight_scale, HARD_REACH), activation_scale, weight_scale)
+    return (x + three.detach().view(1, -1, *[1] * (x.dim() - 2))).clamp(0, 2 * HARD_REACH) / (2 * HARD_REACH)
 
 
 def bias_integers(bias: Tensor, scale: Tensor) -> Tensor:

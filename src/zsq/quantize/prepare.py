@@ -12,7 +12,14 @@ from torch.fx import GraphModule, Node
 from zsq import graphs
 from zsq.errors import InputError, unknown_name
 from zsq.graphs import argument, aten, tensor_of
-from zsq.quantize.fakequant import HARD_REACH, ActivationQuantizer, WeightQuantizer, grid_hardswish, quantize_bias
+from zsq.quantize.fakequant import (
+    HARD_REACH,
+    ActivationQuantizer,
+    WeightQuantizer,
+    grid_hardsigmoid,
+    grid_hardswish,
+    quantize_bias,
+)
 
 ENDS_BITS = 8
 """Bits of the network's input and of its logits, always."""
@@ -131,6 +138,7 @@ def prepare(folded: GraphModule, scheme: Scheme) -> Student:
     placer.put_hardswish_on_grids()
     for layer in every_layer:
         placer.place_weight(layer)
+    placer.put_hardsigmoid_on_grids()
     return Student(graphs.finish(network), placer.output_name)
 
 
@@ -161,6 +169,7 @@ class _Placer:
         self.output = network.graph.output_node()
         self.logits = self.origin(self.output.args[0])
         self.inputs = [node for node in network.graph.nodes if node.op == "placeholder"]
+        self.gates = [node for node in network.graph.nodes if self.is_gate(node)]
         self.placed: dict[Node, str] = {}
         self.output_name = ""
 
@@ -202,6 +211,23 @@ class _Placer:
                     scale = self.network.graph.get_attr(f"{name}.scale")
                 node.target, node.args = grid_hardswish, (node.args[0], scale)
 
+    def is_gate(self, node: Node) -> bool:
+        """Whether a node is a hard sigmoid that the layer in front computes: its bias adds and its rounding clips."""
+        layer = node.args[0] if node.target is aten.hardsigmoid.default and self.scheme.all_activations else None
+        if not isinstance(layer, Node) or layer not in self.layers or len(layer.users) > 1:
+            return False
+        has_bias = isinstance(argument(layer, 2), Node)
+        return has_bias and (layer.target in graphs.CONVOLUTIONS or layer.meta["val"].dim() == 2)
+
+    def put_hardsigmoid_on_grids(self) -> None:
+        """Let hard sigmoid of a layer's output be computed by the layer."""
+        for node in self.gates:
+            layer = node.args[0]
+            assert isinstance(layer, Node)
+            with self.network.graph.inserting_before(node):
+                weight_scale = self.network.graph.get_attr(f"weight_{self.layers.index(layer)}.scale")
+                node.target, node.args = grid_hardsigmoid, (layer, self.input_scale(layer), weight_scale)
+
     def rounds(self, node: Node) -> bool:
         """Whether an integer-only device would store the node's value."""
         if node.op not in ("placeholder", "call_function") or not is_float(node):
@@ -210,8 +236,10 @@ class _Placer:
             return True
         if node.target in TRANSPARENT:
             return False
-        users = list(node.users)
-        return not (len(users) == 1 and users[0].target in FUSED and node.op == "call_function")
+        if len(node.users) != 1 or node.op != "call_function":
+            return True
+        (user,) = node.users
+        return user.target not in FUSED and user not in self.gates
 
     def insert(self, node: object, bits: int, *, only_layers: bool) -> None:
         """Insert one activation quantizer behind a node, for all readers or for layers only."""
