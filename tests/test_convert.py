@@ -5,7 +5,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from toys import SPEC, Branchy, ConvHead, Mobile, Plain, SharedLayer, Tokens, graph, images, quantized
+from toys import (
+    SPEC,
+    Branchy,
+    ClampedGate,
+    ConvHead,
+    DeadBranch,
+    Mobile,
+    Plain,
+    SharedLayer,
+    Shift,
+    ShutGate,
+    Tokens,
+    graph,
+    images,
+    quantized,
+)
 
 from zsq.export import output_step, write_onnx
 from zsq.quantize import PTQ
@@ -14,7 +29,7 @@ from zsq.quantize.fakequant import WeightQuantizer, integer_range, quantizers
 from zsq.quantize.prepare import Student
 from zsq.verification import verify_onnx
 
-NETWORKS = [Plain, Branchy, ConvHead, SharedLayer, Tokens, Mobile]
+NETWORKS = [Plain, Branchy, ConvHead, SharedLayer, Tokens, Mobile, ClampedGate, Shift, DeadBranch, ShutGate]
 QD = torch.ops.quantized_decomposed
 
 
@@ -39,6 +54,15 @@ def agree(student: Student, converted: GraphModule, x: Tensor) -> float:
 def test_the_converted_graph_computes_what_was_simulated(make: Callable[[], nn.Module], bits: str) -> None:
     student = student_of(make, bits)
     assert agree(student, convert(student), images(200, seed=5)) >= 0.99
+
+
+@pytest.mark.parametrize("bias_correction", [True, False])
+@pytest.mark.parametrize("make", [DeadBranch, ShutGate, Shift, ClampedGate])
+def test_eight_bits_are_near_the_float_network(make: Callable[[], nn.Module], bias_correction: bool) -> None:
+    student, x = student_of(make, bias_correction=bias_correction), images(200, seed=5)
+    with torch.no_grad():
+        wanted = graph(make)(x)
+        assert (student(x) - wanted).norm() <= 0.05 * wanted.norm()
 
 
 @pytest.mark.parametrize(

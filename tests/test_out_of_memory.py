@@ -1,13 +1,14 @@
 """A batch that does not fit goes through in parts, with the same gradients where no batch statistics are taken."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from zsq.errors import InputError
-from zsq.methods import ZSCGAN, Adversarial, Real, ZeroQ
+from zsq.methods import ZSCGAN, Adversarial, Noise, Real, ZeroQ
 from zsq.quantize import QAT
 from zsq.quantize.ptq import quantize_ptq
 from zsq.quantize.qat import Distiller
@@ -79,11 +80,13 @@ def distiller_of(teacher: Teacher, source: object) -> Distiller:
     return Distiller(student, teacher.network, source, settings, torch.device("cpu"))
 
 
-def test_a_student_in_parts_has_the_gradients_of_the_whole(teacher: Teacher) -> None:
+@pytest.mark.parametrize(("batch_size", "parts"), [(16, 2), (10, 3), (10, 4)])
+def test_a_student_in_parts_has_the_gradients_of_the_whole(teacher: Teacher, batch_size: int, parts: int) -> None:
     whole, halved = (
-        distiller_of(teacher, Real(data="digits:train", batch_size=16).fit(teacher, Run()).source) for _ in range(2)
+        distiller_of(teacher, Real(data="digits:train", batch_size=batch_size).fit(teacher, Run()).source)
+        for _ in range(2)
     )
-    assert halved.halve()
+    halved.parts = parts
     losses, others = whole.step(0), halved.step(0)
     for name, value in losses.items():
         torch.testing.assert_close(value, others[name], rtol=1e-4, atol=1e-6)
@@ -98,8 +101,10 @@ def test_distillation_goes_on_in_parts(teacher: Teacher) -> None:
     seen = limit(distiller.student, 8)
     run.train("distill", distiller, 2)
     assert seen == [16, 8, 8, 8, 8]
-    assert (distiller.parts, distiller.source.parts) == (2, 2)
+    assert (distiller.parts, distiller.source.parts) == (2, 1)  # the generator's network has room
     assert len(said) == 1
+    learnt = [state["step"].item() for state in distiller.source.optimizer.state.values()]
+    assert set(learnt) == {2.0}  # the step that was taken twice taught the generator once
 
 
 def test_what_does_not_fit_in_the_smallest_parts_is_a_clear_error(teacher: Teacher) -> None:
@@ -115,6 +120,29 @@ def test_what_does_not_fit_in_the_smallest_parts_is_a_clear_error(teacher: Teach
         run.take(pixels, 0)
 
 
+@pytest.mark.parametrize("method", [Noise(batch_size=8), ZSCGAN(steps=0, batch_size=8, width=4)])
+def test_a_student_without_room_for_one_image_is_a_clear_error(method: Any, teacher: Teacher) -> None:
+    run = Run()
+    fitted = method.fit(teacher, run, distill_steps=1)
+    distiller = distiller_of(teacher, fitted.source)
+    limit(distiller.student, 0)
+    with pytest.raises(InputError, match="does not fit into the memory"):
+        run.take(distiller, 0)
+    assert distiller.parts == 8
+
+
+def test_a_source_without_room_is_a_clear_error(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run()
+    distiller = distiller_of(teacher, Noise(batch_size=8).fit(teacher, run).source)
+
+    def full(step: int, student: object) -> Batch:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(distiller.source, "batch", full, raising=False)
+    with pytest.raises(InputError, match="does not fit into the memory"):
+        run.take(distiller, 0)
+
+
 def test_batches_split_and_join() -> None:
     batch = Batch(torch.arange(10.0).view(5, 2), torch.arange(5), torch.arange(15.0).view(5, 3), {"a": torch.ones(())})
     parts = batch.split(2)
@@ -124,5 +152,5 @@ def test_batches_split_and_join() -> None:
     )
     assert torch.equal(together.images, batch.images)
     assert torch.equal(together.teacher_logits, batch.teacher_logits)
-    assert together.losses["a"] == 0.5
+    torch.testing.assert_close(together.losses["a"], torch.tensor(0.4))  # 3 images of 0 and 2 of 1
     assert Batch(batch.images, batch.labels).split(2)[1].teacher_logits is None

@@ -147,3 +147,63 @@ class Mobile(nn.Module):
         x = F.hardswish(self.norm(self.conv(x)))
         x = x * F.hardsigmoid(self.squeeze(F.adaptive_avg_pool2d(x, 1)))
         return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+class ClampedGate(Mobile):
+    """A gate that is clamped once more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.hardswish(self.norm(self.conv(x)))
+        x = x * F.hardsigmoid(self.squeeze(F.adaptive_avg_pool2d(x, 1))).clamp(min=0.1)
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+class Shift(nn.Module):
+    """Channels moved by writing to a part of a copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.conv(x)))
+        y = x.clone()
+        y[:, 1:] = x[:, :-1]
+        return self.head(self.second(y).mean((2, 3)) * 10)
+
+
+class DeadBranch(nn.Module):
+    """A residual branch whose first activation is always 0, so that its second layer gives its bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.first = nn.Conv2d(8, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+        with torch.no_grad():
+            self.first.bias.fill_(-100.0)
+            self.second.bias.copy_(torch.linspace(-4, 3, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.conv(x))
+        x = torch.relu(x + self.second(torch.relu(self.first(x))))
+        return self.head(x.mean((2, 3)))
+
+
+class ShutGate(Mobile):
+    """A gate whose layer sees zeros only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = nn.Conv2d(8, 8, 1)
+        with torch.no_grad():
+            self.before.bias.fill_(-100.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.hardswish(self.norm(self.conv(x)))
+        x = x * F.hardsigmoid(self.squeeze(torch.relu(self.before(F.adaptive_avg_pool2d(x, 1)))))
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))

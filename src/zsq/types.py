@@ -82,21 +82,27 @@ class Batch:
     """Scalars worth logging of the source's own learning step."""
 
     def split(self, parts: int) -> "list[Batch]":
-        """Return the images in at most `parts` batches, without the losses."""
-        logits = [None] * parts if self.teacher_logits is None else self.teacher_logits.chunk(parts)
-        return [Batch(*rows) for rows in zip(self.images.chunk(parts), self.labels.chunk(parts), logits, strict=False)]
+        """Return the images in `parts` batches whose sizes differ by one at most, without the losses."""
+        logits = [None] * parts if self.teacher_logits is None else self.teacher_logits.tensor_split(parts)
+        rows = zip(self.images.tensor_split(parts), self.labels.tensor_split(parts), logits, strict=True)
+        return [Batch(*row) for row in rows]
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
-    """Return one batch of the images of several, losses averaged; all of them know the teacher's logits, or none."""
+    """Return one batch of the images of several, losses averaged over images; all know the teacher's logits, or none."""
     if len(batches) == 1:
         return batches[0]
     logits = [batch.teacher_logits for batch in batches if batch.teacher_logits is not None]
+    count = sum(len(batch.labels) for batch in batches)
+    shares = [len(batch.labels) / count for batch in batches]
     return Batch(
         torch.cat([batch.images for batch in batches]),
         torch.cat([batch.labels for batch in batches]),
         torch.cat(logits) if logits else None,
-        {name: torch.stack([batch.losses[name] for batch in batches]).mean() for name in batches[0].losses},
+        {
+            name: torch.stack([share * batch.losses[name] for share, batch in zip(shares, batches, strict=True)]).sum()
+            for name in batches[0].losses
+        },
     )
 
 

@@ -149,10 +149,10 @@ class GeneratorSource(ABC):
         """Update the generator once and return its images and losses; the batch goes through in `parts`."""
         self.optimizer.zero_grad(set_to_none=True)
         made = []
-        for inputs in zip(*(drawn.chunk(self.parts) for drawn in self.inputs(step)), strict=True):
+        for inputs in zip(*(drawn.tensor_split(self.parts) for drawn in self.inputs(step)), strict=True):
             batch = self.learnt_from(step, student, *inputs)
             terms = [self.weights[name] * value for name, value in batch.losses.items() if self.weights.get(name)]
-            (torch.stack(terms).sum() / self.parts).backward()
+            (torch.stack(terms).sum() * (len(inputs[0]) / self.batch_size)).backward()
             losses = {name: value.detach() for name, value in batch.losses.items()}
             made.append(Batch(batch.images.detach(), batch.labels, batch.teacher_logits, losses))
         parallel.reduce_gradients(self.generator.parameters())

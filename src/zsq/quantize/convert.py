@@ -17,6 +17,7 @@ from zsq.quantize.fakequant import (
     grid_integers,
     hardswish_steps,
     quantize_bias,
+    saturated,
 )
 from zsq.quantize.prepare import TRANSPARENT, Student, is_float, prepared_layers, weight_node
 
@@ -47,8 +48,8 @@ def convert(student: Student) -> GraphModule:
             _store_hardswish(network, node, grids[node.args[0]])
         elif node.target in TRANSPARENT and node.args[0] in grids:
             grid = grids[node.args[0]]
-            if _only_pads_layers(node):
-                continue  # runtimes make such padding part of the layer
+            if _only_pads_layers(node) or _is_written(node):
+                continue  # runtimes make such padding part of the layer; what is written to must stay the same memory
             if is_float(node):
                 grids[_round_behind(network, node, grid, list(node.users))] = grid
             else:
@@ -59,6 +60,17 @@ def convert(student: Student) -> GraphModule:
 def _only_pads_layers(node: Node) -> bool:
     pads = node.target in (graphs.aten.pad.default, graphs.aten.constant_pad_nd.default)
     return pads and all(user.target in graphs.CONVOLUTIONS for user in node.users)
+
+
+def _is_written(node: Node) -> bool:
+    """Whether an operator writes to a node's value, or to a part of it."""
+    for user in node.users:
+        if not user.args or user.args[0] is not node:
+            continue
+        writes = isinstance(user.target, torch._ops.OpOverload) and user.target._schema.is_mutable
+        if writes or (user.target in TRANSPARENT and _is_written(user)):
+            return True
+    return False
 
 
 def _round_behind(network: GraphModule, node: Node, grid: ActivationQuantizer, readers: list[Node]) -> Node:
@@ -129,7 +141,7 @@ def _store_layer(network: GraphModule, layer: Node) -> None:
         product = activation_scale * scale
         integers = bias_integers(value, product)
         if any(user.target is grid_hardsigmoid for user in layer.users):
-            integers += bias_integers(torch.full_like(product, HARD_REACH), product)
+            integers = saturated(integers + bias_integers(torch.full_like(product, HARD_REACH), product))
         source = bias.args[0]
         assert isinstance(source, Node)
         graphs.set_tensor(network, str(source.target), integers.to(torch.int32))

@@ -13,6 +13,9 @@ from zsq import parallel
 Mode = Literal["off", "observe", "histogram", "quantize"]
 
 HISTOGRAM_BINS = 2048
+MOST_COUNTED = 2**24
+"""Values that are counted at a time: `torch.histc` counts in float32, which ends there."""
+
 SMALLEST_SCALE = 1e-8
 PIECE = 2**17
 """Values that are rounded at a time: half a MiB, so that all passes over them but the first find them in the cache."""
@@ -40,7 +43,8 @@ def affine_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Scale and zero point whose grid spans [low, high] and holds 0 exactly; an end within half a step of 0 becomes 0.
 
     The zero point is rounded first and the scale then widened so that no other end is cut off. Keeping the scale, as is
-    often done, puts every pixel of an image in [-1, 1] halfway between two grid points.
+    often done, puts every pixel of an image in [-1, 1] halfway between two grid points. The scale of what is always 0 is
+    1: the next layer's bias is held in steps of it, and would saturate with the smallest.
 
     Args:
         low, high: ends of the range, any equal shape.
@@ -55,7 +59,8 @@ def affine_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     zero_point = (quant_min - low / scale).round().clamp(quant_min, quant_max)
     below = torch.where(zero_point > quant_min, -low / (zero_point - quant_min), 0)
     above = torch.where(zero_point < quant_max, high / (quant_max - zero_point), 0)
-    return torch.maximum(below, above).clamp(min=SMALLEST_SCALE), zero_point
+    scale = torch.maximum(below, above).clamp(min=SMALLEST_SCALE)
+    return torch.where(low < high, scale, 1.0), zero_point
 
 
 def grid_integers(
@@ -180,7 +185,7 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("high", torch.full((1,), -math.inf))
         self.register_buffer("low_factor", torch.ones(1))
         self.register_buffer("high_factor", torch.ones(1))
-        self.register_buffer("histogram", torch.zeros(HISTOGRAM_BINS), persistent=False)
+        self.register_buffer("histogram", torch.zeros(HISTOGRAM_BINS, dtype=torch.float64), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map a tensor of any shape to one of the same shape."""
@@ -191,7 +196,8 @@ class ActivationQuantizer(nn.Module):
         elif self.mode == "histogram":
             low, high = self.low.item(), self.high.item()
             if low < high:
-                self.histogram += torch.histc(x.detach().float(), HISTOGRAM_BINS, low, high)
+                for values in x.detach().float().flatten().split(MOST_COUNTED):
+                    self.histogram += torch.histc(values, HISTOGRAM_BINS, low, high)
         return x
 
     def choose_range(self, low: Tensor, high: Tensor) -> None:
@@ -337,8 +343,13 @@ def grid_hardsigmoid(x: Tensor, activation_scale: Tensor, weight_scale: Tensor) 
 
 def bias_integers(bias: Tensor, scale: Tensor) -> Tensor:
     """Return the integers of a bias, [C], as float; saturated to int32."""
+    return saturated((bias / scale).round())
+
+
+def saturated(integers: Tensor) -> Tensor:
+    """Limit float integers to what int32 holds."""
     limit = float(2**31 - 128)  # the largest int32 that a float32 holds
-    return (bias / scale).round().clamp(-limit, limit)
+    return integers.clamp(-limit, limit)
 
 
 def quantizers(network: nn.Module) -> list[ActivationQuantizer | WeightQuantizer]:

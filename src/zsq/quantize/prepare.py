@@ -239,7 +239,7 @@ class _Placer:
         if len(node.users) != 1 or node.op != "call_function":
             return True
         (user,) = node.users
-        return user.target not in FUSED and user not in self.gates
+        return (node in self.gates or user.target not in FUSED) and user not in self.gates
 
     def insert(self, node: object, bits: int, *, only_layers: bool) -> None:
         """Insert one activation quantizer behind a node, for all readers or for layers only."""

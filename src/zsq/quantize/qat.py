@@ -92,6 +92,7 @@ class Distiller:
     ) -> None:
         self.student, self.teacher, self.source, self.settings = student, teacher, source, settings
         self.device, self.parts = device, 1
+        self.batch: tuple[int, Batch] | None = None
         self.kd_weight = settings.resolved_kd_weight(source)
         centre_biases(student, first_images(source.sample(IMAGES), device))
         self.views: tuple[GraphModule, GraphModule] | None = None
@@ -116,18 +117,21 @@ class Distiller:
 
     def step(self, step: int) -> dict[str, Tensor]:
         """Do one distillation step by eq. (3) and return its losses."""
-        batch = self.source.batch(step, self.student)
+        if self.batch is None or self.batch[0] != step:  # else the step is taken again, in smaller parts
+            self.batch = step, self.source.batch(step, self.student)
+        batch = self.batch[1]
         self.student.train()
         self.optimizer.zero_grad(set_to_none=True)
-        losses = joined([self._learn(part) for part in batch.split(self.parts)]).losses
+        losses = joined([self._learn(part, len(batch.labels)) for part in batch.split(self.parts)]).losses
         parallel.reduce_gradients(self.student.parameters())
         set_learning_rate(self.optimizer, cosine(1.0, step, self.settings.steps))
         self.optimizer.step()
         constrain(self.student)
+        self.batch = None
         return losses | batch.losses
 
-    def _learn(self, batch: Batch) -> Batch:
-        """Add the gradient of a part of the batch; return it with its losses."""
+    def _learn(self, batch: Batch, whole: int) -> Batch:
+        """Add the gradient of a part of a batch of `whole` images; return it with its losses."""
         images, labels = batch.images.to(self.device), batch.labels.to(self.device)
         answers, logits, distances = self._answers(images, batch.teacher_logits, len(labels))
         loss = distillation_loss(
@@ -138,16 +142,20 @@ class Distiller:
             temperature=self.settings.temperature,
         )
         total = loss + self.settings.intermediate_weight * distances["intermediate"] if distances else loss
-        (total / self.parts).backward()
+        (total * (len(labels) / whole)).backward()
         agreement = (answers.detach().argmax(1) == logits.argmax(1)).float().mean() * 100
         terms = {name: term.detach() for name, term in {"kd": loss, **distances}.items()}
         return Batch(batch.images, batch.labels, None, terms | {"agreement": agreement})
 
     def halve(self) -> bool:
-        """Let the batch go through source and student in twice as many parts."""
-        halve = getattr(self.source, "halve", None)
+        """Let the batch go through what cannot hold it in twice as many parts, where it has as many images."""
+        if self.batch is None:  # it is the source
+            halve = getattr(self.source, "halve", None)
+            return halve is not None and halve()
+        if 2 * self.parts > len(self.batch[1].labels):
+            return False
         self.parts *= 2
-        return halve is None or halve()
+        return True
 
     def _answers(self, images: Tensor, known: Tensor | None, count: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the student's logits, the teacher's, and the distance between their layers where that is a loss.
