@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from zsq import cells as cells_module
@@ -254,6 +255,13 @@ def test_real_images_of_other_classes_are_found_before_the_first_cell(ran, recip
     assert not (tmp_path / "out").exists()
 
 
+def test_names_of_weights_are_checked_before_the_first_cell(ran, recipe, tmp_path):
+    recipe.write_text(RECIPE.replace("steps = 2\n", "steps = 2\nweight_bits = {nope = 4}\n"))
+    with pytest.raises(InputError, match="Unknown weight 'nope'"):
+        compare(recipe, out=tmp_path / "out")
+    assert ran.cells == []
+
+
 def test_only_picks_cells_by_name(ran, recipe, tmp_path):
     assert len(list_cells(read_recipe(recipe), "digits/*/qat-4/*")) == 6
     compare(recipe, out=tmp_path / "out", only="digits/*/qat-4/seed1")
@@ -303,6 +311,20 @@ def test_a_cell_that_fails_is_skipped_and_tried_again_on_resume(ran, recipe, tmp
     done = compare(recipe, out=tmp_path / "out", only="*/noise/ptq-*/seed0", resume=True)
     assert ran.cells == ["noise/ptq-8/0", "noise/ptq-4/0"]
     assert {line["status"] for line in done.lines.values()} == {"finished"}
+
+
+def test_a_cell_without_room_in_memory_is_skipped_and_the_rest_goes_on(ran, recipe, tmp_path, monkeypatch):
+    finish = Job.finish
+
+    def full(self, settings, *rest):
+        if settings.method.name == "noise":
+            raise torch.OutOfMemoryError("CUDA out of memory.\nMore of it")
+        return finish(self, settings, *rest)
+
+    monkeypatch.setattr(Job, "finish", full)
+    done = compare(recipe, out=tmp_path / "out", only="*/ptq-8/seed0")
+    assert "too little memory" in done.lines["digits/noise/ptq-8/seed0"]["reason"]
+    assert ran.cells == ["zscgan/ptq-8/0", "real/ptq-8/0"]
 
 
 # Tables

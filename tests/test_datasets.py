@@ -181,7 +181,8 @@ def test_damaged_npz(tmp_path) -> None:
     [
         ("name,label\nx.png,1\n", "metadata.csv has the columns ['name', 'label']; file_name,label are needed."),
         ("file_name,label\n0.png,cat\n", "line 2 of metadata.csv has the label 'cat'."),
-        ("file_name,label\n0.png,1\nx.png,1\n", "no such file: x.png (metadata.csv)."),
+        ("file_name,label\n0.png,1\nx.png,1\n", "line 3 of metadata.csv: no such file: x.png"),
+        ("label,file_name\n1,0.png\n1\n", "line 3 of metadata.csv: no such file: "),
         ("file_name,label\n0.png,1\n0.png,3\n", "label 3 of image 1 is outside 0..2"),
         ("file_name,label\n", "holds no images."),
         ("", "metadata.csv has the columns []"),

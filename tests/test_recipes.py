@@ -126,6 +126,8 @@ def test_the_gap_is_that_from_noise_to_real_where_both_are_there(read):
         ("steps = 7", "steps = true_", "grid.toml is not TOML"),
         ("steps = 7", 'steps = "x"', "quantizer.steps is 'x'"),
         ("seeds = [0, 3]", "seeds = [1, 1]", "seeds are [1, 1]; each may stand once."),
+        ('bits = [8, "W4A8"]', 'bits = [8, "8"]', "bits of quantizer 'ptq' are ['8', '8']; each may stand once."),
+        ('data = "digits"', 'data = "digits"\nbits = ["3"]', "no cell is left; networks and quantizers have no `bits`"),
         ("seeds = [0, 3]", 'seeds = ["a"]', "recipe: seeds.0 is 'a'"),
         ("seeds = [0, 3]", 'layout = "colums"', "recipe: layout is 'colums'"),
         ("seeds = [0, 3]", 'gap = ["noise", "real"]', "Unknown method of the gap 'noise'."),

@@ -328,6 +328,9 @@ def test_a_resumed_run_on_other_versions_says_so(run_folder, teacher):
     stored_settings(run_folder, resolve(), teacher, 0, say=said.append)
     assert len(said) == 1
     assert "started with torch 1.0, now" in said[0]
+    write_settings(run_folder / "settings.toml", settings, teacher_table(teacher), facts | {"device": "cuda"})
+    stored_settings(run_folder, resolve(), teacher, 0, say=said.append)
+    assert "started with device cuda, now cpu" in said[1]
 
 
 def test_settings_that_lack_their_last_table_are_cut_short(run_folder, teacher):

@@ -9,6 +9,7 @@ from torch import nn
 from zsq.datasets import open_dataset
 from zsq.errors import InputError
 from zsq.experiment import quantize
+from zsq.report import write_grid
 from zsq.samples import synthesize, write_npz
 from zsq.teachers import Teacher, load_teacher, teacher_from_module
 from zsq.types import Batch, ImageSpec
@@ -88,11 +89,24 @@ def test_real_images_come_back_as_they_are(tmp_path, digits):
     assert [known.get(image.tobytes()) for image in images] == labels.tolist()
 
 
-def test_more_images_than_the_source_holds_are_refused_and_nothing_is_left(tmp_path, digits):
-    settings = ("method.data=digits:train",)
-    with pytest.raises(InputError, match="the source holds 898 images; --count is 2000"):
-        synthesize(digits, out=tmp_path / "new", count=2000, method="real", settings=settings)
-    assert list((tmp_path / "new").iterdir()) == []
+@pytest.mark.parametrize(
+    ("method", "settings", "held"),
+    [("real", ("method.data=digits:train",), 898), ("zeroq", ("method.steps=2", "method.batch_size=8"), 8)],
+)
+def test_a_source_that_holds_fewer_images_gives_all_it_has(tmp_path, digits, method, settings, held):
+    said = []
+    path, _ = synthesize(digits, out=tmp_path, count=2000, method=method, settings=settings, say=said.append)
+    with np.load(path) as stored:
+        assert len(stored["images"]) == len(stored["labels"]) == held
+    assert f"WARNING: method {method} holds {held} images; these are written instead of 2000." in said
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 900), (2000, 16), (300, 2)])
+def test_narrow_images_make_a_picture_too(tmp_path, height, width):
+    write_grid(np.full((2, 3, height, width, 3), 90, np.uint8), tmp_path / "grid.png")
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert min(picture.size) > 0
+        assert picture.size[0] < picture.size[1] if height > width else picture.size[0] > picture.size[1]
 
 
 def test_a_generator_of_another_run_is_used(tmp_path, digits, monkeypatch):

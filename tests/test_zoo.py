@@ -159,7 +159,7 @@ class TestPytorchcv:
             load_teacher("pytorchcv:resnet20_cifar10", weights="random", classes=5)
 
     def test_unknown_name(self) -> None:
-        with pytest.raises(InputError, match=r"Did you mean 'resnet18'\?.* All \d+: zsq models"):
+        with pytest.raises(InputError, match=r"Did you mean 'resnet18'\?.* To search all \d+: zsq models PART"):
             load_teacher("pytorchcv:resnet_18")
         assert not [name for name in zoo.zoo_names("pytorchcv") if "coco" in name]
 

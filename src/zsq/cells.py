@@ -12,16 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zsq.batchnorm import fold
 from zsq.datasets import LabelledImages, open_dataset
 from zsq.evaluate import Evaluation, evaluate
 from zsq.experiment import PREDICTIONS, Job
 from zsq.figures import class_names, save_figure, shown_labels
 from zsq.methods import Surrogate
+from zsq.quantize.prepare import check_weight_names
 from zsq.recipes import Cell, Recipe, TeacherEntry, below
 from zsq.runs import FittedRun, Say, teacher_table, versions
 from zsq.settings import Settings, read_toml, to_tables, write_settings
 from zsq.teachers import Teacher
-from zsq.training import Progress, Run, replacing
+from zsq.training import Progress, Run, clear_memory_errors, replacing
 
 KEPT = (
     *("model", "weights", "weights_sha256", "data_free", "data", "activation_scope", "range_rule"),
@@ -105,7 +107,7 @@ class Bench:
         """Load teachers and open their images, so that what does not fit is known before the first cell runs.
 
         Raises:
-            InputError: a teacher, a data set or a class of the figure does not fit.
+            InputError: a teacher, a data set, a name of a weight or a class of the figure does not fit.
         """
         checked = set()
         for cell in chosen:
@@ -113,6 +115,8 @@ class Bench:
             if cell.quantizer is None:
                 assert self.recipe.figure is not None
                 shown_labels(self.recipe.figure, self._names(teacher))
+            elif cell.settings.quantizer.weight_bits:
+                check_weight_names(fold(teacher.network)[0], cell.settings.quantizer.weight_bits)
             data = getattr(cell.settings.method, "data", None)
             if data and (cell.teacher.label, data) not in checked:
                 checked.add((cell.teacher.label, data))
@@ -140,6 +144,7 @@ class Bench:
             return self.folder / "figures" / f"{cell.fit_name.replace('/', '-')}.png"
         return self.place(cell) / PREDICTIONS
 
+    @clear_memory_errors()
     def run(self, cell: Cell, fit: Fit) -> dict[str, Any]:
         """Run a cell and return what its line says of it.
 
@@ -148,6 +153,7 @@ class Bench:
         """
         return self._draw(cell, fit) if cell.quantizer is None else self._quantize(cell, fit)
 
+    @clear_memory_errors()
     def fit(self, cell: Cell) -> Fit:
         """Fit a cell's method, or take the fit that the folder holds.
 

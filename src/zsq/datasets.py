@@ -198,9 +198,10 @@ def _listed(table: Path, name: str) -> tuple[list[Path], list[int]]:
                     raise InputError(
                         f"data set '{name}': line {rows.line_num} of metadata.csv has the label '{label}'."
                     )
-                path = table.parent / row["file_name"]
+                file = row["file_name"] or ""
+                path = table.parent / file
                 if not path.is_file():
-                    raise InputError(f"data set '{name}': no such file: {row['file_name']} (metadata.csv).")
+                    raise InputError(f"data set '{name}': line {rows.line_num} of metadata.csv: no such file: {file}")
                 files.append(path)
                 labels.append(int(label))
         except (UnicodeDecodeError, csv.Error) as error:

@@ -39,7 +39,7 @@ from zsq.runs import (
 )
 from zsq.settings import Settings, to_tables, write_settings
 from zsq.teachers import Teacher, teacher_from_module
-from zsq.training import Progress, Run, replacing, save_tensors
+from zsq.training import Progress, Run, clear_memory_errors, replacing, save_tensors
 from zsq.types import ImageSpec
 from zsq.verification import OnnxClassifier, Verification, require, verify_onnx
 
@@ -173,7 +173,9 @@ class Job:
         def work() -> Settings | None:
             if not open_folder(self.folder, resume=resume, overwrite=overwrite):
                 return None
-            found = stored_settings(self.folder, wanted, self.teacher, self.run.seed, self.reused, self.say)
+            found = stored_settings(
+                self.folder, wanted, self.teacher, self.run.seed, self.reused, self.run.device.type, self.say
+            )
             clear_folder(self.folder, everything=False)
             return found
 
@@ -200,6 +202,7 @@ class Job:
             write_settings(self.folder / "settings.toml", chosen, teacher_table(self.teacher), facts)
         return chosen
 
+    @clear_memory_errors()
     def carry_out(self, settings: Settings, begin: float) -> Result:
         """Do all the work; the record is written even where the file fails its check."""
         start = time.perf_counter()
@@ -293,9 +296,9 @@ class Job:
     def _export(self, student: Student, surrogate: Surrogate) -> Verification:
         """Write both files and run the ONNX file beside the simulation, on synthetic and evaluation images."""
         converted, spec = convert(student), self.teacher.spec
-        write_onnx(converted, spec, self.folder / "model.onnx")
         if self.known is None:
             write_pt2(converted, spec, self.folder / "model.pt2")
+        write_onnx(converted, spec, self.folder / "model.onnx")
         student.cpu()
 
         def images() -> Iterator[Tensor]:

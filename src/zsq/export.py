@@ -109,7 +109,7 @@ def write_onnx(converted: fx.GraphModule, spec: ImageSpec, path: Path) -> None:
             )
     except torch.onnx.OnnxExporterError as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0].partition(" See the stack trace")[0]
-        raise ExportError(f"the network has no ONNX form: {reason} Write the .pt2 file instead.") from error
+        raise ExportError(f"the network has no ONNX form: {reason} The .pt2 file needs none.") from error
     assert program is not None
     model = _canonical_onnx(program.model_proto, spec, frozenset(network.state_dict()))
     onnx.checker.check_model(model, full_check=True)

@@ -181,9 +181,10 @@ def read_recipe(path: Path) -> Recipe:
     content = read_toml(path)
     try:
         recipe = _recipe(content)
-        for _ in cells(recipe):
-            pass
+        grid = cells(recipe)
         _check_labels(recipe)
+        if not grid:
+            raise InputError("no cell is left; networks and quantizers have no `bits` in common, or `only` takes all.")
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     return recipe
@@ -271,13 +272,20 @@ def _recipe(content: dict[str, Any]) -> Recipe:
             raise InputError(f"the recipe has no {key}.")
     if not recipe.quantizers and recipe.figure is None:
         raise InputError("the recipe has neither [[quantizers]] nor a [figure], so that no cell is left.")
-    if len(set(recipe.seeds)) < len(recipe.seeds):
-        raise InputError(f"seeds are {list(recipe.seeds)}; each may stand once.")
+    _check_once("seeds", recipe.seeds)
+    for quantizer in recipe.quantizers:
+        _check_once(f"bits of quantizer '{quantizer.label}'", quantizer.bits)
     if recipe.quantizers:
         for teacher in recipe.teachers:
             if teacher.data is None:
                 raise InputError(f"teacher '{teacher.label}' names no images for evaluation: data = SET.")
     return recipe
+
+
+def _check_once(name: str, values: tuple[Any, ...]) -> None:
+    """Check that no value stands twice: its cells would have one name."""
+    if len(set(values)) < len(values):
+        raise InputError(f"{name} are {list(values)}; each may stand once.")
 
 
 def _entry(kind: type, table: Any, where: str) -> Any:

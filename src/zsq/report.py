@@ -70,7 +70,7 @@ def write_grid(images: np.ndarray, path: Path) -> None:
     """Write uint8 [rows, columns, H, W, C] as one PNG; other than 3 channels show the first as grey."""
     if images.shape[-1] != 3:
         images = images[..., :1].repeat(3, axis=-1)
-    block = -(-max(images.shape[2:4]) // LARGEST_TILE)
+    block = min(-(-max(images.shape[2:4]) // LARGEST_TILE), *images.shape[2:4])
     if block > 1:
         rows, columns, height, width = (
             side // block if axis > 1 else side for axis, side in enumerate(images.shape[:4])

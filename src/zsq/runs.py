@@ -209,6 +209,7 @@ def stored_settings(
     teacher: Teacher,
     seed: int,
     source_run: FittedRun | None = None,
+    device: str = "cpu",
     say: Say = lambda text: None,
 ) -> Settings:
     """Return the settings of the run that is resumed.
@@ -238,7 +239,7 @@ def stored_settings(
         differing.append(f"it was started {began if 'generator_sha256' in facts else 'without --from'}")
     if differing:
         raise InputError(f"{folder} holds a run that differs: {differing[0]}. --overwrite starts anew.")
-    machine = {"processes": parallel.processes(), "threads": torch.get_num_threads()}
+    machine = {"device": device, "processes": parallel.processes(), "threads": torch.get_num_threads()}
     for name, now in (machine | versions()).items():
         if name in facts and facts[name] != now:
             say(f"WARNING: the run was started with {name} {facts[name]}, now {now}; its files may differ in bits.")

@@ -9,6 +9,7 @@ import numpy as np
 from zsq import parallel
 from zsq.errors import InputError
 from zsq.methods import Surrogate
+from zsq.methods.pool import PoolSource
 from zsq.report import save_grid
 from zsq.runs import FittedRun, Say, choose_schedule, pick_device, resolve_settings
 from zsq.settings import Settings
@@ -35,8 +36,8 @@ def synthesize(
 ) -> list[Path]:
     """Write `images.npz` (images uint8 [N, H, W, C], labels int64 [N]) and `samples.png`, one row a class.
 
-    The arguments are those of `zsq.quantize`; images stream into the file, so any number fits in memory. Several
-    processes share the training, as there.
+    The arguments are those of `zsq.quantize`; images stream into the file, so any number fits in memory. A method that
+    holds fewer than `count` gives all that it has. Several processes share the training, as there.
 
     Raises:
         InputError: an argument does not fit, or the folder holds images already.
@@ -58,15 +59,18 @@ def synthesize(
         progress, say = None, lambda text: None
     run = Run(seed=seed, device=where, progress=progress, say=say)
     teacher = teacher.to(run.device) if run.device.type != "cpu" else teacher
-    _, surrogate = fit_surrogate(
+    chosen, surrogate = fit_surrogate(
         teacher, run, method=method, recipe=recipe, settings=settings, budget=budget, from_run=from_run, say=say
     )
     if surrogate.statistics is not None:
         raise InputError("this method makes no images: it takes ranges and means from batch norm.")
     source = surrogate.source
+    held = len(source.labels) if isinstance(source, PoolSource) else count
+    if held < count:
+        say(f"WARNING: method {chosen.method.name} holds {held} images; these are written instead of {count}.")
 
     def write() -> list[Path]:
-        write_npz(written[0], source.sample(count), teacher.spec, count)
+        write_npz(written[0], source.sample(count), teacher.spec, min(count, held))
         save_grid(source, teacher.spec, written[1])
         return written
 
@@ -98,11 +102,7 @@ def fit_surrogate(
 
 
 def write_npz(path: Path, batches: Iterable[Batch], spec: ImageSpec, count: int) -> None:
-    """Stream normalised batches of `count` images in all into an .npz as `zsq evaluate` reads it.
-
-    Raises:
-        InputError: the source holds fewer images.
-    """
+    """Stream normalised batches of `count` images in all into an .npz as `zsq evaluate` reads it."""
     labels = []
     shape = (count, spec.height, spec.width, spec.channels)
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -113,7 +113,6 @@ def write_npz(path: Path, batches: Iterable[Batch], spec: ImageSpec, count: int)
                 member.write(spec.to_pixels(batch.images.cpu()).numpy().tobytes())
                 labels.append(batch.labels.cpu().numpy())
         found = np.concatenate(labels)
-        if len(found) != count:
-            raise InputError(f"the source holds {len(found)} images; --count is {count}.")
+        assert len(found) == count, (len(found), count)
         with archive.open("labels.npy", "w") as member:
             np.lib.format.write_array(member, found)

@@ -130,6 +130,22 @@ class Progress(Protocol):
         ...
 
 
+@contextmanager
+def clear_memory_errors() -> Iterator[None]:
+    """Turn a device that runs out of memory into an expected fault; also a decorator.
+
+    Raises:
+        InputError: it does.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            "the device has too little memory for this network; --device cpu, a smaller --set method.batch_size=N or "
+            f"images of fewer pixels may fit. ({str(error).splitlines()[0]})"
+        ) from error
+
+
 class Silent:
     """Shows nothing."""
 

@@ -89,7 +89,7 @@ class Batch:
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
-    """Return one batch of the images of several, losses averaged over images; all know the teacher's logits, or none."""
+    """Return one batch of the images of several, losses averaged; all know the teacher's logits, or none."""
     if len(batches) == 1:
         return batches[0]
     logits = [batch.teacher_logits for batch in batches if batch.teacher_logits is not None]

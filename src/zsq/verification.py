@@ -12,7 +12,9 @@ from torch import Tensor
 from zsq.errors import ExportError, InputError
 
 _RUNTIME_ERRORS = (
+    UnicodeDecodeError,
     runtime_status.Fail,
+    runtime_status.InvalidArgument,
     runtime_status.InvalidGraph,
     runtime_status.InvalidProtobuf,
     runtime_status.NotImplemented,
@@ -27,7 +29,7 @@ class OnnxClassifier:
         optimize: let the runtime fuse operations into integer kernels, as users do; off, it runs the file literally.
         threads: threads of one operation; None leaves the choice to the runtime.
     Raises:
-        InputError: the file does not exist, or the runtime cannot load it.
+        InputError: the file does not exist, or the runtime cannot load or run it.
     """
 
     def __init__(self, path: Path, optimize: bool = True, threads: int | None = None) -> None:
@@ -43,7 +45,7 @@ class OnnxClassifier:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except _RUNTIME_ERRORS as error:
             raise InputError(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from error
-        self._input = self._session.get_inputs()[0]
+        self._input, self._path = self._session.get_inputs()[0], path
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the logits, float [N, classes], of normalised images, float [N, C, H, W].
@@ -55,7 +57,11 @@ class OnnxClassifier:
         if images.dim() != len(wanted) or list(images.shape[1:]) != wanted[1:]:
             raise InputError(f"images are {list(images.shape)}; the file takes {wanted}.")
         array = images.detach().to("cpu", torch.float32).contiguous().numpy()
-        return torch.from_numpy(self._session.run(None, {self._input.name: array})[0])
+        try:
+            (logits,) = self._session.run(None, {self._input.name: array})
+        except _RUNTIME_ERRORS as error:
+            raise InputError(f"{self._path}: ONNX Runtime cannot run it: {str(error).splitlines()[0]}") from error
+        return torch.from_numpy(logits)
 
 
 @dataclass(frozen=True)

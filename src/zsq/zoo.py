@@ -124,7 +124,7 @@ def zoo_spec(zoo: str, name: str) -> ImageSpec:
     names = zoo_names(zoo)
     if name not in names and not (zoo == "timm" and name.partition(".")[0] in names):
         near = difflib.get_close_matches(name, names, n=12, cutoff=0.4) or names[:12]
-        raise TeacherError(f"{unknown_name(f'{zoo} model', name, near)} All {len(names)}: zsq models.")
+        raise TeacherError(f"{unknown_name(f'{zoo} model', name, near)} To search all {len(names)}: zsq models PART.")
     if zoo == "pytorchcv":
         return _pytorchcv_spec(name)
     if zoo == "torchvision":

@@ -43,7 +43,7 @@ def affine_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Scale and zero point whose grid spans [low, high] and holds 0 exactly; an end within half a step of 0 becomes 0.
 
     The zero point is rounded first and the scale then widened so that no other end is cut off. Keeping the scale, as is
-    often done, puts every pixel of an image in [-1, 1] halfway between two grid points. The scale of what is always 0 is
+    often done, puts every pixel of an image in [-1, 1] halfway between two grid points. What is always 0 gets the scale
     1: the next layer's bias is held in steps of it, and would saturate with the smallest.
 
     Args:
