@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -529,3 +530,11 @@ def test_a_killed_run_on_a_reused_generator_goes_on_with_it(ptq, killed, teacher
     last = Path("checkpoints", "distill.safetensors")
     assert canonical_sha256(folder / last) == canonical_sha256(tmp_path / "whole" / last)
     assert (folder / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+def test_data_may_be_a_path(teacher, tmp_path):
+    np.savez(tmp_path / "x.npz", images=np.zeros((4, 8, 8, 1), np.uint8), labels=np.zeros(4, int))
+    result = quantize(
+        teacher, out=tmp_path / "run", method="noise", settings=("quantizer.num_samples=16",), data=tmp_path / "x.npz"
+    )
+    assert result.record["data"] == str(tmp_path / "x.npz")

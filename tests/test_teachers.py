@@ -1,4 +1,5 @@
 import copy
+import math
 import sys
 from pathlib import Path
 
@@ -273,3 +274,17 @@ def test_unknown_models_quote_the_nearest() -> None:
     pytest.importorskip("pytorchcv")
     with pytest.raises(InputError, match="Did you mean 'pytorchcv:resnet18'"):
         load_teacher("resnet18")
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"mean": (123.0, 116.0, 103.0)}, r"mean is \(123.0, 116.0, 103.0\), but pixels are in \[0, 1\]"),
+        ({"std": (58.0, 57.0, 57.0)}, "divide what is on the scale of"),
+        ({"std": (math.nan, 1.0, 1.0)}, r"std is \(nan"),
+    ],
+)
+def test_normalisation_on_another_scale_is_refused(given, text):
+    spec = {"channels": 3, "height": 8, "width": 8, "classes": 5, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    with pytest.raises(InputError, match=text):
+        ImageSpec(**(spec | given))

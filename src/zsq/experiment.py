@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -84,7 +85,7 @@ def quantize(
     settings: tuple[str, ...] = (),
     budget: str | float | None = None,
     from_run: str | Path | None = None,
-    data: str | None = None,
+    data: str | Path | None = None,
     seed: int = 0,
     device: str = "auto",
     resume: bool = False,
@@ -137,7 +138,7 @@ def quantize(
         progress, say = None, _nothing
     teacher = teacher.to(where) if where.type != "cpu" else teacher
     folder = Path(out)
-    images = None if data is None else open_dataset(data, teacher.spec)
+    images = None if data is None else open_dataset(os.fspath(data), teacher.spec)
     reused = None if from_run is None else FittedRun.open(Path(from_run), teacher)
     wanted = resolve_settings(method, quantizer, bits, recipe=recipe, assignments=tuple(settings), source_run=reused)
     if wanted.quantizer.weight_bits:  # before hours are spent on the fit

@@ -1,5 +1,6 @@
 """The values that travel between the parts: what an image is, a batch of them, and where they come from."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -15,7 +16,7 @@ class ImageSpec:
     """What a classifier takes and gives: image shape, normalisation and number of classes.
 
     Raises:
-        InputError: a size is below 1, or ``mean``/``std`` do not hold one value a channel.
+        InputError: a size is below 1, or ``mean``/``std`` do not hold one value a channel on the scale of [0, 1].
     """
 
     channels: int
@@ -42,6 +43,12 @@ class ImageSpec:
                 raise InputError(
                     f"image spec: {name} has {len(getattr(self, name))} values for {self.channels} channels; "
                     f"give one value a channel, such as {','.join(['0.5'] * self.channels)}."
+                )
+        for name, most in (("mean", 1), ("std", 10)):
+            if not all(math.isfinite(value) and value <= most for value in getattr(self, name)):
+                raise InputError(
+                    f"image spec: {name} is {getattr(self, name)}, but pixels are in [0, 1]; "
+                    "divide what is on the scale of [0, 255] by 255."
                 )
         if min(self.std) <= 0:
             raise InputError(f"image spec: std is {self.std}; every value must be above 0.")

@@ -19,7 +19,7 @@ GRACE = 3.0
 
 SUPERVISED = "ZSQ_SUPERVISED"
 
-STOPPED = "Stopped; --resume continues."
+STOPPED = "Stopped; quantize and compare continue with --resume."
 
 LOOPBACK = "127.0.0.1"
 
