@@ -2,7 +2,10 @@
 
 import functools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import onnx
+import onnxruntime
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -57,6 +60,15 @@ def stream_of(pixels: Tensor, size: int = 16) -> Callable[[], Iterator[Batch]]:
 
 def quantized(network: GraphModule, settings: PTQ, *, learnable: bool = False, count: int = 32) -> Student:
     return quantize_ptq(network, stream_of(images(count)), settings, Run(), learnable=learnable)
+
+
+def fused_operators(path: Path) -> list[str]:
+    """The operators that ONNX Runtime executes for a file, after it has fused what it can."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(path.with_suffix(".optimized"))
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(path, options)
+    return [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
 
 
 class Plain(nn.Module):

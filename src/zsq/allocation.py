@@ -16,7 +16,7 @@ from zsq.quantize.sensitivity import Allocation, Frontier, pareto_frontier, sens
 from zsq.runs import Say, pick_device, versions
 from zsq.samples import fit_surrogate
 from zsq.teachers import Teacher
-from zsq.training import Progress, Run, replacing
+from zsq.training import Progress, Run, clear_memory_errors, replacing
 
 MOST_ROWS = 1000
 """Points of the frontier that are written, evenly spaced; a frontier can have a hundred thousand."""
@@ -42,6 +42,7 @@ class Allocated:
         return self.frontier.allocation(self.chosen)
 
 
+@clear_memory_errors()
 def allocate(
     teacher: Teacher,
     *,

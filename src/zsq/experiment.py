@@ -275,7 +275,7 @@ class Job:
         if recognition < LOW_RECOGNITION:
             self.say(
                 f"WARNING: the teacher recognises {recognition:.1f} % of the labels that the samples were asked for; "
-                "they carry its statistics, not its classes."
+                "they do not show its classes."
             )
         return recognition
 

@@ -14,10 +14,11 @@ from zsq.report import save_grid
 from zsq.runs import FittedRun, Say, choose_schedule, pick_device, resolve_settings
 from zsq.settings import Settings
 from zsq.teachers import Teacher
-from zsq.training import Progress, Run, replacing
+from zsq.training import Progress, Run, clear_memory_errors, replacing
 from zsq.types import Batch, ImageSpec
 
 
+@clear_memory_errors()
 def synthesize(
     teacher: Teacher,
     *,

@@ -39,8 +39,7 @@ def convert(student: Student) -> GraphModule:
     for node in list(network.graph.nodes):
         module = network.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, ActivationQuantizer):
-            store = _store_hardsigmoid if node.args[0].target is grid_hardsigmoid else _round_behind
-            rounded = store(network, node.args[0], module, [node])
+            rounded = _round_behind(network, node.args[0], module, [node])
             node.replace_all_uses_with(rounded)
             network.graph.erase_node(node)
             grids[rounded] = module
@@ -74,36 +73,22 @@ def _is_written(node: Node) -> bool:
 
 
 def _round_behind(network: GraphModule, node: Node, grid: ActivationQuantizer, readers: list[Node]) -> Node:
-    """Insert quantize and dequantize behind a node, and let the readers read the result."""
-    arguments = (
-        float(grid.scale),
-        int(grid.zero_point.round()),
-        grid.quant_min,
-        grid.quant_max,
-        torch.int8,
-    )
-    with network.graph.inserting_after(node):
-        integers = network.graph.call_function(_ops.quantize_per_tensor.default, (node, *arguments))
-    with network.graph.inserting_after(integers):
-        rounded = network.graph.call_function(_ops.dequantize_per_tensor.default, (integers, *arguments))
-    rounded.meta["val"] = node.meta.get("val")
-    for reader in readers:
-        reader.replace_input_with(node, rounded)
-    return rounded
+    """Insert quantize and dequantize behind a node, and let the readers read the result.
 
-
-def _store_hardsigmoid(network: GraphModule, node: Node, grid: ActivationQuantizer, readers: list[Node]) -> Node:
-    """Write `grid_hardsigmoid` as the layer's integers on a grid six times as coarse, read on the grid itself."""
-    layer = node.args[0]
-    assert isinstance(layer, Node)
-    fine, zero = float(grid.scale), int(grid.zero_point.round())
-    high = min(zero + round(1 / fine), grid.quant_max)
+    `grid_hardsigmoid` is its layer, rounded on a grid six times as coarse and clipped; its bias holds the 3 already.
+    """
+    scale, zero = float(grid.scale), int(grid.zero_point.round())
     ends = (zero, grid.quant_min, grid.quant_max, torch.int8)
-    with network.graph.inserting_before(node):
-        integers = network.graph.call_function(_ops.quantize_per_tensor.default, (layer, fine * 2 * HARD_REACH, *ends))
-        if (zero, high) != (grid.quant_min, grid.quant_max):
+    gate = node.target is grid_hardsigmoid
+    source, coarse = (node.args[0], scale * 2 * HARD_REACH) if gate else (node, scale)
+    high = min(zero + round(1 / scale), grid.quant_max)
+    with network.graph.inserting_after(node):
+        rounded = network.graph.call_function(_ops.dequantize_per_tensor.default, (node, scale, *ends))
+    with network.graph.inserting_before(rounded):
+        integers = network.graph.call_function(_ops.quantize_per_tensor.default, (source, coarse, *ends))
+        if gate and (zero, high) != (grid.quant_min, grid.quant_max):
             integers = network.graph.call_function(graphs.aten.clamp.default, (integers, zero, high))
-        rounded = network.graph.call_function(_ops.dequantize_per_tensor.default, (integers, fine, *ends))
+    rounded.replace_input_with(node, integers)
     rounded.meta["val"] = node.meta.get("val")
     for reader in readers:
         reader.replace_input_with(node, rounded)

@@ -92,7 +92,7 @@ class Distiller:
     ) -> None:
         self.student, self.teacher, self.source, self.settings = student, teacher, source, settings
         self.device, self.parts = device, 1
-        self.batch: tuple[int, Batch] | None = None
+        self.batch: Batch | None = None
         self.kd_weight = settings.resolved_kd_weight(source)
         centre_biases(student, first_images(source.sample(IMAGES), device))
         self.views: tuple[GraphModule, GraphModule] | None = None
@@ -117,9 +117,9 @@ class Distiller:
 
     def step(self, step: int) -> dict[str, Tensor]:
         """Do one distillation step by eq. (3) and return its losses."""
-        if self.batch is None or self.batch[0] != step:  # else the step is taken again, in smaller parts
-            self.batch = step, self.source.batch(step, self.student)
-        batch = self.batch[1]
+        if self.batch is None:  # else the step is taken again, in smaller parts
+            self.batch = self.source.batch(step, self.student)
+        batch = self.batch
         self.student.train()
         self.optimizer.zero_grad(set_to_none=True)
         losses = joined([self._learn(part, len(batch.labels)) for part in batch.split(self.parts)]).losses
@@ -152,7 +152,7 @@ class Distiller:
         if self.batch is None:  # it is the source
             halve = getattr(self.source, "halve", None)
             return halve is not None and halve()
-        if 2 * self.parts > len(self.batch[1].labels):
+        if 2 * self.parts > len(self.batch.labels):
             return False
         self.parts *= 2
         return True
