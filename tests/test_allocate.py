@@ -158,7 +158,7 @@ def test_grids_are_those_of_the_settings(teacher, tmp_path, setting, options):
     ],
 )
 def test_what_cannot_be_chosen_is_said_before_anything_is_fitted(arguments, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(allocation, "fit_surrogate", None)
+    monkeypatch.setattr(allocation, "_allocate", None)
     code, out, err = zsq("allocate", "digits", "--out", tmp_path / "x", *arguments)
     assert (code, out) == (1, "")
     assert err.startswith(f"Error: {message}")
@@ -166,10 +166,10 @@ def test_what_cannot_be_chosen_is_said_before_anything_is_fitted(arguments, mess
 
 
 def test_another_allocation_is_not_overwritten(mixed, tmp_path, monkeypatch):
-    monkeypatch.setattr(allocation, "fit_surrogate", None)
+    monkeypatch.setattr(allocation, "_allocate", None)
     code, _, err = zsq("allocate", "digits", "--average", "4", "--out", mixed[0])
     assert code == 1
-    assert "holds an allocation already; --overwrite replaces it" in err
+    assert "holds another run; --resume continues it, --overwrite discards it" in err
     (tmp_path / "file").touch()
     code, _, err = zsq("allocate", "digits", "--average", "4", "--out", tmp_path / "file" / "below")
     assert code == 1

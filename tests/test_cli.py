@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save_file
 
 from zsq import cli, digits
 from zsq.console import TerminalProgress
-from zsq.experiment import HASHED
 from zsq.export import canonical_sha256
 from zsq.methods import METHODS
 from zsq.quantize import QUANTIZERS
+from zsq.stages import HASHED
 
 TINY = [
     *("--set", "method.steps=5", "--set", "method.batch_size=16", "--set", "method.width=8"),
@@ -217,12 +217,12 @@ def test_doctor_checks_the_machine():
 HELP_FLAGS = {
     "quantize": "weights input classes mean std resize method quantizer bits recipe budget set from seed device data "
     "resume overwrite checkpoint-every out json devices",
-    "synthesize": "weights input classes mean std resize method recipe budget set from seed device overwrite out count "
-    "devices",
+    "synthesize": "weights input classes mean std resize method recipe budget set from seed device resume overwrite "
+    "out count devices",
     "evaluate": "weights input classes mean std resize data device json",
     "compare": "out only data-root device resume overwrite dry-run json jobs job-set",
-    "allocate": "weights input classes mean std resize method recipe budget set from seed device overwrite out average "
-    "size widths activation images",
+    "allocate": "weights input classes mean std resize method recipe budget set from seed device resume overwrite "
+    "out average size widths activation images",
     "methods": "",
     "models": "",
     "doctor": "",
@@ -519,7 +519,7 @@ def test_an_interrupt_says_how_to_go_on(place, monkeypatch):
 
     monkeypatch.setattr(cli, "quantize", interrupt)
     found = zsq("quantize", "digits", "--out", "run")
-    assert (found.code, found.err) == (130, "Stopped; quantize and compare continue with --resume.\n")
+    assert (found.code, found.err) == (130, "Stopped; --resume continues.\n")
 
 
 # Progress

@@ -15,12 +15,13 @@ from zsq import cells as cells_module
 from zsq import cli, recipes
 from zsq.compare import Comparison, compare, list_cells, read_lines
 from zsq.errors import ExportError, InputError
-from zsq.experiment import Job, Result, quantize
+from zsq.experiment import quantize
 from zsq.jobs import share_out
 from zsq.methods import METHODS
 from zsq.outcomes import Outcomes
 from zsq.recipes import read_recipe
 from zsq.runs import FittedRun
+from zsq.stages import Job, Result
 from zsq.teachers import Teacher, load_teacher
 
 RECIPE = """

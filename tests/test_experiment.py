@@ -17,17 +17,18 @@ from PIL import Image
 from torch import nn
 
 import zsq
-from zsq import experiment, runs
+from zsq import runs, stages
 from zsq.budget import Plan
 from zsq.datasets import open_dataset
 from zsq.errors import ExportError, InputError, NumericsError
 from zsq.evaluate import evaluate
-from zsq.experiment import HASHED, Result, quantize
+from zsq.experiment import Result, quantize
 from zsq.export import canonical_sha256
 from zsq.methods import ZSCGAN
 from zsq.quantize import QAT
 from zsq.runs import ARTIFACTS
 from zsq.settings import resolve
+from zsq.stages import HASHED
 from zsq.teachers import Teacher, load_teacher
 from zsq.training import load_tensors
 from zsq.types import ImageSpec
@@ -145,7 +146,7 @@ def test_metrics_tell_each_loss_of_both_phases(qat):
 
 
 def test_low_recognition_is_a_loud_warning(teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "write_onnx", _stop)
+    monkeypatch.setattr(stages, "write_onnx", _stop)
     said = []
     with pytest.raises(InputError, match="far enough"):
         quantize(teacher, out=tmp_path, settings=PTQ, say=said.append)
@@ -170,7 +171,7 @@ def test_two_repetitions_give_the_same_hashes(request, teacher, tmp_path, name):
 
 
 def test_another_seed_gives_another_generator(ptq, teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "write_onnx", _stop)
+    monkeypatch.setattr(stages, "write_onnx", _stop)
     with pytest.raises(InputError, match="far enough"):
         quantize(teacher, out=tmp_path, settings=PTQ, seed=1)
     assert hashes(tmp_path)["generator.safetensors"] != hashes(ptq.folder)["generator.safetensors"]
@@ -259,7 +260,7 @@ def test_a_module_in_memory_with_4_channels_and_7_classes(tmp_path):
 
 
 def test_settings_objects_work_in_place_of_names(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "write_onnx", _stop)
+    monkeypatch.setattr(stages, "write_onnx", _stop)
     method, quantizer = ZSCGAN(steps=3, batch_size=8, width=8), QAT(steps=2, num_samples=32, bits="6")
     with pytest.raises(InputError, match="far enough"):
         quantize(network(), SPEC, method=method, quantizer=quantizer, out=tmp_path)
@@ -298,7 +299,7 @@ def test_real_images_calibrate_what_there_are(teacher, tmp_path):
 
 
 def test_noise_serves_distillation(teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "write_onnx", _stop)
+    monkeypatch.setattr(stages, "write_onnx", _stop)
     settings = ("method.batch_size=16", "quantizer.num_samples=300", "quantizer.steps=4")
     with pytest.raises(InputError, match="far enough"):
         quantize(teacher, out=tmp_path, method="noise", quantizer="qat", settings=settings)
@@ -316,7 +317,7 @@ def test_noise_alone_calibrates(teacher, tmp_path):
 
 
 def test_noise_has_no_generator_to_reuse(teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "write_onnx", _stop)
+    monkeypatch.setattr(stages, "write_onnx", _stop)
     with pytest.raises(InputError, match="far enough"):
         quantize(teacher, out=tmp_path / "noise", method="noise", settings=("quantizer.num_samples=8",))
     with pytest.raises(InputError, match=r"holds no generator\.safetensors"):
@@ -325,12 +326,12 @@ def test_noise_has_no_generator_to_reuse(teacher, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_file_that_disagrees_fails_and_keeps_everything(ptq, teacher, tmp_path, monkeypatch):
-    honest = experiment.verify_onnx
+    honest = stages.verify_onnx
 
     def disagree(*arguments, **rest):
         return replace(honest(*arguments, **rest), decided_agreement=98.5)
 
-    monkeypatch.setattr(experiment, "verify_onnx", disagree)
+    monkeypatch.setattr(stages, "verify_onnx", disagree)
     with pytest.raises(ExportError, match=r"the same class on 98\.50 % of \d+ decided images, where 99 % is required"):
         quantize(teacher, out=tmp_path / "run", settings=PTQ, data="digits")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {*ARTIFACTS, "checkpoints"}
@@ -344,7 +345,7 @@ def test_a_network_that_cannot_be_exported_to_onnx_keeps_the_fit(teacher, tmp_pa
     def fail(*_) -> None:
         raise ExportError("the network has no ONNX form")
 
-    monkeypatch.setattr(experiment, "write_onnx", fail)
+    monkeypatch.setattr(stages, "write_onnx", fail)
     with pytest.raises(ExportError, match="no ONNX form"):
         quantize(teacher, out=tmp_path, settings=PTQ)
     assert {"settings.toml", "generator.safetensors", "samples.png", "metrics.jsonl", "checkpoints"} <= {
@@ -394,7 +395,7 @@ def test_a_budget_chooses_steps_that_repeat_the_run(ptq, teacher, tmp_path, monk
         return Plan(settings.with_steps(method=5), 0.25, 0.0, 3.0)
 
     monkeypatch.setattr(runs, "plan", chosen)
-    monkeypatch.setattr(experiment, "write_onnx", _stop)
+    monkeypatch.setattr(stages, "write_onnx", _stop)
     said = []
     settings = tuple(text for text in PTQ if "steps" not in text)
     with pytest.raises(InputError, match="far enough"):
@@ -421,7 +422,7 @@ def test_overwrite_starts_anew(ptq, teacher, tmp_path, monkeypatch):
     for name in ("settings.toml", "generator.safetensors", "checkpoints/fit.safetensors", "metrics.jsonl"):
         (folder / name).write_text("of another run")
     (folder / "notes.txt").write_text("mine")
-    monkeypatch.setattr(experiment, "write_onnx", _stop)
+    monkeypatch.setattr(stages, "write_onnx", _stop)
     with pytest.raises(InputError, match="far enough"):
         quantize(teacher, out=folder, settings=PTQ, overwrite=True)
     assert hashes(folder)["generator.safetensors"] == hashes(ptq.folder)["generator.safetensors"]
@@ -522,7 +523,7 @@ def test_a_killed_run_on_a_reused_generator_goes_on_with_it(ptq, killed, teacher
     with pytest.raises(InputError, match="it was started with --from; give it again"):
         quantize(teacher, out=folder, resume=True)
     arguments = {"settings": settings, "quantizer": "qat", "bits": 4, "from_run": ptq.folder}
-    monkeypatch.setattr(experiment, "write_onnx", _stop)  # what is exported follows from the last checkpoint
+    monkeypatch.setattr(stages, "write_onnx", _stop)  # what is exported follows from the last checkpoint
     for out, resume in ((folder, True), (tmp_path / "whole", False)):
         with pytest.raises(InputError, match="far enough"):
             quantize(teacher, out=out, resume=resume, checkpoint_every=1, **arguments)

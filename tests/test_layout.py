@@ -66,9 +66,11 @@ FLOORS = {
     "verification": 51,
     "export": 52,
     # whole runs
+    "console": 50,
     "runs": 60,
+    "stages": 69,
     "experiment": 70,
-    "samples": 70,
+    "samples": 71,
     "allocation": 71,
     # comparisons
     "tables": 51,
@@ -80,7 +82,6 @@ FLOORS = {
     "jobs": 75,
     "compare": 76,
     # what the user meets
-    "console": 80,
     "workers": 80,
     "doctor": 80,
     "options": 85,

@@ -18,7 +18,6 @@ from zsq import parallel, workers
 from zsq.batchnorm import moments
 from zsq.budget import plan
 from zsq.errors import InputError, LostProcessError, NumericsError
-from zsq.experiment import HASHED
 from zsq.export import canonical_sha256
 from zsq.losses import intermediate_loss
 from zsq.methods import ZSCGAN, Adversarial, DeepInversion, Method, Noise, Real, ZeroQ
@@ -26,6 +25,7 @@ from zsq.quantize import QAT
 from zsq.quantize.ptq import quantize_ptq
 from zsq.quantize.qat import distill
 from zsq.settings import resolve
+from zsq.stages import HASHED
 from zsq.teachers import load_teacher
 from zsq.training import Run, load_tensors
 from zsq.workers import LOST, run_workers, watch_starter

@@ -40,7 +40,9 @@ def test_images_can_be_read_as_a_data_set(tmp_path, request, name, count):
     teacher = request.getfixturevalue(name)
     written = synthesize(teacher, out=tmp_path / "images", count=count, settings=TINY)
     assert written == [tmp_path / "images" / "images.npz", tmp_path / "images" / "samples.png"]
-    assert sorted((tmp_path / "images").iterdir()) == written
+    assert {path.name for path in (tmp_path / "images").iterdir()} == {
+        *("images.npz", "samples.png", "settings.toml", "generator.safetensors", "metrics.jsonl", "checkpoints")
+    }
     spec = teacher.spec
     with np.load(written[0]) as stored:
         assert sorted(stored.files) == ["images", "labels"]
@@ -110,7 +112,7 @@ def test_narrow_images_make_a_picture_too(tmp_path, height, width):
 
 
 def test_a_generator_of_another_run_is_used(tmp_path, digits, monkeypatch):
-    monkeypatch.setattr("zsq.experiment.write_onnx", _stop)
+    monkeypatch.setattr("zsq.stages.write_onnx", _stop)
     with pytest.raises(InputError, match="far enough"):
         quantize(digits, out=tmp_path / "run", settings=(*TINY, "quantizer.num_samples=8"))
     taken = synthesize(digits, out=tmp_path / "a", count=5, from_run=tmp_path / "run")[0]
@@ -131,7 +133,7 @@ def test_no_images_are_refused(tmp_path, digits, count):
 @pytest.mark.parametrize("name", ["images.npz", "samples.png"])
 def test_a_folder_with_images_is_refused_unless_told(tmp_path, digits, name):
     (tmp_path / name).write_text("kept")
-    with pytest.raises(InputError, match="holds images already; --overwrite replaces them"):
+    with pytest.raises(InputError, match="holds another run; --resume continues it, --overwrite discards it"):
         synthesize(digits, out=tmp_path, count=2, method="noise")
     assert (tmp_path / name).read_text() == "kept"
     synthesize(digits, out=tmp_path, count=2, method="noise", overwrite=True)

@@ -4,7 +4,7 @@ import csv
 import importlib.util
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,14 @@ from typing import Any
 import torch
 
 from zsq.errors import InputError
+from zsq.experiment import Wanted, started
+from zsq.methods import Method
 from zsq.quantize.sensitivity import Allocation, Frontier, pareto_frontier, sensitivities, weight_sizes
-from zsq.runs import Say, pick_device, versions
-from zsq.samples import fit_surrogate
+from zsq.runs import versions
+from zsq.settings import Settings
+from zsq.stages import Job
 from zsq.teachers import Teacher
-from zsq.training import Progress, Run, clear_memory_errors, replacing
+from zsq.training import Progress, Say, clear_memory_errors, replacing
 
 MOST_ROWS = 1000
 """Points of the frontier that are written, evenly spaced; a frontier can have a hundred thousand."""
@@ -52,16 +55,18 @@ def allocate(
     widths: Iterable[int] = (2, 4, 8),
     activation: int = 8,
     num_images: int = 256,
-    method: str | None = None,
+    method: str | Method | None = None,
     recipe: str | Path | None = None,
-    settings: tuple[str, ...] = (),
+    settings: tuple[str, ...] | Mapping[str, Any] = (),
     budget: str | float | None = None,
     from_run: str | Path | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     device: str = "auto",
+    resume: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
-    say: Say = lambda text: None,
+    say: Say | None = None,
+    quiet: bool = False,
 ) -> Allocated:
     """Choose the widths of least summed sensitivity that fit a size, and write them as a file that `--bits` takes.
 
@@ -74,7 +79,8 @@ def allocate(
         activation: width of the activations; it is written down, sensitivities are of weights alone.
         num_images: images on which sensitivities are measured.
 
-    The other arguments are those of `zsq.quantize`; of the quantizer's settings, those of weights' grids are heeded.
+    The other arguments are those of `zsq.quantize`, and the folder holds the generator, too. Of the quantizer's
+    settings, those of weights' grids are heeded.
 
     Raises:
         InputError: an argument does not fit, no allocation is small enough, or the folder holds one already.
@@ -84,17 +90,27 @@ def allocate(
     tried = _checked_widths(widths, activation)
     if num_images < 1:
         raise InputError(f"images is {num_images}; at least 1 is needed.")
-    if any(path.is_file() for path in (folder, *folder.parents)):
-        raise InputError(f"{folder} is a file or lies below one; --out takes a folder.")
-    if not overwrite and any(path.exists() for path in files):
-        raise InputError(f"{folder} holds an allocation already; --overwrite replaces it.")
-    sizes = weight_sizes(teacher.network)
-    most_bits = _limit(average, size, sum(sizes.values()), min(tried))
-    run = Run(seed=seed, device=pick_device(device), progress=progress, say=say)
-    teacher = teacher.to(run.device) if run.device.type != "cpu" else teacher
-    chosen, surrogate = fit_surrogate(
-        teacher, run, method=method, recipe=recipe, settings=settings, budget=budget, from_run=from_run, say=say
-    )
+    most_bits = _limit(average, size, sum(weight_sizes(teacher.network).values()), min(tried))
+    with started(
+        teacher,
+        out=out,
+        wanted=Wanted(method, "ptq", None, recipe, settings, budget, from_run, needs_images=True),
+        seed=seed,
+        device=device,
+        resume=resume,
+        overwrite=overwrite,
+        progress=progress,
+        say=say,
+        quiet=quiet,
+    ) as (job, chosen):
+        return _allocate(job, chosen, files, tried, num_images, most_bits, activation)
+
+
+def _allocate(
+    job: Job, chosen: Settings, files: tuple[Path, ...], tried: list[int], num_images: int, most: float, activation: int
+) -> Allocated:
+    """Do it in the folder that the job has taken."""
+    surrogate, run, teacher = job.fit(chosen), job.run, job.teacher
     images = torch.cat([batch.images.to(run.device) for batch in surrogate.source.sample(num_images)])
     found = sensitivities(
         surrogate.network,
@@ -104,13 +120,13 @@ def allocate(
         range_rule=chosen.quantizer.weight_range_rule,
         run=run,
     )
-    frontier = pareto_frontier(found, sizes)
+    frontier = pareto_frontier(found, weight_sizes(teacher.network))
     if not frontier.exact:
-        say("the frontier has too many points; its size axis is cut into steps, so a better point may be left out")
-    result = Allocated(frontier, frontier.within(most_bits), found, files if can_draw(say) else files[:2])
+        job.say("the frontier has too many points; its size axis is cut into steps, so a better point may be left out")
+    result = Allocated(frontier, frontier.within(most), found, files if can_draw(job.say) else files[:2])
     facts = {
         "network": f"{teacher.name}, weights sha256 {teacher.weights_sha256[:12]}",
-        "images": f"{len(images)} of method {chosen.method.name}, seed {seed}",
+        "images": f"{len(images)} of method {chosen.method.name}, seed {run.seed}",
         "versions": f"zsq {versions()['zsq']}, torch {torch.__version__}",
     }
     write_bits(files[0], result, activation, facts)

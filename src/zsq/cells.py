@@ -15,19 +15,19 @@ from torch import Tensor
 from zsq.batchnorm import fold
 from zsq.datasets import LabelledImages, open_dataset
 from zsq.evaluate import Evaluation, evaluate
-from zsq.experiment import PREDICTIONS, Job
 from zsq.figures import class_names, save_figure, shown_labels
 from zsq.methods import Surrogate
 from zsq.quantize.prepare import check_weight_names
 from zsq.recipes import Cell, Recipe, TeacherEntry, below
-from zsq.runs import FittedRun, Say, teacher_table, versions
+from zsq.runs import FittedRun, teacher_table, versions
 from zsq.settings import Settings, read_toml, to_tables, write_settings
+from zsq.stages import PREDICTIONS, Job
 from zsq.teachers import Teacher
-from zsq.training import Progress, Run, clear_memory_errors, replacing
+from zsq.training import Progress, Run, Say, clear_memory_errors, replacing
 
 KEPT = (
     *("model", "weights", "weights_sha256", "data_free", "data", "activation_scope", "range_rule"),
-    *("float_top1", "quantized_top1", "teacher_agreement", "runtime_agreement", "label_recognition"),
+    *("float_top1", "quantized_top1", "teacher_agreement", "runtime_agreement", "label_recognition", "samples"),
     *("num_eval_images", "num_calibration_images", "seconds", "settings", "versions"),
 )
 """What a cell's line takes over from its record."""

@@ -24,7 +24,7 @@ from tyro.conf import (
 from zsq import doctor, parallel
 from zsq.cli_allocate import Allocate
 from zsq.cli_compare import Compare
-from zsq.console import TerminalProgress, say
+from zsq.console import TerminalProgress
 from zsq.datasets import open_dataset
 from zsq.errors import InputError, LostProcessError, ZsqError, unknown_name
 from zsq.evaluate import Evaluation, evaluate_many
@@ -59,8 +59,6 @@ class Quantize(ParallelOptions):
     """8, 6, 4, any width from 2 to 8, W4A8, or a file such as `zsq allocate` writes. Default 8."""
     data: Annotated[str | None, unset("SET")] = None
     """Labelled images on which teacher and result are evaluated: digits, FILE.npz or a folder."""
-    resume: bool = False
-    """Continue the run that --out holds."""
     checkpoint_every: Count = None
     """Steps between checkpoints; unset, every 30 seconds."""
     json: bool = False
@@ -68,26 +66,14 @@ class Quantize(ParallelOptions):
 
     def run(self, console: Console) -> None:
         """Do it and print the outcome."""
-        with TerminalProgress() as progress:
-            result = quantize(
-                self.load(),
-                out=self.out,
-                bits=self.bits,
-                method=self.method,
-                quantizer=self.quantizer,
-                recipe=self.recipe,
-                settings=self.set,
-                budget=self.budget,
-                from_run=self.from_run,
-                data=self.data,
-                seed=self.seed,
-                device=self.device,
-                resume=self.resume,
-                overwrite=self.overwrite,
-                checkpoint_every=self.checkpoint_every,
-                progress=progress,
-                say=say,
-            )
+        result = quantize(
+            self.load(),
+            bits=self.bits,
+            quantizer=self.quantizer,
+            data=self.data,
+            checkpoint_every=self.checkpoint_every,
+            **self.shared(),
+        )
         if not parallel.is_main():
             return
         if self.json:
@@ -112,22 +98,7 @@ class Synthesize(ParallelOptions):
 
     def run(self, console: Console) -> None:
         """Do it and print the outcome."""
-        with TerminalProgress() as progress:
-            written = synthesize(
-                self.load(),
-                out=self.out,
-                count=self.count,
-                method=self.method,
-                recipe=self.recipe,
-                settings=self.set,
-                budget=self.budget,
-                from_run=self.from_run,
-                seed=self.seed,
-                device=self.device,
-                overwrite=self.overwrite,
-                progress=progress,
-                say=say,
-            )
+        written = synthesize(self.load(), count=self.count, **self.shared())
         for path in written if parallel.is_main() else ():
             console.print(str(path), soft_wrap=True)
 

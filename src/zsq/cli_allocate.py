@@ -6,7 +6,6 @@ from typing import Annotated
 from rich.console import Console
 
 from zsq.allocation import Allocated, allocate
-from zsq.console import TerminalProgress, say
 from zsq.errors import InputError
 from zsq.options import RunOptions, unset
 from zsq.report import table
@@ -39,26 +38,15 @@ class Allocate(RunOptions):
 
     def run(self, console: Console) -> None:
         """Do it and print the frontier, the chosen point marked."""
-        with TerminalProgress() as progress:
-            result = allocate(
-                self.load(),
-                out=self.out,
-                average=self.average,
-                size=self.size,
-                widths=_widths(self.widths),
-                activation=self.activation,
-                num_images=self.images,
-                method=self.method,
-                recipe=self.recipe,
-                settings=self.set,
-                budget=self.budget,
-                from_run=self.from_run,
-                seed=self.seed,
-                device=self.device,
-                overwrite=self.overwrite,
-                progress=progress,
-                say=say,
-            )
+        result = allocate(
+            self.load(),
+            average=self.average,
+            size=self.size,
+            widths=_widths(self.widths),
+            activation=self.activation,
+            num_images=self.images,
+            **self.shared(),
+        )
         columns = ("", "bits a weight", "packed KB", "sensitivity, nats")
         console.print(table(f"frontier of {len(result.frontier)} allocations", columns, _rows(result)))
         for path in result.files:

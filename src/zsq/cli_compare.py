@@ -9,7 +9,6 @@ from rich.console import Console
 from tyro.conf import Positional, UseAppendAction, arg
 
 from zsq.compare import compare, list_cells
-from zsq.console import TerminalProgress, say
 from zsq.errors import InputError
 from zsq.options import Folder, unset
 from zsq.recipes import read_recipe
@@ -56,20 +55,17 @@ class Compare:
             for cell in list_cells(read_recipe(self.recipe), self.only):
                 console.print(f"{cell.name}{': skipped: ' if cell.reason else ''}{cell.reason}", soft_wrap=True)
             return
-        with TerminalProgress() as progress:
-            done = compare(
-                self.recipe,
-                out=self.out,
-                only=self.only,
-                resume=self.resume,
-                overwrite=self.overwrite,
-                data_root=self.data_root,
-                device=self.device,
-                jobs=self.jobs,
-                job_options=_job_options(self.job_set),
-                progress=progress,
-                say=say,
-            )
+        done = compare(
+            self.recipe,
+            out=self.out,
+            only=self.only,
+            resume=self.resume,
+            overwrite=self.overwrite,
+            data_root=self.data_root,
+            device=self.device,
+            jobs=self.jobs,
+            job_options=_job_options(self.job_set),
+        )
         if self.json:
             print(json.dumps(done.as_dict()))
             return

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from zsq.cells import Bench
+from zsq.console import shown
 from zsq.errors import InputError
 from zsq.grid import LINES, Comparison, Grid, read_lines, write_tables
 from zsq.jobs import available, run_jobs
 from zsq.recipes import Cell, Recipe, cells, read_recipe
-from zsq.runs import Say, pick_device
-from zsq.training import Progress, replacing
+from zsq.runs import claimed, pick_device
+from zsq.training import Progress, Say, replacing
 
 FOLDERS = ("cells", "fits", "figures", "jobs")
 TABLES = ("table.md", "table.csv", "table.tex", "figures.csv")
@@ -43,7 +44,8 @@ def compare(
     jobs: int = 1,
     job_options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
-    say: Say = lambda text: None,
+    say: Say | None = None,
+    quiet: bool = False,
 ) -> Comparison:
     """Run the cells of a recipe that are missing, and write `cells.jsonl`, `table.md`, `.csv` and `.tex` to a folder.
 
@@ -58,8 +60,7 @@ def compare(
         jobs: at a time, on a SLURM cluster where there is one, else processes of this machine; needs submitit (extra
             `cluster`), without which cells run in order. Cells that share a fit stay in one job.
         job_options: parameters of submitit's executor, such as `slurm_partition`.
-        progress: where progress is shown.
-        say: called with lines that the user should read.
+        progress, say, quiet: as for `zsq.quantize`.
 
     Raises:
         InputError: recipe, folder, teacher or data set does not fit; nothing has been run or changed then.
@@ -71,12 +72,19 @@ def compare(
     folder, root = Path(out), None if data_root is None else Path(data_root)
     text = Path(recipe).read_bytes()
     _check_folder(folder, resume=resume, overwrite=overwrite)
-    bench = Bench(read, folder, root, pick_device(device), progress, say)
-    bench.load([cell for cell in chosen if not cell.reason])
-    if overwrite:
-        _discard(folder)
-    with replacing(folder / "recipe.toml") as temporary:
-        temporary.write_bytes(text)
+    with shown(progress, say, quiet=quiet) as (where_shown, speak), claimed(folder):
+        bench = Bench(read, folder, root, pick_device(device), where_shown, speak)
+        bench.load([cell for cell in chosen if not cell.reason])
+        if overwrite:
+            _discard(folder)
+        with replacing(folder / "recipe.toml") as temporary:
+            temporary.write_bytes(text)
+        return _run(bench, chosen, root, jobs, job_options or {})
+
+
+def _run(bench: Bench, chosen: list[Cell], root: Path | None, jobs: int, options: Mapping[str, Any]) -> Comparison:
+    """Run the cells that are missing, here or as jobs."""
+    folder, say = bench.folder, bench.say
     grid = Grid(bench, say, read_lines(folder))
     if jobs > 1 and not available():
         say("submitit is not installed (pip install 'zsq[cluster]'): the cells run in order")
@@ -88,8 +96,8 @@ def compare(
             count=jobs,
             root=root,
             device=bench.device,
-            options=job_options or {},
-            progress=progress,
+            options=options,
+            progress=bench.progress,
             say=say,
         )
         grid.lines = read_lines(folder)

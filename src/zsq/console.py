@@ -2,18 +2,45 @@
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from zsq import parallel
+from zsq.training import Progress, Say, Silent
 
 LINE_EVERY = 30
 """Seconds between two lines where stderr is not a terminal."""
 
 
-def say(text: str) -> None:
+def say_line(text: str) -> None:
     """Print a line that the user should read."""
     print(text, file=sys.stderr, flush=True)
+
+
+def nothing(text: str) -> None:
+    """Say nothing."""
+    del text
+
+
+@contextmanager
+def shown(progress: Progress | None, say: Say | None, *, quiet: bool) -> Iterator[tuple[Progress, Say]]:
+    """Yield where a run shows its progress, and what it says lines with: on stderr, unless the caller gives his own.
+
+    Args:
+        progress, say: the caller's; None takes a bar and lines on stderr.
+        quiet: show nothing that the caller did not ask for; of several processes, all but the first are quiet anyway.
+    """
+    if not parallel.is_main():
+        yield Silent(), nothing
+    elif quiet or progress is not None:
+        yield progress or Silent(), say or (nothing if quiet else say_line)
+    else:
+        with TerminalProgress() as terminal:
+            yield terminal, say or say_line
 
 
 class TerminalProgress:
@@ -21,14 +48,14 @@ class TerminalProgress:
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
-        self._bars = Progress(
-            TextColumn("{task.description:14}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[losses]}"),
+        self._bars = bars.Progress(
+            bars.TextColumn("{task.description:14}"),
+            bars.BarColumn(bar_width=24),
+            bars.MofNCompleteColumn(),
+            bars.TimeElapsedColumn(),
+            bars.TextColumn("left"),
+            bars.TimeRemainingColumn(),
+            bars.TextColumn("{task.fields[losses]}"),
             console=self._console,
         )
         self._tasks: dict[str, int] = {}
@@ -62,8 +89,8 @@ class TerminalProgress:
             self._bars.update(self._tasks[phase], completed=done, total=total, losses=losses)  # type: ignore[arg-type]
             return
         if done >= total and values:
-            say(f"{phase}: {done}/{total}, done in {now - start:.0f} s {losses}")
+            say_line(f"{phase}: {done}/{total}, done in {now - start:.0f} s {losses}")
         elif first < done < total and now - self._shown > LINE_EVERY:
             self._shown = now
             left = (now - start) / (done - first) * (total - done)
-            say(f"{phase}: {done}/{total}, about {left:.0f} s left {losses}".rstrip())
+            say_line(f"{phase}: {done}/{total}, about {left:.0f} s left {losses}".rstrip())

@@ -59,6 +59,7 @@ def report() -> Iterator[tuple[str, str]]:
             method="noise",
             data="digits",
             settings=("quantizer.num_samples=200",),
+            quiet=True,
         )
     float_top1, top1 = result.record["float_top1"], result.record["quantized_top1"]
     yield "self-test", f"passed: digits float {float_top1:.2f} %, INT8 from noise {top1:.2f} % in ONNX Runtime"

@@ -1,16 +1,16 @@
 """Accuracy: top-1 and top-5 with their counts, a confidence interval, and agreement with the teacher."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zsq.datasets import LabelledImages
 from zsq.errors import InputError, NumericsError
+from zsq.types import Batch
 
 Predict = Callable[[Tensor], Tensor]
 """A network, simulation or runtime: normalised images [N, C, H, W] to logits [N, classes]."""
@@ -19,6 +19,19 @@ CONFIDENCE_Z = 1.959963984540054
 """Two-sided 95 % quantile of the standard normal."""
 
 TOP_K = 5
+
+
+class ImageSet(Protocol):
+    """Labelled images in batches, such as `LabelledImages`."""
+
+    @property
+    def num_images(self) -> int:
+        """Images that `batches` yields; for the progress that is shown."""
+        ...
+
+    def batches(self, batch_size: int = 100) -> Iterator[Batch]:
+        """Yield all of them, the same ones at each call."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +149,7 @@ def paired_difference(first: np.ndarray, second: np.ndarray) -> Difference:
 
 def evaluate(
     predict: Predict,
-    data: LabelledImages,
+    data: ImageSet,
     *,
     teacher: Predict | None = None,
     batch_size: int = 100,
@@ -161,7 +174,7 @@ def evaluate(
 
 def evaluate_many(
     predictors: dict[str, Predict],
-    data: LabelledImages,
+    data: ImageSet,
     *,
     teacher: Predict | Evaluation | None = None,
     batch_size: int = 100,

@@ -11,9 +11,8 @@ from zsq.cells import Bench, Fit, digest
 from zsq.errors import ZsqError
 from zsq.outcomes import FINISHED, SKIPPED, Outcomes
 from zsq.recipes import Cell, Recipe, cells
-from zsq.runs import Say
 from zsq.tables import to_csv, to_latex
-from zsq.training import replacing
+from zsq.training import Say, replacing
 
 LINES = "cells.jsonl"
 

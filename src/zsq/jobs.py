@@ -14,8 +14,7 @@ from zsq.cells import Bench
 from zsq.errors import InputError, ZsqError
 from zsq.grid import Grid, read_lines
 from zsq.recipes import Cell, cells, read_recipe
-from zsq.runs import Say
-from zsq.training import Progress, Silent
+from zsq.training import Progress, Say, Silent
 
 POLL_SECONDS = 2.0
 WEEK_MINUTES = 7 * 24 * 60

@@ -75,12 +75,29 @@ class RunOptions(TeacherOptions):
     """A setting, such as method.steps=500 or quantizer.range_rule=minmax; may be repeated. `zsq methods` lists them."""
     from_run: FromRun = None
     """Use the generator that another run has fitted."""
-    seed: int = 0
-    """Of every random draw."""
+    seed: Count = None
+    """Of every random draw; unset, that of the recipe or of the run that is resumed, else 0."""
     device: Literal["cpu", "cuda", "auto"] = "auto"
     """Where to compute."""
+    resume: bool = False
+    """Continue what --out holds."""
     overwrite: bool = False
-    """Discard the run or the images that --out holds."""
+    """Discard what --out holds."""
+
+    def shared(self) -> dict[str, Any]:
+        """Return what all of these commands pass on as it is."""
+        return {
+            "out": self.out,
+            "method": self.method,
+            "recipe": self.recipe,
+            "settings": self.set,
+            "budget": self.budget,
+            "from_run": self.from_run,
+            "seed": self.seed,
+            "device": self.device,
+            "resume": self.resume,
+            "overwrite": self.overwrite,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from zsq.evaluate import Difference, paired_difference
-from zsq.experiment import PREDICTIONS
 from zsq.quantize.prepare import Bits
 from zsq.recipes import Cell, Claim, MethodEntry, QuantizerEntry, Recipe, TeacherEntry, cells, gap_of
+from zsq.stages import PREDICTIONS
 from zsq.tables import EMPTY, Entry, TextTable, text_table, to_markdown
 
 Key = tuple[str, str, str, str]

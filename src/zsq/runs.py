@@ -3,13 +3,15 @@
 import hashlib
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from zsq import parallel
@@ -19,7 +21,7 @@ from zsq.methods import Method
 from zsq.quantize import PTQ
 from zsq.settings import Settings, read_toml, resolve, to_tables
 from zsq.teachers import Teacher
-from zsq.training import Run, load_tensors
+from zsq.training import Run, Say, load_tensors
 from zsq.types import ImageSpec
 
 ARTIFACTS = (
@@ -33,11 +35,15 @@ ARTIFACTS = (
 )
 """Files of a run's folder, beside `checkpoints/`."""
 
+WRITTEN = (*ARTIFACTS, "images.npz", "bits.toml", "frontier.csv", "frontier.png")
+"""Those, and what a synthesis or an allocation writes."""
+
 CHECKPOINTS = ("fit.safetensors", "distill.safetensors")
 
-DEFAULT_BUDGET = "10m"
+LOCK = ".lock"
+"""File by which a process keeps a folder to itself."""
 
-Say = Callable[[str], None]
+DEFAULT_BUDGET = "10m"
 
 
 def versions() -> dict[str, str]:
@@ -98,6 +104,34 @@ class FittedRun:
         return cls(folder, resolve(recipe=folder / "settings.toml").method, state, sha256)
 
 
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keep a folder to this process: two runs that wrote to one would mix their files.
+
+    Raises:
+        InputError: another process has it.
+    """
+    if not parallel.is_main() or any(path.is_file() for path in (folder, *folder.parents)):
+        yield  # the first process has it for all; what is no folder is refused by who opens it
+        return
+    lock, made = FileLock(folder / LOCK), not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"another process is writing to {folder}; wait for it, or give another --out.") from None
+    except (OSError, NotImplementedError):  # a file system without locks, or a folder that may not be written
+        yield
+        return
+    try:
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        lock.release()
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
+
+
 def open_folder(folder: Path, *, resume: bool, overwrite: bool) -> bool:
     """Take a folder for a run, or refuse to mix two; return whether a run is continued. Nothing is deleted yet.
 
@@ -108,7 +142,7 @@ def open_folder(folder: Path, *, resume: bool, overwrite: bool) -> bool:
         raise InputError("--resume continues a run and --overwrite discards it; give one of them.")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; --out takes a folder.")
-    holds_run = any((folder / name).exists() for name in (*ARTIFACTS, "checkpoints"))
+    holds_run = any((folder / name).exists() for name in (*WRITTEN, "checkpoints"))
     if holds_run and not resume and not overwrite:
         raise InputError(f"{folder} holds another run; --resume continues it, --overwrite discards it.")
     if holds_run and resume and not (folder / "settings.toml").exists():
@@ -120,9 +154,29 @@ def open_folder(folder: Path, *, resume: bool, overwrite: bool) -> bool:
     return resume and holds_run
 
 
+def chosen_seed(seed: int | None, recipe: str | Path | None, folder: Path, *, resume: bool) -> int:
+    """Return the seed that is asked for, else that of the run that is resumed or was written as the recipe, else 0."""
+    if seed is not None:
+        return seed
+    stored = folder / "settings.toml"
+    path = stored if resume and stored.is_file() else recipe
+    found = None if path is None else read_toml(Path(path)).get("run", {}).get("seed")
+    return found if isinstance(found, int) else 0
+
+
+def check_recipe(recipe: str | Path | None, teacher: Teacher, *, reuses: bool, say: Say) -> None:
+    """Say where a run's settings.toml, taken as a recipe, cannot repeat that run."""
+    content = {} if recipe is None else read_toml(Path(recipe))
+    was = content.get("teacher", {})
+    if was.get("weights_sha256", teacher.weights_sha256) != teacher.weights_sha256:
+        say(f"WARNING: {recipe} is of a run of '{was.get('model')}' with other weights; its settings are taken.")
+    elif "generator_sha256" in content.get("run", {}) and not reuses:
+        say(f"WARNING: the run of {recipe} took its generator from another run; --from DIR repeats that.")
+
+
 def clear_folder(folder: Path, *, everything: bool) -> None:
     """Delete what killed runs left half-written, and with `everything` what a run wrote; other files stay."""
-    places = [folder / name for name in ARTIFACTS] + [folder / "checkpoints" / name for name in CHECKPOINTS]
+    places = [folder / name for name in WRITTEN] + [folder / "checkpoints" / name for name in CHECKPOINTS]
     for path in places:
         for rest in path.parent.glob(f".{path.name}.*"):
             rest.unlink(missing_ok=True)

@@ -4,10 +4,13 @@ import hashlib
 import json
 import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -122,12 +125,50 @@ class Learner(Protocol):
         ...
 
 
+Say = Callable[[str], None]
+"""Called with a line that the user should read."""
+
+
 class Progress(Protocol):
     """Where progress is shown."""
 
     def update(self, phase: str, done: int, total: int, values: dict[str, float]) -> None:
         """Show that `done` of `total` steps of `phase` are finished, with the latest values."""
         ...
+
+
+@contextmanager
+def held_signals() -> Iterator[list[int]]:
+    """Hold SIGINT and SIGTERM back until the block ends, so that a step can be finished and saved.
+
+    Yields the signals received; the block is to look at them and end. A second one takes effect at once. Outside of the
+    main thread, where Python delivers no signals, none are held.
+    """
+    received: list[int] = []
+    before: dict[int, Any] = {}
+
+    def restore() -> None:
+        for number in list(before):
+            signal.signal(number, before.pop(number))
+
+    def note(number: int, frame: FrameType | None) -> None:
+        del frame
+        if received:
+            restore()
+            signal.raise_signal(number)
+        received.append(number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if handler not in (None, signal.SIG_IGN):
+                before[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        restore()
+    if received:
+        signal.raise_signal(received[0])
 
 
 @contextmanager
@@ -176,7 +217,7 @@ class Run:
         device: torch.device | str = "cpu",
         checkpoint_steps: int | None = None,
         progress: Progress | None = None,
-        say: Callable[[str], None] = lambda text: None,
+        say: Say = lambda text: None,
     ) -> None:
         if checkpoint_steps is not None and checkpoint_steps < 1:
             raise InputError(f"checkpoint-every is {checkpoint_steps}; it must be at least 1 step.")
@@ -190,27 +231,32 @@ class Run:
     def train(self, phase: str, learner: Learner, steps: int) -> None:
         """Run steps 0 to `steps` of a phase, from its checkpoint where the folder holds one.
 
+        An interrupt (SIGINT) or a request to end (SIGTERM) takes effect after the step, and its checkpoint.
+
         Raises:
             NumericsError: a loss is not finite; names term and step.
         """
         first = self._resume(phase, learner)
         pending: list[tuple[int, dict[str, Tensor]]] = []
         saved = time.monotonic()
-        for step in range(first, steps):
-            try:
-                pending.append((step, self.take(learner, step)))
-            except RuntimeError:
-                if pending:  # an earlier loss that was not finite explains what this step choked on
+        with held_signals() as received:
+            for step in range(first, steps):
+                try:
+                    pending.append((step, self.take(learner, step)))
+                except RuntimeError:
+                    if pending:  # an earlier loss that was not finite explains what this step choked on
+                        self._flush(phase, pending, steps)
+                    raise
+                full = len(pending) == FLUSH_EVERY
+                due = step + 1 == steps or bool(received) or self._due(step + 1, saved, full)
+                if due or full:
                     self._flush(phase, pending, steps)
-                raise
-            full = len(pending) == FLUSH_EVERY
-            due = step + 1 == steps or self._due(step + 1, saved, full)
-            if due or full:
-                self._flush(phase, pending, steps)
-                pending = []
-            if due:
-                self._save(phase, learner, step + 1)
-                saved = time.monotonic()
+                    pending = []
+                if due:
+                    self._save(phase, learner, step + 1)
+                    saved = time.monotonic()
+                if received:
+                    break
 
     def take(self, learner: Learner, step: int) -> dict[str, Tensor]:
         """Do a step; where its batch does not fit into the device's memory, again with the batch in halves.

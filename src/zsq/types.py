@@ -133,8 +133,8 @@ class SampleSource(Protocol):
     asks_labels: bool
     """Whether images are asked for by label, so that it means something how many the teacher recognises."""
 
-    def sample(self, count: int, batch_size: int = 100) -> Iterator[Batch]:
-        """Stream `count` images for calibration; two calls give the same images."""
+    def sample(self, count: int, batch_size: int = 100, name: str = "sample") -> Iterator[Batch]:
+        """Stream `count` images for calibration; two calls give the same images, unless `name` is another."""
         ...
 
     def batch(self, step: int, student: nn.Module | None) -> Batch:

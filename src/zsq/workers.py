@@ -19,7 +19,7 @@ GRACE = 3.0
 
 SUPERVISED = "ZSQ_SUPERVISED"
 
-STOPPED = "Stopped; quantize and compare continue with --resume."
+STOPPED = "Stopped; --resume continues."
 
 LOOPBACK = "127.0.0.1"
 

@@ -103,10 +103,10 @@ class BigGANSource(Stateless):
         network = load_biggan(Path(settings.checkpoint), teacher.spec, teacher.name)
         self.network = network.to(self.device)
 
-    def sample(self, count: int, batch_size: int = 100) -> Iterator[Batch]:
+    def sample(self, count: int, batch_size: int = 100, name: str = "sample") -> Iterator[Batch]:
         """Stream `count` images."""
         for index, start in enumerate(range(0, count, batch_size)):
-            yield self._draw("sample", index, min(batch_size, count - start))
+            yield self._draw(name, index, min(batch_size, count - start))
 
     def batch(self, step: int, student: nn.Module | None) -> Batch:
         """Return the batch of a distillation step."""

@@ -176,10 +176,10 @@ class GeneratorSource(ABC):
         return self.update(self.first_distill_step + step, student)
 
     @torch.no_grad()
-    def sample(self, count: int, batch_size: int = 100) -> Iterator[Batch]:
+    def sample(self, count: int, batch_size: int = 100, name: str = "sample") -> Iterator[Batch]:
         """Stream `count` images, the generator's batch norms at their running statistics."""
         for index, start in enumerate(range(0, count, batch_size)):
-            yield self.draw("sample", index, min(batch_size, count - start))
+            yield self.draw(name, index, min(batch_size, count - start))
 
     def bns(self, moments: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Return the batch-norm statistics loss of what the teacher observed."""

@@ -61,10 +61,10 @@ class NoiseSource(Stateless):
         pixels = parallel.share(torch.rand(shape, generator=random, device=self.device))
         return Batch(self.spec.normalize(pixels), labels)
 
-    def sample(self, count: int, batch_size: int = 100) -> Iterator[Batch]:
+    def sample(self, count: int, batch_size: int = 100, name: str = "sample") -> Iterator[Batch]:
         """Stream `count` images."""
         for index, start in enumerate(range(0, count, batch_size)):
-            yield self._draw("sample", index, min(batch_size, count - start))
+            yield self._draw(name, index, min(batch_size, count - start))
 
     def batch(self, step: int, student: nn.Module | None) -> Batch:
         """Return the batch of a distillation step."""

@@ -55,9 +55,9 @@ class PoolSource(ABC):
     def _pick(self, rows: Tensor) -> Batch:
         return Batch(self.images(parallel.share(rows)).to(self.device), self.labels[rows].to(self.device))
 
-    def sample(self, count: int, batch_size: int = 100) -> Iterator[Batch]:
+    def sample(self, count: int, batch_size: int = 100, name: str = "sample") -> Iterator[Batch]:
         """Stream `count` images in random order, each at most once; fewer where the set is smaller."""
-        order = torch.randperm(len(self.labels), generator=stream(self.seed, "sample", 0))[:count]
+        order = torch.randperm(len(self.labels), generator=stream(self.seed, name, 0))[:count]
         for rows in order.split(batch_size) if len(order) else ():
             yield self._pick(rows)
 
