@@ -16,11 +16,13 @@ from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import zsq as package
 from zsq import cli, digits
 from zsq.console import TerminalProgress
 from zsq.export import canonical_sha256
@@ -32,6 +34,7 @@ TINY = [
     *("--set", "method.steps=5", "--set", "method.batch_size=16", "--set", "method.width=8"),
     *("--set", "quantizer.num_samples=64"),
 ]
+STATED = ["--mean", "0.3", "--std", "0.4"]
 NOISE = ["--method", "noise", "--set", "quantizer.num_samples=8"]
 ZSQ = [sys.executable, "-m", "zsq"]
 
@@ -219,7 +222,7 @@ HELP_FLAGS = {
     "resume overwrite checkpoint-every out json devices",
     "synthesize": "weights input classes mean std resize method recipe budget set from seed device resume overwrite "
     "out count devices",
-    "evaluate": "weights input classes mean std resize data device json",
+    "evaluate": "file weights input classes mean std resize data device json",
     "compare": "out only data-root device resume overwrite dry-run json jobs job-set",
     "allocate": "weights input classes mean std resize method recipe budget set from seed device resume overwrite "
     "out average size widths activation images",
@@ -343,9 +346,9 @@ def test_a_checkpoint_that_would_execute_code(place, kind):
 
 def test_a_network_without_batch_norm(place):
     shape = ["--input", "1x8x8", "--classes", "10"]
-    message = error_of(zsq("quantize", "networks.py:plain", *shape, *TINY, "--out", "run"))
+    message = error_of(zsq("quantize", "networks.py:plain", *shape, *STATED, *TINY, "--out", "run"))
     assert "'networks.py:plain' has no batch norm" in message
-    assert message.endswith("Methods that do without: noise, real.")
+    assert message.endswith("Methods that do without: noise, real, and zscgan with --set method.bns_weight=0.")
 
 
 def test_a_network_that_torch_export_cannot_take(place):
@@ -609,3 +612,58 @@ def test_the_next_run_of_a_phase_starts_its_clock_anew(capsys, monkeypatch):
         "fit: 2/3, about 40 s left ce 1",
         "fit: 3/3, done in 60 s ce 1",
     ]
+
+
+def test_evaluate_takes_the_file_alone_and_beside_its_network(finished):
+    folder, outcome = finished
+    record = json.loads(outcome.out)
+    alone = json.loads(zsq("evaluate", folder / "model.onnx", "--data", "digits", "--json").out)
+    assert alone["model.onnx"]["top1"] == record["quantized_top1"]
+    for file in (folder, folder / "model.onnx"):
+        both = json.loads(zsq("evaluate", "digits", "--file", file, "--data", "digits", "--json").out)
+        assert both["digits"]["top1"] == record["float_top1"]
+        assert both["model.onnx"]["teacher_agreement"] == record["teacher_agreement"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{run}", "--weights", "x"], "--weights goes with a network, and {run} is a quantized file"),
+        (["{run}/model.onnx", "--mean", "0.5"], "--mean goes with a network"),
+        (["{run}", "--file", "{run}"], "--file goes with a network"),
+        (["digits", "--input", "1x9x9", "--file", "{run}"], "{run} takes ImageSpec(channels=1, height=8"),
+        (["digits", "--file", "gone.onnx"], "gone.onnx: no such file"),
+    ],
+)
+def test_what_cannot_be_evaluated(finished, arguments, message):
+    run = str(finished[0])
+    found = zsq("evaluate", *(part.format(run=run) for part in arguments), "--data", "digits")
+    assert error_of(found).startswith(message.format(run=run))
+
+
+def test_an_onnx_file_of_somebody_else_is_no_run(tmp_path, finished):
+    model = onnx.load(finished[0] / "model.onnx")
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / "x.onnx")
+    message = error_of(zsq("evaluate", tmp_path / "x.onnx", "--data", "digits"))
+    assert "x.onnx does not say how its images are normalised; zsq has not written it" in message
+
+
+def test_the_version_is_told():
+    found = zsq("--version")
+    assert found.code == 0
+    assert found.out.startswith(f"zsq {package.__version__}, onnx ")
+
+
+def test_a_search_without_a_match_says_so():
+    assert "no zoo network that can be used here has 'zzzz' in its name\n" in zsq("models", "zzzz").out
+
+
+def test_what_a_network_prints_does_not_mix_with_the_result(place):
+    text = "from networks import plain as quiet\ndef plain():\n print('hello')\n return quiet()"
+    (place / "loud.py").write_text(text)
+    found = zsq("evaluate", "loud.py:plain", "--input", "1x8x8", "--classes", "10", "--data", "digits", "--json")
+    assert found.code == 0, found.err
+    assert json.loads(found.out)["loud.py:plain"]["num_images"] == 899
+    assert "hello\n" in found.err
+    assert "pixels go into the network as they are, from 0 to 1; --mean and --std normalise them\n" in found.err

@@ -13,7 +13,7 @@ from PIL import Image
 
 from zsq import cells as cells_module
 from zsq import cli, recipes
-from zsq.compare import Comparison, compare, list_cells, read_lines
+from zsq.compare import Comparison, check, compare, list_cells, read_lines
 from zsq.errors import ExportError, InputError
 from zsq.experiment import quantize
 from zsq.jobs import share_out
@@ -551,3 +551,25 @@ def test_wrong_jobs_are_refused(recipe: Path, tmp_path: Path) -> None:
     pytest.importorskip("submitit")
     with pytest.raises(InputError, match="--job-set"):
         compare(recipe, out=tmp_path / "out", jobs=2, job_options={"colour": 3}, only="*/noise/*")
+
+
+def test_a_cell_that_failed_is_told_by_the_exit_code(ran, recipe, tmp_path, capsys):
+    ran.fail = "noise/ptq-4/0"
+    arguments = ["compare", str(recipe), "--only", "*/noise/ptq-4/*", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    out, err = capsys.readouterr()
+    assert ended.value.code == 1
+    assert "Small grid" in out
+    assert err.splitlines()[-1] == (
+        "Error: 1 of 2 cells failed, such as digits/noise/ptq-4/seed0: the file disagrees with the "
+        "simulation. --resume tries them again."
+    )
+    ran.fail = None
+    cli.main([*arguments, "--resume"])
+
+
+def test_a_dry_run_checks_networks_and_data(recipe, tmp_path):
+    recipe.write_text(recipe.read_text().replace('data = "digits"', 'data = "gone.npz"'))
+    with pytest.raises(InputError, match=r"no such data set: 'gone.npz'"):
+        check(recipe)

@@ -254,3 +254,22 @@ def test_limit_and_channels(tmp_path) -> None:
     folder = write_folder(tmp_path / "set", pixels(1), [0])
     with pytest.raises(InputError, match=r"the teacher takes 2\. Give a \.npz file\."):
         open_dataset(folder, spec_of(channels=2))
+
+
+@pytest.mark.parametrize("kind", ["npz", "folder", "digits"])
+def test_a_crop_is_told_unless_a_resize_was_chosen(tmp_path, kind) -> None:
+    images = pixels(2, 20, 12)
+    if kind == "npz":
+        np.savez(tmp_path / "x.npz", images=images, labels=[0, 1])
+        name = str(tmp_path / "x.npz")
+    elif kind == "folder":
+        name = write_folder(tmp_path / "x", images, [0, 1])
+    else:
+        name = "digits"
+    crop = spec_of(channels=1, size=4, classes=10) if kind == "digits" else spec_of(size=8)
+    size = "8x8" if kind == "digits" else "20x12"
+    notice = open_dataset(name, crop).notice
+    assert notice.startswith(f"images of data set '{name}' are {size}, and only their centre, {crop.height}x")
+    assert notice.endswith(f"is used; --resize {crop.height} shrinks them first")
+    resized = spec_of(channels=crop.channels, size=crop.height, classes=10, resize=crop.height)
+    assert open_dataset(name, resized).notice == ""

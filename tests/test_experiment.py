@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from zsq.runs import ARTIFACTS
 from zsq.settings import resolve
 from zsq.stages import HASHED
 from zsq.teachers import Teacher, load_teacher
-from zsq.training import load_tensors
+from zsq.training import Run, load_tensors
 from zsq.types import ImageSpec
 from zsq.verification import OnnxClassifier
 
@@ -539,3 +540,85 @@ def test_data_may_be_a_path(teacher, tmp_path):
         teacher, out=tmp_path / "run", method="noise", settings=("quantizer.num_samples=16",), data=tmp_path / "x.npz"
     )
     assert result.record["data"] == str(tmp_path / "x.npz")
+
+
+def test_agreement_on_fresh_samples_stands_for_accuracy_where_no_data_is_given(teacher, tmp_path):
+    """Real images in the place of samples: then both are known."""
+    said = []
+    settings = {"method.data": "digits:train", "method.limit": 500}
+    result = quantize(teacher, out=tmp_path / "8", method="real", settings=settings, say=said.append, quiet=True)
+    assert result.record["samples"]["num_images"] == 449  # every second of 898
+    assert result.record["samples"]["num_classes"] == 10
+    assert result.record["samples"]["teacher_agreement"] > 98
+    assert not [text for text in said if "WARNING" in text]
+    low = quantize(
+        teacher, out=tmp_path / "2", method="real", bits=2, settings=settings, say=said.append, quiet=True
+    ).record["samples"]["teacher_agreement"]
+    assert low < 80
+    assert [f"for only {low:.1f} % of fresh samples; --quantizer qat or more bits" in said[-1]] == [True]
+
+
+def test_samples_of_few_classes_tell_nothing(ptq, teacher, tmp_path):
+    said = []
+    settings = ("method.steps=1", "method.batch_size=8", "method.width=8", "quantizer.num_samples=16")
+    result = quantize(teacher, out=tmp_path, settings=settings, say=said.append, quiet=True)
+    assert result.record["samples"]["teacher_agreement"] is None
+    assert 1 <= result.record["samples"]["num_classes"] < 5
+    assert "too few to tell how good model.onnx is" in said[-1]
+    assert ptq.record["samples"]["num_images"] == 500
+
+
+def test_fresh_samples_are_others_than_those_that_calibrate(teacher):
+    source = resolve(assignments=FIT).method.fit(teacher, Run()).source
+    used = {image.numpy().tobytes() for batch in source.sample(100) for image in batch.images}
+    fresh = {image.numpy().tobytes() for batch in stages.FreshSamples(source, 100).batches() for image in batch.images}
+    assert len(used) == len(fresh) == 100
+    assert not used & fresh
+
+
+def test_progress_and_warnings_are_shown_unless_quiet(teacher, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stages, "write_onnx", _stop)
+    for quiet in (False, True):
+        with pytest.raises(InputError, match="far enough"):
+            quantize(teacher, out=tmp_path / str(quiet), settings=PTQ, quiet=quiet)
+        assert ("WARNING: the teacher recognises" in capsys.readouterr().err) is not quiet
+
+
+def test_settings_as_one_text_are_refused(teacher, tmp_path):
+    with pytest.raises(InputError, match=r"settings is the text 'method.steps=5'; give a tuple"):
+        quantize(teacher, out=tmp_path / "run", settings="method.steps=5")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_recipe_of_a_run_brings_its_seed(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "write_onnx", _stop)
+    hashed = []
+    for name, arguments in {
+        "first": {"settings": PTQ, "seed": 3},
+        "again": {"recipe": tmp_path / "first" / "settings.toml"},
+        "other": {"recipe": tmp_path / "first" / "settings.toml", "seed": 4},
+    }.items():
+        with pytest.raises(InputError, match="far enough"):
+            quantize(teacher, out=tmp_path / name, **arguments)
+        hashed.append(hashes(tmp_path / name)["generator.safetensors"])
+    assert hashed[0] == hashed[1] != hashed[2]
+    with pytest.raises(InputError, match="far enough"):  # the seed of the run that is resumed
+        quantize(teacher, out=tmp_path / "first", resume=True)
+
+
+def test_a_generator_that_was_cut_is_written_anew_on_resume(ptq, teacher, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(ptq.folder, folder)
+    os.truncate(folder / "generator.safetensors", 1000)
+    said = []
+    quantize(teacher, out=folder, settings=PTQ, data="digits", resume=True, say=said.append, quiet=True)
+    assert hashes(folder) == hashes(ptq.folder)
+    assert "generator.safetensors is not a readable safetensors file" in "".join(said)
+
+
+def test_resuming_nothing_says_so(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "write_onnx", _stop)
+    said = []
+    with pytest.raises(InputError, match="far enough"):
+        quantize(teacher, out=tmp_path / "run", settings=PTQ, resume=True, say=said.append)
+    assert f"{tmp_path / 'run'} holds no run to continue; this one starts anew" in said

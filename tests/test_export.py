@@ -241,7 +241,7 @@ def test_verification_counts_and_figures(files: Path, images: Tensor) -> None:
     assert rolled.decided_agreement == 0
     margins = torch.arange(200)[:, None] * torch.tensor([1.0, 0, 0, 0, 0])  # 0, 1, 2, ... steps: decided from 3 up
     assert verify_onnx(files / "8.onnx", lambda _: step * margins, [images], step, threads=1).num_decided == 197
-    wide = verify_onnx(files / "8.onnx", lambda _: step * margins, [images], step, threads=1, margin_steps=99)
+    wide = verify_onnx(files / "8.onnx", lambda _: step * margins, [images], step, threads=1, margin_steps=99.5)
     assert wide.num_decided == 100
     undecided = verify_onnx(files / "8.onnx", lambda batch: 0 * run(batch), [images], step, threads=1)
     assert (undecided.num_decided, undecided.decided_agreement) == (0, 0)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from zsq.batchnorm import fold
 from zsq.datasets import open_dataset
 from zsq.errors import InputError
 from zsq.methods import METHODS, ZSCGAN, Method, Noise, Real, Surrogate, ZeroQ
@@ -318,3 +319,17 @@ def test_bfloat16_learns_about_as_well(method) -> None:
     fresh = float(dataclasses.replace(method, steps=0).fit(teacher, Run()).source.step(0)["bns"])
     assert found[0] != found[1]
     assert abs(found[1] - found[0]) < 0.1 * (fresh - found[0])
+
+
+def test_labels_alone_serve_a_network_without_batch_norm() -> None:
+    """CE-only ZS-CGAN needs no statistics; on a real network whose batch norms are folded away it learns labels."""
+    folded = dataclasses.replace(load_teacher("digits"), network=fold(load_teacher("digits").network)[0])
+    with pytest.raises(InputError, match=r"noise, real, and zscgan with --set method.bns_weight=0"):
+        ZSCGAN(steps=2).fit(folded, Run())
+    settings = ZSCGAN(steps=400, batch_size=32, width=16, bns_weight=0.0)
+    source = settings.fit(folded, Run()).source
+    batch = joined(source.sample(200))
+    with torch.no_grad():
+        recognised = (folded.network(batch.images).argmax(1) == batch.labels).float().mean()
+    assert recognised > 0.9
+    assert set(source.step(400)) == {"ce", "label_recognition"}

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from dataclasses import replace
 
@@ -11,7 +12,10 @@ from zsq.quantize import PTQ, QAT
 from zsq.runs import (
     ARTIFACTS,
     FittedRun,
+    check_recipe,
     choose_schedule,
+    chosen_seed,
+    claimed,
     clear_folder,
     open_folder,
     pick_device,
@@ -338,3 +342,39 @@ def test_settings_that_lack_their_last_table_are_cut_short(run_folder, teacher):
     path.write_text(path.read_text().partition("[run]")[0])
     with pytest.raises(InputError, match=r"is cut short: its last table, \[run\], is missing"):
         FittedRun.open(run_folder, teacher)
+
+
+def test_a_folder_is_kept_to_one_process(tmp_path):
+    with claimed(tmp_path / "run"):
+        again = claimed(tmp_path / "run")
+        with pytest.raises(InputError, match=r"another process is writing to .*run; wait for it, or give another"):
+            again.__enter__()
+        (tmp_path / "run" / "kept").touch()
+    with claimed(tmp_path / "run"):
+        pass
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["kept"]
+    with pytest.raises(InputError, match="mistake"), claimed(tmp_path / "empty"):
+        raise InputError("mistake")
+    assert not (tmp_path / "empty").exists()
+
+
+def test_a_recipe_of_another_network_or_of_a_reused_generator_is_named(run_folder, teacher):
+    path, said = run_folder / "settings.toml", []
+    check_recipe(path, teacher, reuses=False, say=said.append)
+    assert said == []
+    check_recipe(path, dataclasses.replace(teacher, weights_sha256="0" * 64), reuses=False, say=said.append)
+    assert "is of a run of 'digits' with other weights; its settings are taken" in said.pop()
+    write_settings(path, resolve(), teacher_table(teacher), {"seed": 0, "generator_sha256": "1" * 64})
+    check_recipe(path, teacher, reuses=True, say=said.append)
+    assert said == []
+    check_recipe(path, teacher, reuses=False, say=said.append)
+    assert "took its generator from another run; --from DIR repeats that" in said.pop()
+
+
+def test_the_seed_is_that_of_the_caller_else_of_the_run_else_of_the_recipe(run_folder, teacher, tmp_path):
+    write_settings(run_folder / "settings.toml", resolve(), teacher_table(teacher), {"seed": 5})
+    recipe = run_folder / "settings.toml"
+    assert chosen_seed(7, recipe, run_folder, resume=True) == 7
+    assert chosen_seed(None, recipe, tmp_path, resume=False) == 5
+    assert chosen_seed(None, None, run_folder, resume=True) == 5
+    assert chosen_seed(None, None, run_folder, resume=False) == 0

@@ -161,3 +161,18 @@ def test_images_are_written_as_they_come(tmp_path, digits):
     assert all(early <= late for early, late in pairwise(sizes))
     assert sizes[-1] > 100_000  # of 256,000 bytes of pixels that do not compress
     assert np.load(tmp_path / "x.npz")["images"].shape == (4000, 8, 8, 1)
+
+
+def test_a_synthesis_that_was_stopped_goes_on_and_its_generator_serves_others(tmp_path, digits, monkeypatch):
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("zsq.samples.write_npz", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            synthesize(digits, out=tmp_path / "a", count=5, settings=TINY)
+    fit = (tmp_path / "a" / "checkpoints" / "fit.safetensors").stat().st_mtime_ns
+    resumed = synthesize(digits, out=tmp_path / "a", count=5, settings=TINY, resume=True)[0]
+    assert (tmp_path / "a" / "checkpoints" / "fit.safetensors").stat().st_mtime_ns == fit
+    taken = synthesize(digits, out=tmp_path / "b", count=5, from_run=tmp_path / "a")[0]
+    assert np.array_equal(np.load(taken)["images"], np.load(resumed)["images"])

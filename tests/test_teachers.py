@@ -220,12 +220,12 @@ def test_module_factory_from_the_working_folder(factories, monkeypatch) -> None:
     [
         ("smal", "Did you mean 'small'?"),
         ("wrong_kind", "returns a dict; a factory returns a torch.nn.Module."),
-        ("raising", "fails: first line"),
-        ("Failing", "fails on images of 2x6x6: 'missing thing'"),
+        ("raising", "fails: ValueError: first line (nets.py, line "),
+        ("Failing", "fails on images of 2x6x6: KeyError: 'missing thing' (nets.py, line "),
         ("Pair", "returns a tuple; a classifier returns logits [N, classes]."),
         ("Map", "gives [2, 2, 6, 6] for 2 images of 2x6x6; a classifier gives [2, 4]."),
         ("FixedBatch", "cannot be exported by torch.export: "),
-        ("Branching", "cannot be exported by torch.export: "),
+        ("Branching", "Its forward branches on the values of its images, which no exported file can."),
         ("Drawing", "gives other logits than the network"),
     ],
 )
@@ -239,7 +239,9 @@ def test_factories_that_give_no_teacher(factories, factory, text) -> None:
 def test_number_of_classes_and_image_size_are_checked(factories) -> None:
     with pytest.raises(TeacherError, match=r"knows 4 classes; --classes says 7\."):
         load_teacher(f"{factories}:small", input=(2, 6, 6), classes=7)
-    with pytest.raises(TeacherError, match="fails on images of 2x9x9: mat1 and mat2 shapes cannot be multiplied"):
+    with pytest.raises(
+        TeacherError, match="fails on images of 2x9x9: RuntimeError: mat1 and mat2 shapes cannot be multiplied"
+    ):
         load_teacher(f"{factories}:small", input=(2, 9, 9), classes=4)
 
 
@@ -288,3 +290,31 @@ def test_normalisation_on_another_scale_is_refused(given, text):
     spec = {"channels": 3, "height": 8, "width": 8, "classes": 5, "mean": (0.5,) * 3, "std": (0.25,) * 3}
     with pytest.raises(InputError, match=text):
         ImageSpec(**(spec | given))
+
+
+def test_what_is_wrapped_around_a_network_is_taken_off() -> None:
+    plain = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(48, 4))
+    wanted = teacher_from_module(plain, SPEC)
+    compiled = torch.compile(plain, backend="eager")
+    for wrapped in (nn.DataParallel(plain), compiled, nn.DataParallel(compiled)):
+        found = teacher_from_module(wrapped, SPEC)
+        assert found.weights_sha256 == wanted.weights_sha256
+        assert next(name for name, _ in found.network.named_parameters()) == "0.weight"
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_networks_that_cannot_serve_are_told_why() -> None:
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(72, 4))
+    with pytest.raises(TeacherError, match=r"is a TorchScript module; give the torch\.nn\.Module that it was made of"):
+        teacher_from_module(torch.jit.script(plain), SPEC)
+    for last in (nn.Softmax(1), nn.Softmax(-1)):
+        with pytest.raises(TeacherError, match="ends in a softmax; zsq learns from logits: return what goes into it"):
+            teacher_from_module(nn.Sequential(plain, last), SPEC)
+    assert teacher_from_module(nn.Sequential(plain, nn.LogSoftmax(1)), SPEC).spec == SPEC  # its softmax is the same
+
+
+def test_mean_and_std_belong_together(factories) -> None:
+    with pytest.raises(TeacherError, match=r"gets --mean and no --std; give both, or neither"):
+        load_teacher(f"{factories}:small", input=(2, 6, 6), classes=4, mean=(0.5, 0.5))
+    with pytest.raises(TeacherError, match=r"gets --std and no --mean"):
+        load_teacher(f"{factories}:small", input=(2, 6, 6), classes=4, std=(0.5, 0.5))

@@ -1,6 +1,7 @@
 import json
 import math
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -320,3 +321,51 @@ def test_progress_shows_the_latest_losses():
 
     Run(progress=Recorder()).train("fit", Toy(), 12)
     assert seen == [("fit", 10, 12, ["distance", "fine"]), ("fit", 12, 12, ["distance", "fine"])]
+
+
+class Signalled(Toy):
+    """Sends its own process a signal in the middle of a step."""
+
+    def __init__(self, number: int, at: int, times: int = 1) -> None:
+        super().__init__()
+        self.number, self.at, self.times = number, at, times
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        for _ in range(self.times if step == self.at else 0):
+            signal.raise_signal(self.number)
+        return super().step(step)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_takes_effect_after_the_step_and_its_checkpoint(tmp_path, number):
+    class EndedError(Exception):
+        pass
+
+    def end(received: int, frame: object) -> None:
+        raise EndedError(received)
+
+    before = signal.signal(number, end)
+    try:
+        learner = Signalled(number, at=4)
+        with pytest.raises(EndedError):
+            Run(tmp_path).train("fit", learner, 40)
+        assert signal.getsignal(number) is end
+    finally:
+        signal.signal(number, before)
+    assert learner.taken == [0, 1, 2, 3, 4]
+    assert load_tensors(tmp_path / "checkpoints" / "fit.safetensors")[1]["step"] == "5"
+    assert [line["step"] for line in metrics(tmp_path)] == [5]
+    resumed, whole = Toy(), Toy()
+    Run(tmp_path).train("fit", resumed, 40)
+    Run().train("fit", whole, 40)
+    assert resumed.taken[0] == 5
+    assert torch.equal(resumed.weight, whole.weight)
+
+
+def test_a_second_interrupt_takes_effect_at_once(tmp_path):
+    learner = Signalled(signal.SIGINT, at=4, times=2)
+    with pytest.raises(KeyboardInterrupt):
+        Run(tmp_path).train("fit", learner, 40)
+    assert learner.taken == [0, 1, 2, 3]
+    assert not (tmp_path / "checkpoints").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

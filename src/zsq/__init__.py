@@ -1,5 +1,7 @@
 """Quantize a pretrained image classifier to INT8, INT6 or INT4 without any of its training data."""
 
+from importlib import metadata
+
 from zsq.allocation import allocate
 from zsq.errors import ExportError, InputError, MissingExtraError, NumericsError, TeacherError, ZsqError
 from zsq.evaluate import Evaluation, evaluate
@@ -10,6 +12,8 @@ from zsq.samples import synthesize
 from zsq.teachers import Teacher, load_teacher, teacher_from_module
 from zsq.types import ImageSpec
 from zsq.verification import OnnxClassifier
+
+__version__ = metadata.version("zsq")
 
 __all__ = [
     "METHODS",

@@ -142,35 +142,38 @@ class ObservedTeacher(nn.Module):
         network: the exported teacher; it is copied, not changed.
         name: for the error text.
         low_precision: compute the layers in bfloat16; logits and statistics are float32.
+        required: refuse a teacher without statistics; otherwise it gives none.
 
     Attributes:
         target_mean, target_var, eps: what the layers store, concatenated, each [sum C_l].
 
     Raises:
-        InputError: no layer stores batch-norm statistics.
+        InputError: no layer stores batch-norm statistics, and they are required.
     """
 
     target_mean: Tensor
     target_var: Tensor
     eps: Tensor
 
-    def __init__(self, network: GraphModule, name: str = "teacher", *, low_precision: bool = False) -> None:
+    def __init__(
+        self, network: GraphModule, name: str = "teacher", *, low_precision: bool = False, required: bool = True
+    ) -> None:
         super().__init__()
         self.low_precision = low_precision
         network = graphs.copy_network(network)
         norms = batch_norms(network)
-        if not norms:
+        if required and not norms:
             raise InputError(
                 f"teacher '{name}' has no batch norm with stored statistics, and this method learns from them. "
-                "Methods that do without: noise, real."
+                "Methods that do without: noise, real, and zscgan with --set method.bns_weight=0."
             )
         observed = [self._replace(network, index, norm) for index, norm in enumerate(norms)]
         output = network.graph.output_node()
         output.args = ((output.args[0], tuple(observed)),)
         self.network = graphs.finish(network).requires_grad_(False)
-        self.register_buffer("target_mean", torch.cat([n.mean for n in norms]))
-        self.register_buffer("target_var", torch.cat([n.var for n in norms]))
-        self.register_buffer("eps", torch.cat([torch.full_like(n.mean, n.eps) for n in norms]))
+        self.register_buffer("target_mean", _joined([n.mean for n in norms]))
+        self.register_buffer("target_var", _joined([n.var for n in norms]))
+        self.register_buffer("eps", _joined([torch.full_like(n.mean, n.eps) for n in norms]))
 
     @staticmethod
     def _replace(network: GraphModule, index: int, norm: BatchNorm) -> Node:
@@ -196,6 +199,10 @@ class ObservedTeacher(nn.Module):
             logits, statistics = self.network(images)
         logits = logits[0] if isinstance(logits, (tuple, list)) else logits
         return logits.float() if self.low_precision else logits, list(statistics)
+
+
+def _joined(values: list[Tensor]) -> Tensor:
+    return torch.cat(values) if values else torch.empty(0)
 
 
 def fold(network: GraphModule) -> tuple[GraphModule, dict[str, tuple[Tensor, Tensor]]]:

@@ -6,7 +6,7 @@ import json
 import operator
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -24,18 +24,19 @@ from tyro.conf import (
 from zsq import doctor, parallel
 from zsq.cli_allocate import Allocate
 from zsq.cli_compare import Compare
-from zsq.console import TerminalProgress
-from zsq.datasets import open_dataset
+from zsq.console import TerminalProgress, say_line
+from zsq.datasets import LabelledImages, open_dataset
 from zsq.errors import InputError, LostProcessError, ZsqError, unknown_name
-from zsq.evaluate import Evaluation, evaluate_many
+from zsq.evaluate import Evaluation, Predict, evaluate_many
 from zsq.experiment import quantize
 from zsq.methods import METHODS
-from zsq.options import Count, ParallelOptions, TeacherOptions, Text, unset
+from zsq.options import Count, File, ParallelOptions, TeacherOptions, Text, unset
 from zsq.quantize import QUANTIZERS
 from zsq.report import percent, summary_rows, table
-from zsq.runs import pick_device, stored_spec
+from zsq.runs import pick_device, versions
 from zsq.samples import synthesize
 from zsq.teachers import known_models
+from zsq.types import ImageSpec
 from zsq.verification import OnnxClassifier
 from zsq.workers import LOST, STOPPED, SUPERVISED, run_workers, watch_starter
 
@@ -105,15 +106,18 @@ class Synthesize(ParallelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(TeacherOptions):
-    """Measure top-1, top-5 and agreement of a run's model.onnx, or of a float network.
+    """Measure top-1, top-5 and agreement of a quantized file, of a float network, or of both side by side.
 
     Examples:
       zsq evaluate runs/digits --data digits
-      zsq evaluate digits --data digits --json
+      zsq evaluate runs/digits/model.onnx --data digits --json
+      zsq evaluate digits --file runs/digits --data digits
     """
 
     model: Positional[str]
-    """Folder of a run, or a network as for `zsq quantize`."""
+    """Folder of a run, its model.onnx, or a network as for `zsq quantize`."""
+    file: File = None
+    """Beside a network: folder of a run or .onnx file that is compared with it."""
     data: Annotated[str, arg(metavar="SET")]
     """Labelled images: digits, FILE.npz, or a folder with metadata.csv or one folder a class."""
     device: Literal["cpu", "cuda", "auto"] = "auto"
@@ -136,13 +140,35 @@ class EvaluateOptions(TeacherOptions):
             def show(done: int, total: int) -> None:
                 progress.update("evaluate", done, total, {})
 
-            if Path(self.model).is_dir() and self.model != "digits":
-                file = OnnxClassifier(Path(self.model) / "model.onnx")
-                data = open_dataset(self.data, stored_spec(Path(self.model)))
-                return evaluate_many({"model.onnx": file}, data, progress=show)
+            path = Path(self.model)
+            if (path.is_dir() and self.model != "digits") or path.suffix == ".onnx":
+                self._check_alone()
+                file = _open_file(path)
+                return evaluate_many({"model.onnx": file}, self._open(file.spec), progress=show)
+            beside = None if self.file is None else _open_file(self.file)
             teacher = self.load().to(pick_device(self.device))
-            data = open_dataset(self.data, teacher.spec)
-            return evaluate_many({teacher.name: teacher.network}, data, progress=show)
+            if beside is not None and replace(beside.spec, resize=None) != replace(teacher.spec, resize=None):
+                raise InputError(f"{self.file} takes {beside.spec}, and {teacher.name} {teacher.spec}.")
+            data = self._open(teacher.spec)
+            networks: dict[str, Predict] = {teacher.name: teacher.network}
+            if beside is None:
+                return evaluate_many(networks, data, progress=show)
+            return evaluate_many(networks | {"model.onnx": beside}, data, teacher=teacher.network, progress=show)
+
+    def _open(self, spec: ImageSpec) -> LabelledImages:
+        data = open_dataset(self.data, spec)
+        if data.notice:
+            say_line(data.notice)
+        return data
+
+    def _check_alone(self) -> None:
+        """Refuse what is said of a network where there is none."""
+        for name in ("weights", "input", "classes", "mean", "std", "resize", "file"):
+            if getattr(self, name) is not None:
+                raise InputError(
+                    f"--{name} goes with a network, and {self.model} is a quantized file, which knows its images; "
+                    f"zsq evaluate NETWORK --file {self.model} measures both."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,13 +214,17 @@ class Models:
 
     def run(self, console: Console) -> None:
         """Print them."""
+        matches = 0
         for group in known_models():
             state = "" if group.installed else "not usable here: "
             console.print(f"{group.form:26} {state}{group.reason}", soft_wrap=True)
             if self.search and ":" in group.form:
-                for name in group.names:
-                    if self.search in name:
-                        console.print(f"  {group.form.split(':')[0]}:{name}")
+                found = [name for name in group.names if self.search in name]
+                matches += len(found)
+                for name in found:
+                    console.print(f"  {group.form.split(':')[0]}:{name}")
+        if self.search and not matches:
+            console.print(f"no zoo network that can be used here has '{self.search}' in its name")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +273,8 @@ def parse(arguments: list[str] | None = None) -> Any:
     return tyro.cli(
         any_of,
         prog="zsq",
-        description="Quantize a pretrained image classifier without any of its training data.",
+        description="Quantize a pretrained image classifier without any of its training data.\n\n"
+        "`zsq COMMAND --help` has examples, `zsq --version` names the versions.",
         args=arguments,
         config=(FlagCreatePairsOff, DisallowNone, PositionalMetavarFromFieldName),
     )
@@ -252,6 +283,9 @@ def parse(arguments: list[str] | None = None) -> Any:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits 1 on an expected fault, 2 on wrong usage."""
     try:
+        if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
+            print(", ".join(f"{name} {number}" for name, number in versions().items()))
+            return
         try:
             command = parse(arguments)
         finally:
@@ -294,6 +328,10 @@ def _needs_workers(devices: int, device: str) -> bool:
 def _stop(text: str) -> NoReturn:
     print(f"Error: {' '.join(text.split())}", file=sys.stderr)
     sys.exit(1)
+
+
+def _open_file(path: Path) -> OnnxClassifier:
+    return OnnxClassifier(path / "model.onnx" if path.is_dir() else path)
 
 
 def _row(name: str, found: Evaluation) -> list[str]:

@@ -8,10 +8,9 @@ from typing import Annotated, Literal
 from rich.console import Console
 from tyro.conf import Positional, UseAppendAction, arg
 
-from zsq.compare import compare, list_cells
-from zsq.errors import InputError
+from zsq.compare import check, compare
+from zsq.errors import InputError, ZsqError
 from zsq.options import Folder, unset
-from zsq.recipes import read_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +44,14 @@ class Compare:
     overwrite: bool = False
     """Discard the comparison that --out holds."""
     dry_run: bool = False
-    """List the cells and run none."""
+    """Check networks and data, list the cells, and run none."""
     json: bool = False
     """Print one JSON object: the lines of the cells, and the claims."""
 
     def run(self, console: Console) -> None:
         """Do it and print the table."""
         if self.dry_run:
-            for cell in list_cells(read_recipe(self.recipe), self.only):
+            for cell in check(self.recipe, self.only, self.data_root):
                 console.print(f"{cell.name}{': skipped: ' if cell.reason else ''}{cell.reason}", soft_wrap=True)
             return
         done = compare(
@@ -68,9 +67,14 @@ class Compare:
         )
         if self.json:
             print(json.dumps(done.as_dict()))
-            return
-        console.print((self.out / "table.md").read_text(), soft_wrap=True)
-        console.print(f"{'folder:':24} {done.folder}", soft_wrap=True)
+        else:
+            console.print((self.out / "table.md").read_text(), soft_wrap=True)
+            console.print(f"{'folder:':24} {done.folder}", soft_wrap=True)
+        if failed := done.failed(self.only):
+            raise ZsqError(
+                f"{len(failed)} of {len(done.lines)} cells failed, such as {failed[0]['cell']}: "
+                f"{failed[0]['reason'].rstrip('.')}. --resume tries them again."
+            )
 
 
 def _job_options(assignments: tuple[str, ...]) -> dict[str, str | int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from zsq.cells import Bench
-from zsq.console import shown
+from zsq.console import nothing, shown
 from zsq.errors import InputError
 from zsq.grid import LINES, Comparison, Grid, read_lines, write_tables
 from zsq.jobs import available, run_jobs
@@ -29,6 +29,20 @@ def list_cells(recipe: Recipe, only: str = "*") -> list[Cell]:
     chosen = [cell for cell in grid if fnmatch.fnmatchcase(cell.name, only)]
     if not chosen:
         raise InputError(f"--only '{only}' matches none of {len(grid)} cells, which have names such as {grid[0].name}.")
+    return chosen
+
+
+def check(recipe: str | Path, only: str = "*", data_root: str | Path | None = None) -> list[Cell]:
+    """Load the networks and open the data sets of the cells with such names, and return the cells.
+
+    Raises:
+        InputError: something does not fit.
+    """
+    read = read_recipe(Path(recipe))
+    chosen = list_cells(read, only)
+    root = None if data_root is None else Path(data_root)
+    bench = Bench(read, Path(), root, pick_device("cpu"), None, nothing)
+    bench.load([cell for cell in chosen if not cell.reason])
     return chosen
 
 

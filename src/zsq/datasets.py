@@ -1,5 +1,6 @@
 """Labelled images, streamed: what accuracy is measured on, and what the data-dependent baselines calibrate with."""
 
+import contextlib
 import csv
 import zipfile
 import zlib
@@ -53,8 +54,19 @@ class LabelledImages(ABC):
             )
         self.num_images = len(labels)
         """Images that `batches` yields."""
+        self.notice = ""
+        """What the user should know of how the images are read; empty where nothing is lost of them."""
         self._spec = spec
         self._labels = labels.astype(np.int64)
+
+    def _note_crop(self, height: int, width: int) -> None:
+        """Note that images of this size lose a part of themselves."""
+        spec = self._spec
+        if spec.resize is None and (height, width) != (spec.height, spec.width):
+            self.notice = (
+                f"images of data set '{self.name}' are {height}x{width}, and only their centre, "
+                f"{spec.height}x{spec.width}, is used; --resize {min(spec.height, spec.width)} shrinks them first"
+            )
 
     def batches(self, batch_size: int = 100) -> Iterator[Batch]:
         """Yield all images as the network takes them, `batch_size` at a time; the last batch may be smaller.
@@ -81,6 +93,7 @@ class _Array(LabelledImages):
         _check_array(name, images.shape[1:], spec)
         super().__init__(name, spec, labels, limit)
         self._images = images
+        self._note_crop(*images.shape[1:3])
 
     def _pixels(self, batch_size: int) -> Iterator[np.ndarray]:
         for start in range(0, self.num_images, batch_size):
@@ -112,6 +125,7 @@ class _Npz(LabelledImages):
         self._shape = shape[1:] if len(shape) == 4 else (*shape[1:], 1)
         _check_array(name, self._shape, spec)
         super().__init__(name, spec, labels, limit)
+        self._note_crop(*self._shape[:2])
 
     def _pixels(self, batch_size: int) -> Iterator[np.ndarray]:
         size = int(np.prod(self._shape))
@@ -141,6 +155,8 @@ class _Files(LabelledImages):
                 f"{spec.channels}. Give a .npz file."
             )
         self._files = files[:limit]
+        with contextlib.suppress(*READ_FAULTS), Image.open(files[0]) as first:  # damage is told when it is read
+            self._note_crop(first.height, first.width)
 
     def _pixels(self, batch_size: int) -> Iterator[np.ndarray]:
         for start in range(0, self.num_images, batch_size):

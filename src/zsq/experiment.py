@@ -167,6 +167,8 @@ def started(
     drawn = chosen_seed(seed, wanted.recipe, folder, resume=resume)
     with shown(progress, say, quiet=quiet) as (where_shown, speak), claimed(folder):
         run = Run(folder, seed=drawn, device=where, checkpoint_steps=checkpoint_every, progress=where_shown, say=speak)
+        if images is not None and images.notice:
+            speak(images.notice)
         job = Job(teacher, folder, run, images, speak, reused)
         chosen = job.stored(asked, resume=resume, overwrite=overwrite)
         if chosen is None:

@@ -36,7 +36,7 @@ from torch import fx
 from zsq.errors import ExportError, InputError
 from zsq.training import replacing
 from zsq.types import ImageSpec
-from zsq.verification import OnnxClassifier, Verification, require, verify_onnx
+from zsq.verification import SPEC_KEY, OnnxClassifier, Verification, require, verify_onnx
 
 __all__ = [
     "OnnxClassifier",
@@ -321,7 +321,7 @@ def _name_interface(model: onnx.ModelProto, spec: ImageSpec) -> None:
         field.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shapes[name]))
     graph.name = "zsq"
     model.producer_name = "zsq"
-    onnx.helper.set_model_props(model, {"image_spec": _spec_json(spec)})
+    onnx.helper.set_model_props(model, {SPEC_KEY: _spec_json(spec)})
 
 
 def _strip_metadata(model: onnx.ModelProto) -> None:

@@ -4,6 +4,7 @@ import itertools
 import json
 import time
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,11 @@ class Comparison:
     def outcomes(self) -> Outcomes:
         """Tables, intervals and verdicts."""
         return Outcomes(self.recipe, self.lines, self.folder)
+
+    def failed(self, only: str = "*") -> list[dict[str, Any]]:
+        """Return the lines of the cells with such names that could be run by their recipe, and failed."""
+        possible = {cell.name for cell in cells(self.recipe) if not cell.reason and fnmatchcase(cell.name, only)}
+        return [line for name, line in self.lines.items() if line["status"] == SKIPPED and name in possible]
 
     def as_dict(self) -> dict[str, Any]:
         """Return lines, claims and table as plain values."""

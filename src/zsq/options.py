@@ -1,11 +1,14 @@
 """Options that several commands of the command line share."""
 
+import contextlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
+from zsq.console import say_line
 from zsq.errors import InputError
 from zsq.teachers import Teacher, load_teacher
 
@@ -48,15 +51,20 @@ class TeacherOptions:
         resize: Any = "zoo"
         if self.resize is not None:
             resize = None if self.resize.lower() == "none" else _whole("resize", self.resize)
-        return load_teacher(
-            self.model,
-            weights=self.weights,
-            input=_shape(self.input),
-            classes=self.classes,
-            mean=_floats("mean", self.mean),
-            std=_floats("std", self.std),
-            resize=resize,
-        )
+        with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints must not mix with a result
+            teacher = load_teacher(
+                self.model,
+                weights=self.weights,
+                input=_shape(self.input),
+                classes=self.classes,
+                mean=_floats("mean", self.mean),
+                std=_floats("std", self.std),
+                resize=resize,
+            )
+        spec = teacher.spec
+        if not any(spec.mean) and set(spec.std) == {1.0} and self.mean is None and self.std is None:
+            say_line("pixels go into the network as they are, from 0 to 1; --mean and --std normalise them")
+        return teacher
 
 
 @dataclass(frozen=True, kw_only=True)

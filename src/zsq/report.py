@@ -117,11 +117,9 @@ def summary_rows(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
         f"({percent(check['agreement_optimized'])} % with the runtime's optimisations)",
     )
     if (samples := record["samples"]) is not None:
-        yield (
-            "agreement on samples",
-            f"{percent(samples['teacher_agreement'], 1)} % of {samples['num_images']} fresh samples, in which "
-            f"the float network sees {samples['num_classes']} classes",
-        )
+        share, seen = samples["teacher_agreement"], f"in which the float network sees {samples['num_classes']} classes"
+        known = "not known" if share is None else f"{share:.1f} %"
+        yield "agreement on samples", f"{known} ({samples['num_images']} fresh samples, {seen})"
     if record["label_recognition"] is not None:
         yield "label recognition", f"{percent(record['label_recognition'], 1)} % of the samples' labels"
     size = record["artifacts"]["model.onnx"]["bytes"]

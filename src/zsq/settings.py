@@ -182,6 +182,9 @@ def build(section: str, name: str, table: Mapping[str, Any]) -> Any:
     keys = [field.name for field in fields(kind)]
     for key in table:
         if key not in keys:
+            others = [other for other, rival in known.items() if key in {field.name for field in fields(rival)}]
+            if others:
+                raise InputError(f"{section} {name} has no setting '{key}'; --{section} {' or '.join(others)} has it.")
             raise unknown_name(f"{section} setting", f"{section}.{key}", [f"{section}.{k}" for k in keys])
     table = {key: _READ[key](value) if key in _READ else value for key, value in table.items()}
     try:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from zsq import parallel
 from zsq.datasets import LabelledImages
+from zsq.errors import InputError
 from zsq.evaluate import Evaluation, Predict, evaluate_many
 from zsq.export import canonical_sha256, output_step, write_onnx, write_pt2
 from zsq.methods import Surrogate
@@ -34,7 +35,7 @@ from zsq.runs import (
 )
 from zsq.settings import Settings, to_tables, write_settings
 from zsq.teachers import Teacher
-from zsq.training import Run, Say, clear_memory_errors, replacing, save_tensors
+from zsq.training import Run, Say, clear_memory_errors, load_tensors, replacing, save_tensors
 from zsq.types import Batch, SampleSource
 from zsq.verification import OnnxClassifier, Verification, require, verify_onnx
 
@@ -52,6 +53,8 @@ AGREEMENT_IMAGES = 500
 LOW_AGREEMENT = 80.0
 """Percent of fresh samples on which file and teacher agree, below which the file is not worth much as it is; see
 docs/results.md for what goes with it on real images."""
+MANY_CLASSES = 20
+"""Samples of half as many classes, or of half of the network's where it has fewer, are enough to tell."""
 LOW_RECOGNITION = 50.0
 """Percent of wanted labels recognised, below which samples carry statistics but no classes."""
 
@@ -184,12 +187,23 @@ class Job:
             return surrogate
         state = surrogate.source.state_dict()
         path = self.folder / "generator.safetensors"
-        if state and not path.exists():
+        if state and not self._holds_generator(path):
             meta = {"method": settings.method.name, "weights_sha256": self.teacher.weights_sha256}
             save_tensors(path, state, meta)
         if surrogate.statistics is None and not (self.folder / "samples.png").exists():
             save_grid(surrogate.source, self.teacher.spec, self.folder / "samples.png")
         return surrogate
+
+    def _holds_generator(self, path: Path) -> bool:
+        """Tell whether the folder has its generator; a damaged one is written anew."""
+        if not path.exists():
+            return False
+        try:
+            load_tensors(path)
+        except InputError as error:
+            self.say(f"WARNING: {error} It is written anew.")
+            return False
+        return True
 
     @torch.no_grad()
     def recognition(self, surrogate: Surrogate) -> float | None:
@@ -223,11 +237,17 @@ class Job:
         networks: dict[str, Predict] = {"file": file, "teacher": self.teacher.network}
         samples = FreshSamples(surrogate.source, AGREEMENT_IMAGES)
         found = evaluate_many(networks, samples, teacher=self.teacher.network)
-        named = found["teacher"].predictions
+        named, agreement = found["teacher"].predictions, found["file"].teacher_agreement
         assert named is not None
-        agreement = found["file"].teacher_agreement
         assert agreement is not None
-        if agreement < LOW_AGREEMENT:
+        classes = len(np.unique(named))
+        meaningful = classes >= min(self.teacher.spec.classes, MANY_CLASSES) / 2
+        if self.data is None and not meaningful:
+            self.say(
+                f"WARNING: the float network sees {classes} classes in the samples, too few to tell how good "
+                "model.onnx is; a longer --budget may help, and labelled images (--data) tell the accuracy."
+            )
+        elif self.data is None and agreement < LOW_AGREEMENT:
             hint = "" if quantizer == "qat" else "--quantizer qat or "
             self.say(
                 f"WARNING: model.onnx and the float network name the same class for only {agreement:.1f} % of fresh "
@@ -235,8 +255,8 @@ class Job:
             )
         return {
             "num_images": found["file"].num_images,
-            "teacher_agreement": agreement,
-            "num_classes": len(np.unique(named)),
+            "num_classes": classes,
+            "teacher_agreement": agreement if meaningful else None,
         }
 
     def _quantize(self, settings: Settings, surrogate: Surrogate) -> Student:

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from zsq import checkpoints, digits, zoo
 from zsq.errors import InputError, TeacherError, unknown_name
-from zsq.tracing import FOREIGN_FAULTS, first_line, trace
+from zsq.tracing import FOREIGN_FAULTS, described, first_line, trace
 from zsq.types import ImageSpec
 from zsq.zoo import IMPORT_FAULTS, ModelGroup, known_models
 
@@ -95,6 +95,9 @@ class _Flags:
                 f"'{model}' does not say what images it takes: give {' and '.join(missing)}, "
                 "with --mean and --std if it was trained on normalised pixels."
             )
+        if (self.mean is None) != (self.std is None):
+            given, other = ("mean", "std") if self.std is None else ("std", "mean")
+            raise TeacherError(f"'{model}' gets --{given} and no --{other}; give both, or neither.")
         assert self.input is not None
         assert self.classes is not None
         channels, height, width = self.input
@@ -225,7 +228,7 @@ def _from_factory(model: str, flags: _Flags) -> tuple[nn.Module, ImageSpec]:
     try:
         net = factory()
     except FOREIGN_FAULTS as error:
-        raise TeacherError(f"'{model}' fails: {first_line(error)}") from error
+        raise TeacherError(f"'{model}' fails: {described(error)}") from error
     if not isinstance(net, nn.Module):
         raise TeacherError(f"'{model}' returns a {type(net).__name__}; a factory returns a torch.nn.Module.")
     return net, spec
@@ -276,6 +279,18 @@ def _importing_from(folder: Path) -> Iterator[None]:
             sys.path.remove(str(folder))
 
 
+def _unwrapped(net: nn.Module) -> nn.Module:
+    """Return the network inside of what spreads it over devices or compiles it."""
+    while True:
+        compiled = getattr(net, "_orig_mod", None)
+        if isinstance(net, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            net = net.module
+        elif isinstance(compiled, nn.Module):
+            net = compiled
+        else:
+            return net
+
+
 def _initialise(net: nn.Module) -> None:
     """Give every layer its library's initial weights, whatever the factory had loaded."""
     for module in net.modules():
@@ -286,7 +301,9 @@ def _initialise(net: nn.Module) -> None:
 
 def _teacher(net: nn.Module, spec: ImageSpec, name: str, source: str) -> Teacher:
     """Freeze, hash and export a network that nobody else holds."""
-    net = net.cpu().float().eval()
+    if isinstance(net, torch.jit.ScriptModule):
+        raise TeacherError(f"teacher '{name}' is a TorchScript module; give the torch.nn.Module that it was made of.")
+    net = _unwrapped(net).cpu().float().eval()
     for parameter in net.parameters():
         parameter.requires_grad_(False)
     network = trace(net, spec, name)

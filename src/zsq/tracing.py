@@ -3,7 +3,9 @@
 import contextlib
 import io
 import logging
+import traceback
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, fx, nn
@@ -40,6 +42,9 @@ DROPOUTS = tuple(
 )
 
 
+SOFTMAX = (torch.ops.aten.softmax.int, torch.ops.aten._softmax.default)
+"""What turns logits into probabilities; behind it, the losses that take logits are wrong."""
+
 WRITES = ("copy_", "fill_", "zero_")
 """In-place operators that assign to a part of a tensor; they stay in the graph."""
 
@@ -50,6 +55,14 @@ def first_line(error: BaseException) -> str:
         if any(character.isalpha() for character in line):
             return line.strip()[:200]
     return type(error).__name__
+
+
+def described(error: BaseException) -> str:
+    """Return type and first line of a fault in the user's code, with the place there."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not {"site-packages", "zsq"} & set(Path(frame.filename).parts)]
+    place = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}: {first_line(error)}{place}"
 
 
 def trace(net: nn.Module, spec: ImageSpec, name: str) -> fx.GraphModule:
@@ -74,10 +87,18 @@ def trace(net: nn.Module, spec: ImageSpec, name: str) -> fx.GraphModule:
             program = torch.export.export(net, (images,), dynamic_shapes=({0: batch},))
             exported = program.module(check_guards=False)
     except FOREIGN_FAULTS as error:
-        raise TeacherError(f"teacher '{name}' cannot be exported by torch.export: {first_line(error)}") from error
+        branches = "data-dependent" in str(error)
+        hint = " Its forward branches on the values of its images, which no exported file can." if branches else ""
+        text = f"teacher '{name}' cannot be exported by torch.export: {first_line(error)}{hint}"
+        raise TeacherError(text) from error
     graph = exported.graph
     output = graph.output_node()
     output.args = (output.all_input_nodes[0],)
+    if output.args[0].target in SOFTMAX:
+        raise TeacherError(
+            f"teacher '{name}' ends in a softmax; zsq learns from logits: return what goes into it. The class is the "
+            "same."
+        )
     graph.set_codegen(fx.graph.CodeGen())
     _functionalize(graph)
     _remove_dropout(graph)
@@ -157,7 +178,7 @@ def _check_forward(net: nn.Module, images: Tensor, spec: ImageSpec, name: str) -
         with torch.no_grad():
             logits = net(images)
     except FOREIGN_FAULTS as error:
-        raise TeacherError(f"teacher '{name}' fails on images of {size}: {first_line(error)}") from error
+        raise TeacherError(f"teacher '{name}' fails on images of {size}: {described(error)}") from error
     if not isinstance(logits, Tensor):
         raise TeacherError(
             f"teacher '{name}' returns a {type(logits).__name__}; a classifier returns logits [N, classes]."

@@ -1,15 +1,19 @@
 """Run an ONNX file and prove that it computes what was simulated."""
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnxruntime
 import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as runtime_status
 from torch import Tensor
 
 from zsq.errors import ExportError, InputError
+from zsq.types import ImageSpec
 
 _RUNTIME_ERRORS = (
     UnicodeDecodeError,
@@ -19,6 +23,10 @@ _RUNTIME_ERRORS = (
     runtime_status.InvalidProtobuf,
     runtime_status.NotImplemented,
 )
+
+
+SPEC_KEY = "image_spec"
+"""Name of the metadata of a file that holds its `ImageSpec` as JSON."""
 
 
 class OnnxClassifier:
@@ -47,13 +55,28 @@ class OnnxClassifier:
             raise InputError(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from error
         self._input, self._path = self._session.get_inputs()[0], path
 
-    def __call__(self, images: Tensor) -> Tensor:
+    @property
+    def spec(self) -> ImageSpec:
+        """What the file takes and gives, as zsq has noted in it.
+
+        Raises:
+            InputError: it holds no such note.
+        """
+        stored = self._session.get_modelmeta().custom_metadata_map.get(SPEC_KEY)
+        if stored is None:
+            raise InputError(f"{self._path} does not say how its images are normalised; zsq has not written it.")
+        values: dict[str, Any] = {
+            name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(stored).items()
+        }
+        return ImageSpec(**values)
+
+    def __call__(self, images: Tensor | np.ndarray) -> Tensor:
         """Return the logits, float [N, classes], of normalised images, float [N, C, H, W].
 
         Raises:
             InputError: the images do not have the shape that the file takes.
         """
-        wanted = list(self._input.shape)
+        images, wanted = torch.as_tensor(images), list(self._input.shape)
         if images.dim() != len(wanted) or list(images.shape[1:]) != wanted[1:]:
             raise InputError(f"images are {list(images.shape)}; the file takes {wanted}.")
         array = images.detach().to("cpu", torch.float32).contiguous().numpy()

@@ -58,11 +58,12 @@ class Arithmetic:
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of layers while the method learns; statistics, losses and samples stay float32."""
 
-    def observed(self, teacher: Teacher, device: torch.device) -> ObservedTeacher:
+    def observed(self, teacher: Teacher, device: torch.device, *, required: bool = True) -> ObservedTeacher:
         """Return the teacher with the statistics of its batch norms, in channels-last order.
 
         Raises:
-            InputError: it stores none.
+            InputError: it stores none, and they are required.
         """
-        observed = ObservedTeacher(teacher.network, teacher.name, low_precision=self.precision == "bfloat16")
+        low = self.precision == "bfloat16"
+        observed = ObservedTeacher(teacher.network, teacher.name, low_precision=low, required=required)
         return observed.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

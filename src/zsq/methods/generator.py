@@ -65,6 +65,11 @@ class GeneratorSettings(Arithmetic, ABC):
         if self.learning_rate <= 0:
             raise InputError(f"method.learning_rate is {self.learning_rate}; it must be above 0.")
 
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether the method learns from batch norm; not where it can do with labels alone."""
+        return True
+
     def build(self, spec: ImageSpec, codes: Tensor, seed: int, number: int = 0) -> Generator:
         """Make generator `number`, untrained; a pure function of settings and arguments."""
         settings = {"width": self.width, "noise_channels": self.noise_channels, "style_size": self.style_size}
@@ -121,7 +126,7 @@ class GeneratorSource(ABC):
         self.batch_size = settings.batch_size or (32 if large else 64)
         self.horizon = settings.steps + distill_steps
         self.parts = 1
-        self.teacher = settings.observed(teacher, self.device)
+        self.teacher = settings.observed(teacher, self.device, required=settings.needs_statistics)
         self.generator = generator.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         for network in self.generator.modules():
             if isinstance(network, Generator):

@@ -127,6 +127,8 @@ class LabelledPool(PoolSource, Stateless):
         super().__init__(run, batch_size)
         self.spec = spec
         images = open_dataset(data, spec)
+        if images.notice:
+            run.say(images.notice)
         every = max(1, -(-images.num_images // limit))
         pixels, labels, seen = [], [], 0
         for batch in images.batches():

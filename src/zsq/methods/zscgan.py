@@ -42,6 +42,11 @@ class ZSCGAN(GeneratorSettings):
                 "neither may be negative and one must be above 0."
             )
 
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether the loss has its term."""
+        return self.bns_weight > 0
+
     def source(self, teacher: Teacher, run: Run, distill_steps: int) -> "ConditionalSource":
         """Make the source, its generator untrained."""
         return ConditionalSource(self, teacher, run, distill_steps)
@@ -73,7 +78,9 @@ class ConditionalSource(GeneratorSource):
         images = self.generator(parallel.share(noise), parallel.share(labels))
         logits, moments = self.teacher(images)
         logits = parallel.whole(logits, len(labels))
-        losses = {"ce": label_cross_entropy(logits, labels), "bns": self.bns(moments)}
+        losses = {"ce": label_cross_entropy(logits, labels)}
+        if moments:
+            losses["bns"] = self.bns(moments)
         losses["label_recognition"] = (logits.detach().argmax(1) == labels).float().mean() * 100
         return Batch(images, labels, logits.detach(), losses)
 
