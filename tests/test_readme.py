@@ -3,13 +3,14 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from zsq import cli
+from zsq import cli, load_teacher, quantize
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -59,3 +60,17 @@ def test_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     exec(code.replace('budget="10m"', 'settings=("method.steps=5", "quantizer.num_samples=50")'), names)
     assert names["logits"].shape == (2, 10)
     assert names["result"].record["bits"] == "8"
+
+
+@pytest.mark.slow
+def test_the_files_of_a_run_are_used_as_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = {"quantizer.num_samples": 50}
+    quantize(load_teacher("digits"), out="runs/int8", method="noise", settings=settings, quiet=True)
+    names: dict[str, Any] = {}
+    by_runtime, by_torch = blocks((ROOT / "docs" / "files.md").read_text(), "python")
+    exec(by_runtime, names)
+    logits = names["logits"]
+    assert logits.shape == (4, 10)
+    exec(by_torch, names)
+    assert np.allclose(names["logits"].numpy(), logits, atol=1e-5)
