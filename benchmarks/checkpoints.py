@@ -2,8 +2,8 @@
 
     python benchmarks/checkpoints.py
 
-Saves and loads the state of a generator and of a student in distillation, which holds the generator's too. Appends a
-dated line to benchmarks/results/checkpoints.jsonl.
+Saves and loads the state of a generator, of a student in distillation, which holds the generator's too, and of a pool
+of optimised images. Appends a dated line to benchmarks/results/checkpoints.jsonl.
 """
 
 import statistics
@@ -17,12 +17,15 @@ from parts import NETWORKS, Feed, distiller_of, one_batch, random_teacher, sourc
 from records import append
 from timing import hardware
 
-from zsq.training import Learner, load_tensors, save_tensors
-
-INTERVAL = 30.0
-"""Seconds between checkpoints, as in `zsq.training`."""
+from zsq.methods import ZeroQ
+from zsq.methods.inversion import InversionSource
+from zsq.teachers import Teacher
+from zsq.training import CHECKPOINT_SECONDS, CHECKPOINT_SHARE, Learner, Run, load_tensors, save_tensors
 
 ROUNDS = 7
+
+POOL, BATCH = 1000, 32
+"""Images of a pool, and of those the ones that are being optimised."""
 
 
 def cost(learner: Learner, path: Path) -> dict[str, float]:
@@ -40,8 +43,17 @@ def cost(learner: Learner, path: Path) -> dict[str, float]:
         "save_ms": round(1e3 * save, 2),
         "load_ms": round(1e3 * statistics.median(loads), 2),
         "MiB": round(path.stat().st_size / 2**20, 2),
-        "percent_of_time": round(100 * save / INTERVAL, 3),
+        "percent_of_time": round(100 * save / max(CHECKPOINT_SECONDS, save / CHECKPOINT_SHARE), 3),
     }
+
+
+def pool_of(teacher: Teacher, count: int) -> InversionSource:
+    """Return a source in the midst of its last batch of pixels, with `count` images in all."""
+    source = ZeroQ(batch_size=BATCH, steps=2).source(teacher, Run())
+    source.step(0)  # so that Adam has moments
+    older = torch.randn(count - BATCH, *source.pool.shape[1:], generator=torch.Generator().manual_seed(0)).half()
+    source._take(torch.cat([older, source.pool]))
+    return source
 
 
 def main() -> None:
@@ -54,9 +66,10 @@ def main() -> None:
             distiller = distiller_of(teacher, Feed(one_batch(source), source), device, "learnable")
             distiller.step(0)  # so that the optimizers have moments
             distiller.source = source  # whose state a run's checkpoint holds
-            for phase, learner in (("fit", source), ("distill", distiller)):
+            pool = pool_of(teacher, POOL)
+            for phase, learner in (("fit", source), ("distill", distiller), (f"{POOL} images", pool)):
                 found[f"{network} {phase}"] = cost(learner, Path(folder) / "checkpoint.safetensors")
-    append("checkpoints", {**hardware(device), "interval_seconds": INTERVAL, "checkpoints": found})
+    append("checkpoints", {**hardware(device), "interval_seconds": CHECKPOINT_SECONDS, "checkpoints": found})
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@ import json
 import math
 import re
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -369,3 +370,21 @@ def test_a_second_interrupt_takes_effect_at_once(tmp_path):
     assert learner.taken == [0, 1, 2, 3]
     assert not (tmp_path / "checkpoints").exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_checkpoint_that_takes_long_is_written_less_often():
+    ago = time.monotonic() - 40
+    assert Run()._due(1, ago, True, cost=0.1)
+    assert not Run()._due(1, ago, True, cost=2.0)  # 2 % of the time: every 100 seconds
+    assert Run()._due(1, time.monotonic() - 101, True, cost=2.0)
+    assert not Run()._due(1, time.monotonic() - 20, True, cost=0.1)
+
+
+def test_tensors_that_share_memory_or_lie_within_others_are_stored_whole(tmp_path):
+    base = torch.arange(12.0).view(3, 4)
+    tensors = {"base": base, "same": base, "row": base[1], "turned": base.t(), "none": torch.empty(0)}
+    save_tensors(tmp_path / "x.safetensors", tensors, {"step": "1"})
+    found, meta = load_tensors(tmp_path / "x.safetensors")
+    assert meta == {"step": "1"}
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], value) for name, value in tensors.items())

@@ -15,11 +15,16 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from zsq import parallel
 from zsq.errors import InputError, NumericsError
+
+CHECKPOINT_SECONDS = 30.0
+"""Seconds between checkpoints, and more where writing them would take more than `CHECKPOINT_SHARE` of the time."""
+
+CHECKPOINT_SHARE = 0.02
 
 FLUSH_EVERY = 10
 """Steps between two reads of the losses: on a GPU, each read waits for the device."""
@@ -57,9 +62,16 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write tensors as safetensors, whole or not at all."""
-    stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    stored, storages = {}, set[int]()
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        storage = value.untyped_storage()
+        if storage.data_ptr() in storages or storage.nbytes() != value.nbytes:  # safetensors takes no shared memory
+            value = value.clone()
+        storages.add(value.untyped_storage().data_ptr())
+        stored[name] = value
     with replacing(path) as temporary:
-        temporary.write_bytes(save(stored, metadata))
+        save_file(stored, temporary, metadata)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -204,7 +216,7 @@ class Run:
         folder: where checkpoints and metrics go; None keeps neither.
         seed: of every random stream.
         device: where networks live.
-        checkpoint_steps: steps between checkpoints; None saves every 30 seconds.
+        checkpoint_steps: steps between checkpoints; None saves every 30 seconds, or in 2 % of the time.
         progress: where progress is shown.
         say: called with lines that the user should read.
     """
@@ -238,7 +250,7 @@ class Run:
         """
         first = self._resume(phase, learner)
         pending: list[tuple[int, dict[str, Tensor]]] = []
-        saved = time.monotonic()
+        saved, cost = time.monotonic(), 0.0
         with held_signals() as received:
             for step in range(first, steps):
                 try:
@@ -248,13 +260,15 @@ class Run:
                         self._flush(phase, pending, steps)
                     raise
                 full = len(pending) == FLUSH_EVERY
-                due = step + 1 == steps or bool(received) or self._due(step + 1, saved, full)
+                due = step + 1 == steps or bool(received) or self._due(step + 1, saved, full, cost)
                 if due or full:
                     self._flush(phase, pending, steps)
                     pending = []
                 if due:
+                    begin = time.monotonic()
                     self._save(phase, learner, step + 1)
                     saved = time.monotonic()
+                    cost = saved - begin
                 if received:
                     break
 
@@ -290,12 +304,13 @@ class Run:
             done += size(item)
             self.progress.update(phase, done, total, {})
 
-    def _due(self, done: int, saved: float, full: bool) -> bool:
+    def _due(self, done: int, saved: float, full: bool, cost: float) -> bool:
+        """Tell whether a checkpoint is due; one that takes long is written less often."""
         if self.checkpoint_steps is not None:
             return done % self.checkpoint_steps == 0
         if parallel.processes() > 1 and not full:  # clocks differ, and all must read their losses at the same steps
             return False
-        return time.monotonic() - saved > 30
+        return time.monotonic() - saved > max(CHECKPOINT_SECONDS, cost / CHECKPOINT_SHARE)
 
     def _path(self, phase: str) -> Path | None:
         return self.folder / "checkpoints" / f"{phase}.safetensors" if self.folder else None
