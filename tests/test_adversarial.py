@@ -58,9 +58,10 @@ def test_warm_up_lowers_its_losses(teacher, warm):
     assert fresh.keys() == trained.keys() == TERMS
     assert trained["bns"] < 0.5 * fresh["bns"]
     information = [losses["batch_entropy"] - losses["instance_entropy"] for losses in (fresh, trained)]
-    assert information[1] > 3 * information[0]  # of each image on its class, which both entropies raise
-    assert trained["batch_entropy"] > 1.5  # nats; ten classes alike have 2.3; untrained, one class has nearly all
-    assert fresh["batch_entropy"] < 1
+    assert information[1] > 0.7  # nats, of each image on its class, which both entropies raise
+    assert information[1] > 2.5 * information[0]  # untrained, bound contrast alone shows a few classes
+    assert trained["batch_entropy"] > 2  # ten classes alike have 2.3
+    assert fresh["batch_entropy"] < 1.5
 
 
 def distance(teacher: Teacher, source: AdversarialSource, student: Student) -> float:

@@ -224,16 +224,26 @@ def test_label_codes_without_a_weight_are_random_and_seeded() -> None:
 
 def test_a_shift_is_circular_and_its_own_for_each_image() -> None:
     x = torch.arange(2 * 3 * 4 * 5, dtype=torch.float32).view(2, 3, 4, 5)
-    moved = shifted(x, torch.tensor([[0.0, 0.0], [0.26, 0.41]]))  # of 4 rows by 1, of 5 columns by 2
+    moved = shifted(x, torch.tensor([[0, 0], [1, 2]]))
     assert torch.equal(moved[0], x[0])
     assert torch.equal(moved[1], x[1].roll((1, 2), dims=(1, 2)))
-    assert torch.equal(shifted(x, torch.ones(2, 2)), x)  # the normal's far tail rounds to a full turn
+    assert torch.equal(shifted(x, torch.tensor([[4, 5], [-4, 0]])), x)  # full turns
 
 
-def test_only_images_that_are_not_small_are_shifted() -> None:
-    for side, differs in ((8, False), (16, True)):
-        generator = build("light", spec_of(1, side, side)).eval()
-        noise, labels = draw(generator, 4)
-        other = torch.cat([-noise[:, :2], noise[:, 2:]], dim=1)
-        with torch.no_grad():
-            assert torch.equal(generator(noise, labels), generator(other, labels)) is not differs
+def test_images_of_16_pixels_go_round_the_edge_and_smaller_ones_are_windows_of_a_larger_one() -> None:
+    for side in (8, 16):
+        generator = build("light", spec_of(1, side, side), bound_contrast=False).eval()
+        noise, labels = draw(generator, 1)
+        images = []
+        for vertical in (-9.0, 0.0, 9.0):  # the normal's far tails: the first and the last place
+            noise[:, 0], noise[:, 1] = vertical, 0.0
+            with torch.no_grad():
+                images.append(generator(noise, labels)[0, 0])
+        first, middle, last = images
+        if side == 8:
+            assert torch.equal(first[1:], middle[:-1])
+            assert torch.equal(middle[1:], last[:-1])
+            assert not torch.equal(first[0], last[-1])
+        else:
+            assert torch.equal(first, last)  # a full turn
+            assert not torch.equal(first, middle)

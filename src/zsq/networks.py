@@ -17,7 +17,10 @@ from zsq.types import ImageSpec
 LEAK = 0.2
 
 SMALL_IMAGE = 16
-"""Shorter side in pixels below which every pixel has its place: nothing is shifted, blurred, or bound in contrast."""
+"""Shorter side in pixels below which every pixel has its place: nothing goes round the edge, and nothing is blurred."""
+
+SMALL_MARGIN = 1
+"""Pixels by which a small image may lie to each side of its middle."""
 
 DETAIL = 0.2
 """Size of the noise in the light decoder's first map, beside the label's layout of 0.6, before training."""
@@ -159,8 +162,7 @@ class Generator(nn.Module, ABC):
         self.spec, self.style_size, self.low_precision = spec, style_size, False
         self.code_size = codes.shape[1] + style_size
         mean = min(max(sum(spec.mean) / len(spec.mean), 0.05), 0.95)
-        self.small = min(spec.height, spec.width) < SMALL_IMAGE
-        self.exposure = Exposure(mean, self.code_size) if bound_contrast and not self.small else None
+        self.exposure = Exposure(mean, self.code_size) if bound_contrast else None
         self.register_buffer("codes", codes.clone())
 
     def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
@@ -222,7 +224,8 @@ class LightDecoder(Generator):
     """Label code to a small map, shifted at random, with noise in it; upsampled, with a pixel shuffle at the end.
 
     No layer but the last works at full resolution. The shift is circular, so that images of one label differ as a
-    whole; a blur takes out the pattern that the pixel shuffle leaves.
+    whole; a blur takes out the pattern that the pixel shuffle leaves. A small image is made larger instead by a margin
+    all around, and a window of its size is cut out of it at random.
     """
 
     def __init__(
@@ -237,7 +240,8 @@ class LightDecoder(Generator):
     ) -> None:
         super().__init__(spec, codes, style_size, bound_contrast)
         self.shuffle = 4 if min(spec.height, spec.width) >= 96 else 2
-        sides = [math.ceil(side / self.shuffle) for side in (spec.height, spec.width)]
+        self.margin = SMALL_MARGIN if min(spec.height, spec.width) < SMALL_IMAGE else 0
+        sides = [math.ceil((side + 2 * self.margin) / self.shuffle) for side in (spec.height, spec.width)]
         self.ups = max(0, math.ceil(math.log2(min(sides) / 7)))
         self.start = tuple(math.ceil(side / 2**self.ups) for side in sides)
         self.noise_map = (noise_channels, *self.start)
@@ -256,31 +260,34 @@ class LightDecoder(Generator):
 
     def synthesize(self, noise: Tensor, code: Tensor) -> Tensor:
         """See `Generator.synthesize`."""
-        shift, detail = noise.split([2, noise.shape[1] - 2], dim=1)
+        drawn, detail = noise.split([2, noise.shape[1] - 2], dim=1)
+        share = torch.special.ndtr(drawn)  # from 0 to 1, its ends included
         layout = self.layout(code).unflatten(1, (self.widths[0], *self.start))
-        if not self.small:
-            layout = shifted(layout, torch.special.ndtr(shift))
+        if not self.margin:
+            layout = shifted(layout, (share * share.new_tensor(self.start)).long())
         x = layout + self.detail(detail.unflatten(1, self.noise_map))
         x = F.leaky_relu(self.norm(x, code), LEAK)
         for block in self.blocks:
             x = block(F.interpolate(x, scale_factor=2.0, mode="nearest"), code)
         x = self.refine(x, code)
         pixels = F.pixel_shuffle(self.to_pixels(x).contiguous(), self.shuffle)
-        return pixels if self.small else blurred(pixels)
+        if not self.margin:
+            return blurred(pixels)
+        return shifted(pixels, -(share * (2 * self.margin + 1)).long().clamp(max=2 * self.margin))
 
 
-def shifted(x: Tensor, share: Tensor) -> Tensor:
+def shifted(x: Tensor, steps: Tensor) -> Tensor:
     """Shift each map circularly.
 
     Args:
         x: [N, C, H, W].
-        share: of the height and of the width by which each is shifted, in [0, 1], [N, 2].
+        steps: down and to the right, int64 [N, 2].
 
     Returns:
         [N, C, H, W].
     """
     height, width = x.shape[2:]
-    down, right = (share * share.new_tensor([height, width])).long().unbind(1)
+    down, right = steps.unbind(1)
     rows = (torch.arange(height, device=x.device) - down[:, None]) % height
     columns = (torch.arange(width, device=x.device) - right[:, None]) % width
     images = torch.arange(len(x), device=x.device)

@@ -49,7 +49,7 @@ class GeneratorSettings(Arithmetic, ABC):
     style_size: int = 16
     """Length of the noise that every batch norm sees beside the label's code."""
     bound_contrast: bool = True
-    """Keep brightness and contrast of each image near those learnt for all images, from 16 pixels on."""
+    """Keep brightness and contrast of each image near those learnt for all images."""
 
     def __post_init__(self) -> None:
         require_positive(self, "width", "levels", "skip", "noise_channels")
