@@ -561,6 +561,7 @@ def test_agreement_on_fresh_samples_stands_for_accuracy_where_no_data_is_given(t
 def test_samples_of_few_classes_tell_nothing(ptq, teacher, tmp_path):
     said = []
     settings = ("method.steps=1", "method.batch_size=8", "method.width=8", "quantizer.num_samples=16")
+    settings += ("method.bound_contrast=false",)
     result = quantize(teacher, out=tmp_path, settings=settings, say=said.append, quiet=True)
     assert result.record["samples"]["teacher_agreement"] is None
     assert 1 <= result.record["samples"]["num_classes"] < 5
