@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import zsq
-from zsq.console import TerminalProgress, say
+from zsq.console import say_line
 from zsq.report import percent
 from zsq.runs import read_record
 
@@ -104,22 +104,19 @@ class Bench:
             if method == "real":
                 settings.append(f"method.data={self.data / self.network.train}")
             first = self.main_folder()
-            say(f"\n== {folder}")
-            with TerminalProgress() as progress:
-                zsq.quantize(
-                    self.teacher,
-                    out=folder,
-                    bits=bits,
-                    method=method,
-                    quantizer=quantizer,
-                    settings=tuple(settings),
-                    budget=budget or None,
-                    from_run=first if method == "zscgan" and folder != first else None,
-                    data=str(self.data / self.network.test),
-                    resume=True,
-                    progress=progress,
-                    say=say,
-                )
+            say_line(f"\n== {folder}")
+            zsq.quantize(
+                self.teacher,
+                out=folder,
+                bits=bits,
+                method=method,
+                quantizer=quantizer,
+                settings=tuple(settings),
+                budget=budget or None,
+                from_run=first if method == "zscgan" and folder != first else None,
+                data=str(self.data / self.network.test),
+                resume=True,
+            )
         self.report(folder, f"{quantizer}-{bits}-{scope}" if method == "zscgan" and rule == "auto" else "")
         return folder
 

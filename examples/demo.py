@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 import zsq
-from zsq.console import TerminalProgress, say
+from zsq.console import say_line
 from zsq.report import percent, table
 
 FIT_STEPS, DISTILL_STEPS = 2000, 400
@@ -25,7 +25,6 @@ def quantize(
     bits: str,
     method: str,
     first: Path | None,
-    progress: TerminalProgress,
 ) -> zsq.Result:
     """Run one cell of the table; cells of zscgan share the generator of the first."""
     settings = ["quantizer.num_samples=1000"]
@@ -44,8 +43,6 @@ def quantize(
         from_run=first if method == "zscgan" else None,
         data="digits",
         overwrite=True,
-        progress=progress,
-        say=say,
     )
 
 
@@ -58,25 +55,24 @@ def main() -> None:
     teacher = zsq.load_teacher("digits")
     first: Path | None = None
     rows = []
-    with TerminalProgress() as progress:
-        for quantizer in ("ptq", "qat"):
-            for bits in ("8", "6", "4"):
-                found = {}
-                for method in ("zscgan", "noise", "real") if quantizer == "ptq" else ("zscgan",):
-                    folder = out / f"{quantizer}{bits}-{method}"
-                    say(f"\n== INT{bits}, {quantizer}, {method}: {folder}")
-                    found[method] = quantize(teacher, folder, quantizer, bits, method, first, progress).record
-                    first = first or folder
-                ours = found["zscgan"]
-                rows.append(
-                    [
-                        f"INT{bits} {'DF-PTQ' if quantizer == 'ptq' else 'DF-QAT'}",
-                        f"{ours['float_top1']:.2f}",
-                        *(percent(found.get(m, {}).get("quantized_top1")) for m in ("zscgan", "noise", "real")),
-                        f"{ours['artifacts']['model.onnx']['bytes'] / 1024:.0f}",
-                        f"{ours['seconds']:.0f}",
-                    ]
-                )
+    for quantizer in ("ptq", "qat"):
+        for bits in ("8", "6", "4"):
+            found = {}
+            for method in ("zscgan", "noise", "real") if quantizer == "ptq" else ("zscgan",):
+                folder = out / f"{quantizer}{bits}-{method}"
+                say_line(f"\n== INT{bits}, {quantizer}, {method}: {folder}")
+                found[method] = quantize(teacher, folder, quantizer, bits, method, first).record
+                first = first or folder
+            ours = found["zscgan"]
+            rows.append(
+                [
+                    f"INT{bits} {'DF-PTQ' if quantizer == 'ptq' else 'DF-QAT'}",
+                    f"{ours['float_top1']:.2f}",
+                    *(percent(found.get(m, {}).get("quantized_top1")) for m in ("zscgan", "noise", "real")),
+                    f"{ours['artifacts']['model.onnx']['bytes'] / 1024:.0f}",
+                    f"{ours['seconds']:.0f}",
+                ]
+            )
     columns = ("digits, 899 test images", "float", "zscgan", "noise", "real", "KiB", "s")
     console = Console()
     console.print(table("Top-1 in % of model.onnx, by what stood in for the training data", columns, rows))

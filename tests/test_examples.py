@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,3 +42,17 @@ def test_real_weights_reach_their_accuracy(real_data, model, weights, images, co
     result = evaluate(teacher.network, open_dataset(str(real_data / images), teacher.spec))
     assert result.num_images == counts[1]
     assert result.top1_correct == pytest.approx(counts[0], abs=2)
+
+
+def test_every_script_imports() -> None:
+    """In one process; their names stand beside each other in no package."""
+    root = EXAMPLES.parent
+    scripts = [path for folder in ("examples", "benchmarks") for path in sorted((root / folder).glob("*.py"))]
+    assert len(scripts) > 15
+    text = "import importlib, sys\nfor name in sys.argv[1:]:\n    importlib.import_module(name)"
+    path = os.pathsep.join([str(root / "benchmarks"), str(root / "examples")])
+    subprocess.run(
+        [sys.executable, "-c", text, *(script.stem for script in scripts)],
+        check=True,
+        env=os.environ | {"PYTHONPATH": path},
+    )
