@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from zsq.datasets import open_dataset
 from zsq.errors import InputError, NumericsError
 from zsq.evaluate import Evaluation, evaluate, evaluate_many, paired_difference, wilson_interval
-from zsq.types import ImageSpec
+from zsq.types import Batch, ImageSpec
 
 
 def pixel_spec(classes: int) -> ImageSpec:
@@ -141,3 +141,25 @@ def test_logits_of_the_wrong_shape(numbered) -> None:
 def test_logits_that_are_not_finite(numbered) -> None:
     with pytest.raises(NumericsError, match="network gives logits that are not finite"):
         evaluate(lambda images: torch.full((len(images), 4), float("nan")), numbered(4))
+
+
+def test_labels_may_lie_on_another_device():
+    """As a source on a GPU has them: predictions come back to the processor, and labels must, too."""
+
+    class Far:
+        def __init__(self, values: Tensor) -> None:
+            self.values = values
+
+        def __len__(self) -> int:
+            return len(self.values)
+
+        def cpu(self) -> Tensor:
+            return self.values
+
+    class Set:
+        num_images = 4
+
+        def batches(self, batch_size: int = 100):
+            yield Batch(torch.eye(4)[:, :, None, None], Far(torch.arange(4)))  # type: ignore[arg-type]
+
+    assert evaluate(lambda x: x.flatten(1), Set()).top1 == 100

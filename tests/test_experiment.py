@@ -555,7 +555,7 @@ def test_agreement_on_fresh_samples_stands_for_accuracy_where_no_data_is_given(t
         teacher, out=tmp_path / "2", method="real", bits=2, settings=settings, say=said.append, quiet=True
     ).record["samples"]["teacher_agreement"]
     assert low < 80
-    assert [f"for only {low:.1f} % of fresh samples; --quantizer qat or more bits" in said[-1]] == [True]
+    assert [f"for only {low:.1f} % of the samples; --quantizer qat or more bits" in said[-1]] == [True]
 
 
 def test_samples_of_few_classes_tell_nothing(ptq, teacher, tmp_path):

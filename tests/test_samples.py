@@ -176,3 +176,11 @@ def test_a_synthesis_that_was_stopped_goes_on_and_its_generator_serves_others(tm
     assert (tmp_path / "a" / "checkpoints" / "fit.safetensors").stat().st_mtime_ns == fit
     taken = synthesize(digits, out=tmp_path / "b", count=5, from_run=tmp_path / "a")[0]
     assert np.array_equal(np.load(taken)["images"], np.load(resumed)["images"])
+
+
+def test_what_is_overwritten_is_kept_until_the_method_has_started(tmp_path, digits):
+    path = synthesize(digits, out=tmp_path, count=3, method="noise")[0]
+    kept = path.read_bytes()
+    with pytest.raises(InputError, match="method real needs images"):
+        synthesize(digits, out=tmp_path, count=3, method="real", overwrite=True)
+    assert path.read_bytes() == kept

@@ -307,9 +307,9 @@ def test_networks_that_cannot_serve_are_told_why() -> None:
     plain = nn.Sequential(nn.Flatten(), nn.Linear(72, 4))
     with pytest.raises(TeacherError, match=r"is a TorchScript module; give the torch\.nn\.Module that it was made of"):
         teacher_from_module(torch.jit.script(plain), SPEC)
-    for last in (nn.Softmax(1), nn.Softmax(-1)):
+    for last in ([nn.Softmax(1)], [nn.Softmax(-1), nn.Dropout()], [nn.Softmax(1), nn.Flatten()]):
         with pytest.raises(TeacherError, match="ends in a softmax; zsq learns from logits: return what goes into it"):
-            teacher_from_module(nn.Sequential(plain, last), SPEC)
+            teacher_from_module(nn.Sequential(plain, *last), SPEC)
     assert teacher_from_module(nn.Sequential(plain, nn.LogSoftmax(1)), SPEC).spec == SPEC  # its softmax is the same
 
 

@@ -392,3 +392,18 @@ def test_tensors_that_share_memory_or_lie_within_others_are_stored_whole(tmp_pat
     assert meta == {"step": "1"}
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], value) for name, value in tensors.items())
+
+
+def test_a_signal_while_losses_are_read_saves_too(tmp_path):
+    class Pressed:
+        def update(self, phase: str, done: int, total: int, values: dict[str, float]) -> None:
+            if done == 20:
+                signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Run(tmp_path, progress=Pressed()).train("fit", Toy(), 1000)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert load_tensors(tmp_path / "checkpoints" / "fit.safetensors")[1]["step"] == "20"

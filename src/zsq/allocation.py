@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from zsq import parallel
 from zsq.errors import InputError
 from zsq.experiment import Wanted, started
-from zsq.methods import Method
+from zsq.methods import Method, Surrogate
 from zsq.quantize.sensitivity import Allocation, Frontier, pareto_frontier, sensitivities, weight_sizes
 from zsq.runs import versions
 from zsq.settings import Settings
@@ -103,14 +104,24 @@ def allocate(
         say=say,
         quiet=quiet,
     ) as (job, chosen):
-        return _allocate(job, chosen, files, tried, num_images, most_bits, activation)
+        surrogate = job.fit(chosen)
+        return parallel.on_main(
+            lambda: _allocate(job, chosen, surrogate, files, tried, num_images, most_bits, activation)
+        )
 
 
 def _allocate(
-    job: Job, chosen: Settings, files: tuple[Path, ...], tried: list[int], num_images: int, most: float, activation: int
+    job: Job,
+    chosen: Settings,
+    surrogate: Surrogate,
+    files: tuple[Path, ...],
+    tried: list[int],
+    num_images: int,
+    most: float,
+    activation: int,
 ) -> Allocated:
     """Do it in the folder that the job has taken."""
-    surrogate, run, teacher = job.fit(chosen), job.run, job.teacher
+    run, teacher = job.run, job.teacher
     images = torch.cat([batch.images.to(run.device) for batch in surrogate.source.sample(num_images)])
     found = sensitivities(
         surrogate.network,

@@ -5,6 +5,7 @@ from typing import Annotated
 
 from rich.console import Console
 
+from zsq import parallel
 from zsq.allocation import Allocated, allocate
 from zsq.errors import InputError
 from zsq.options import RunOptions, unset
@@ -47,6 +48,8 @@ class Allocate(RunOptions):
             num_images=self.images,
             **self.shared(),
         )
+        if not parallel.is_main():
+            return
         columns = ("", "bits a weight", "packed KB", "sensitivity, nats")
         console.print(table(f"frontier of {len(result.frontier)} allocations", columns, _rows(result)))
         for path in result.files:

@@ -195,7 +195,7 @@ def evaluate_many(
             elif teacher is not None:
                 told = _logits("teacher", teacher, batch.images).argmax(1)
             for name, predict in predictors.items():
-                counts[name].add(_logits(name, predict, batch.images), batch.labels, told)
+                counts[name].add(_logits(name, predict, batch.images), batch.labels.cpu(), told)
             done += len(batch.labels)
             if progress is not None:
                 progress(done, data.num_images)

@@ -164,7 +164,7 @@ def started(
         raise InputError(f"method {asked.method.name} makes no images: it takes ranges and means from batch norm.")
     if asked.quantizer.weight_bits:  # before hours are spent on the fit
         check_weight_names(fold(teacher.network)[0], asked.quantizer.weight_bits)
-    drawn = chosen_seed(seed, wanted.recipe, folder, resume=resume)
+    drawn = parallel.on_main(lambda: chosen_seed(seed, wanted.recipe, folder, resume=resume))
     with shown(progress, say, quiet=quiet) as (where_shown, speak), claimed(folder):
         run = Run(folder, seed=drawn, device=where, checkpoint_steps=checkpoint_every, progress=where_shown, say=speak)
         if images is not None and images.notice:
@@ -173,7 +173,7 @@ def started(
         chosen = job.stored(asked, resume=resume, overwrite=overwrite)
         if chosen is None:
             check_recipe(wanted.recipe, teacher, reuses=reused is not None, say=speak)
-            chosen = job.scheduled(asked, wanted.budget, wanted.recipe)
+            chosen = job.scheduled(asked, wanted.budget, wanted.recipe, overwrite=overwrite)
         yield job, chosen
 
 

@@ -103,6 +103,13 @@ def is_main() -> bool:
     return processes() == 1 or dist.get_rank() == 0
 
 
+def anywhere(here: bool, device: torch.device) -> bool:
+    """Tell whether something is so in any process; all processes call this."""
+    if processes() == 1:
+        return here
+    return bool(_reduce(torch.tensor(float(here), device=device), "max"))
+
+
 def on_main(work: Callable[[], Value]) -> Value:
     """Return what `work` gives in the first process, which alone does it; all processes call this.
 

@@ -119,7 +119,7 @@ def summary_rows(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if (samples := record["samples"]) is not None:
         share, seen = samples["teacher_agreement"], f"in which the float network sees {samples['num_classes']} classes"
         known = "not known" if share is None else f"{share:.1f} %"
-        yield "agreement on samples", f"{known} ({samples['num_images']} fresh samples, {seen})"
+        yield "agreement on samples", f"{known} ({samples['num_images']} samples, {seen})"
     if record["label_recognition"] is not None:
         yield "label recognition", f"{percent(record['label_recognition'], 1)} % of the samples' labels"
     size = record["artifacts"]["model.onnx"]["bytes"]

@@ -4,7 +4,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class FreshSamples:
-    """Samples from random streams of their own, as a set to evaluate on."""
+    """Samples from random streams of their own, as a set to evaluate on; a pool has no others than it has."""
 
     source: SampleSource
     num_images: int
@@ -116,8 +116,17 @@ class Job:
 
         return parallel.on_main(work)
 
-    def scheduled(self, wanted: Settings, budget: str | float | None, recipe: str | Path | None) -> Settings:
-        """Return the settings of a new run, its schedule fitted to the budget, and write them."""
+    def scheduled(
+        self, wanted: Settings, budget: str | float | None, recipe: str | Path | None, *, overwrite: bool = False
+    ) -> Settings:
+        """Return the settings of a new run, its schedule fitted to the budget, and write them.
+
+        What is to be overwritten is deleted only when the method has been seen to start.
+        """
+        if overwrite and self.reused is None:
+            method: Any = wanted.method
+            tiny = replace(method, steps=0) if method.steps else method
+            tiny.fit(self.teacher, Run(seed=self.run.seed, device=self.run.device))
         chosen, measured = choose_schedule(
             wanted,
             self.teacher,
@@ -250,7 +259,7 @@ class Job:
         elif self.data is None and agreement < LOW_AGREEMENT:
             hint = "" if quantizer == "qat" else "--quantizer qat or "
             self.say(
-                f"WARNING: model.onnx and the float network name the same class for only {agreement:.1f} % of fresh "
+                f"WARNING: model.onnx and the float network name the same class for only {agreement:.1f} % of the "
                 f"samples; {hint}more bits may help, and labelled images (--data) tell the accuracy."
             )
         return {

@@ -45,6 +45,21 @@ DROPOUTS = tuple(
 SOFTMAX = (torch.ops.aten.softmax.int, torch.ops.aten._softmax.default)
 """What turns logits into probabilities; behind it, the losses that take logits are wrong."""
 
+RESHAPES = tuple(
+    getattr(getattr(torch.ops.aten, name), overload)
+    for name, overload in (
+        ("flatten", "using_ints"),
+        ("view", "default"),
+        ("reshape", "default"),
+        ("squeeze", "default"),
+        ("squeeze", "dim"),
+        ("squeeze", "dims"),
+        ("clone", "default"),
+        ("contiguous", "default"),
+        ("_to_copy", "default"),
+    )
+)
+
 WRITES = ("copy_", "fill_", "zero_")
 """In-place operators that assign to a part of a tensor; they stay in the graph."""
 
@@ -94,14 +109,10 @@ def trace(net: nn.Module, spec: ImageSpec, name: str) -> fx.GraphModule:
     graph = exported.graph
     output = graph.output_node()
     output.args = (output.all_input_nodes[0],)
-    if output.args[0].target in SOFTMAX:
-        raise TeacherError(
-            f"teacher '{name}' ends in a softmax; zsq learns from logits: return what goes into it. The class is the "
-            "same."
-        )
     graph.set_codegen(fx.graph.CodeGen())
     _functionalize(graph)
     _remove_dropout(graph)
+    _check_logits(output.args[0], name)
     name_activations(graph)
     name_global_pools(graph)
     graph.eliminate_dead_code()
@@ -162,6 +173,21 @@ def _is_view(node: fx.Node) -> bool:
     return isinstance(target, torch._ops.OpOverload) and any(
         result.alias_info is not None and not result.alias_info.is_write for result in target._schema.returns
     )
+
+
+def _check_logits(node: fx.Node, name: str) -> None:
+    """Refuse a graph that gives probabilities.
+
+    Raises:
+        TeacherError: its last operator, but for those of shape, is a softmax.
+    """
+    while node.target in RESHAPES:
+        node = node.all_input_nodes[0]
+    if node.target in SOFTMAX:
+        raise TeacherError(
+            f"teacher '{name}' ends in a softmax; zsq learns from logits: return what goes into it. The class is the "
+            "same."
+        )
 
 
 def _remove_dropout(graph: fx.Graph) -> None:

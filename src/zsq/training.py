@@ -260,16 +260,20 @@ class Run:
                         self._flush(phase, pending, steps)
                     raise
                 full = len(pending) == FLUSH_EVERY
-                due = step + 1 == steps or bool(received) or self._due(step + 1, saved, full, cost)
+                due = step + 1 == steps or self._due(step + 1, saved, full, cost)
                 if due or full:
                     self._flush(phase, pending, steps)
                     pending = []
-                if due:
+                stop = self._stops(received, full)  # asked once: what comes later takes effect a step later
+                if due or stop:
+                    if pending:
+                        self._flush(phase, pending, steps)
+                        pending = []
                     begin = time.monotonic()
                     self._save(phase, learner, step + 1)
                     saved = time.monotonic()
                     cost = saved - begin
-                if received:
+                if stop:
                     break
 
     def take(self, learner: Learner, step: int) -> dict[str, Tensor]:
@@ -303,6 +307,15 @@ class Run:
             yield item
             done += size(item)
             self.progress.update(phase, done, total, {})
+
+    def _stops(self, received: list[int], full: bool) -> bool:
+        """Tell whether a signal ends the phase here; several processes end it after the same step."""
+        if parallel.processes() == 1:
+            return bool(received)
+        stop = full and parallel.anywhere(bool(received), self.device)
+        if stop and not received:
+            received.append(signal.SIGINT)  # another process has got it
+        return stop
 
     def _due(self, done: int, saved: float, full: bool, cost: float) -> bool:
         """Tell whether a checkpoint is due; one that takes long is written less often."""

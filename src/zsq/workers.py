@@ -1,6 +1,8 @@
 """Start the processes of a run on this machine and see to it that all of them end as one."""
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from types import FrameType
 from typing import IO
 
 LOST = 70
@@ -16,6 +19,9 @@ LOST = 70
 
 GRACE = 3.0
 """Seconds that processes get to end by themselves once one has failed."""
+
+PATIENCE = 60.0
+"""Seconds that they get to finish some steps and their checkpoint when they are told to stop."""
 
 SUPERVISED = "ZSQ_SUPERVISED"
 
@@ -40,14 +46,27 @@ def run_workers(command: Sequence[str], count: int) -> int:
 
 
 def _supervise(workers: "list[subprocess.Popen[bytes]]", errors: Sequence[IO[bytes]]) -> int:
+    told = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        del frame
+        told.append(number)
+        for worker in workers:
+            worker.send_signal(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, forward)
     try:
         while None in (codes := [worker.poll() for worker in workers]) and not any(codes):
             time.sleep(0.05)
     except KeyboardInterrupt:  # the terminal tells all of them
-        _end(workers)
-        if workers[0].returncode == LOST:  # it saw the others end first
+        with contextlib.suppress(KeyboardInterrupt):  # a second time: at once
+            _end(workers, PATIENCE)
+        _end(workers, 0.0)
+        if told or workers[0].returncode == LOST:  # it saw the others end first
             print(STOPPED, file=sys.stderr)
-        return 130
+        return 128 + told[0] if told else 130
     failed = next((rank for rank, worker in enumerate(workers) if worker.returncode), None)
     _end(workers)
     if failed is None:
@@ -81,9 +100,9 @@ def _start(command: Sequence[str], rank: int, count: int, port: int, errors: IO[
     return subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, **quiet)  # type: ignore[call-overload]
 
 
-def _end(workers: "list[subprocess.Popen[bytes]]") -> None:
+def _end(workers: "list[subprocess.Popen[bytes]]", grace: float = GRACE) -> None:
     """Wait a moment for the processes to end; then end those that still wait for one that is gone."""
-    deadline = time.monotonic() + GRACE
+    deadline = time.monotonic() + grace
     for worker in workers:
         try:
             worker.wait(max(0.0, deadline - time.monotonic()))
