@@ -333,3 +333,10 @@ def test_labels_alone_serve_a_network_without_batch_norm() -> None:
         recognised = (folded.network(batch.images).argmax(1) == batch.labels).float().mean()
     assert recognised > 0.9
     assert set(source.step(800)) == {"ce", "label_recognition"}
+
+
+def test_a_generator_of_another_shape_is_refused(teacher: Teacher) -> None:
+    state = dict(small("zscgan").fit(teacher, Run()).source.state_dict())
+    state["generator.layout.weight"] = state["generator.layout.weight"][:-1]
+    with pytest.raises(InputError, match=r"the stored generator is not the one that its settings make here"):
+        small("zscgan").fit(teacher, Run(), fitted=state)

@@ -90,14 +90,20 @@ class GeneratorSettings(Arithmetic, ABC):
         """Train the generator.
 
         Raises:
-            InputError: the teacher stores no batch-norm statistics.
+            InputError: the teacher stores no batch-norm statistics, or `fitted` is of another generator.
             NumericsError: a loss is not finite.
         """
         source = self.source(teacher, run, distill_steps)
         if fitted is None:
             run.train("fit", source, self.steps)
         else:
-            source.load_state_dict(fitted)
+            try:
+                source.load_state_dict(fitted)
+            except (LookupError, RuntimeError) as error:
+                raise InputError(
+                    "the stored generator is not the one that its settings make here; another version of zsq may have "
+                    "written it. Fit anew, without --from."
+                ) from error
         return Surrogate(source, teacher.network)
 
 
