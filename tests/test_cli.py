@@ -522,7 +522,7 @@ def test_an_interrupt_says_how_to_go_on(place, monkeypatch):
 
     monkeypatch.setattr(cli, "quantize", interrupt)
     found = zsq("quantize", "digits", "--out", "run")
-    assert (found.code, found.err) == (130, "Stopped; --resume continues.\n")
+    assert (found.code, found.err) == (130, "Stopped; a run continues with --resume.\n")
 
 
 # Progress

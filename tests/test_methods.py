@@ -338,5 +338,5 @@ def test_labels_alone_serve_a_network_without_batch_norm() -> None:
 def test_a_generator_of_another_shape_is_refused(teacher: Teacher) -> None:
     state = dict(small("zscgan").fit(teacher, Run()).source.state_dict())
     state["generator.layout.weight"] = state["generator.layout.weight"][:-1]
-    with pytest.raises(InputError, match=r"the stored generator is not the one that its settings make here"):
+    with pytest.raises(InputError, match=r"what is stored of the generator is not what its settings make here"):
         small("zscgan").fit(teacher, Run(), fitted=state)

@@ -84,7 +84,7 @@ def allocate(
     settings, those of weights' grids are heeded.
 
     Raises:
-        InputError: an argument does not fit, no allocation is small enough, or the folder holds one already.
+        InputError: an argument does not fit, no allocation is small enough, or the folder holds a run already.
     """
     folder = Path(out)
     files = tuple(folder / name for name in ("bits.toml", "frontier.csv", "frontier.png"))

@@ -129,6 +129,7 @@ def plan(
         distill_seconds = seconds_each(partial(probe.take, distiller), at_least_seconds=patience)
     layers = sum(1 for name, _ in student.network.named_children() if name.startswith("weight_"))
     images = PROBE_IMAGES if surrogate.statistics else quantizer.num_samples  # statistics ask for none
+    # all are evaluated, and so are the samples on which labels (1,000) and agreement (500) are counted
     fixed = calibrate_seconds * images + 4 * forward_seconds * (num_eval_images + 1500)
     fixed += EXPORT_SECONDS_PER_LAYER * layers
     spent = time.perf_counter() - begin

@@ -61,7 +61,7 @@ class Quantize(ParallelOptions):
     data: Annotated[str | None, unset("SET")] = None
     """Labelled images on which teacher and result are evaluated: digits, FILE.npz or a folder."""
     checkpoint_every: Count = None
-    """Steps between checkpoints; unset, every 30 seconds."""
+    """Steps between checkpoints; unset, every 30 seconds, or in 2 % of the time."""
     json: bool = False
     """Print the record as one JSON object."""
 

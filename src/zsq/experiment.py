@@ -75,7 +75,7 @@ def quantize(
         device: cpu, cuda or auto.
         resume: continue the run that `out` holds.
         overwrite: discard the run that `out` holds.
-        checkpoint_every: steps between checkpoints; None saves every 30 seconds.
+        checkpoint_every: steps between checkpoints; None saves every 30 seconds, or in 2 % of the time.
         progress: where progress is shown; None shows it on stderr.
         say: called with lines that the user should read; None prints them on stderr.
         quiet: show and say nothing, warnings included, but to the `progress` and `say` that are given.

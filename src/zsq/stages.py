@@ -243,9 +243,9 @@ class Job:
         if surrogate.statistics is not None:
             return None
         file = OnnxClassifier(self.folder / "model.onnx", threads=torch.get_num_threads())
-        networks: dict[str, Predict] = {"file": file, "teacher": self.teacher.network}
-        samples = FreshSamples(surrogate.source, AGREEMENT_IMAGES)
-        found = evaluate_many(networks, samples, teacher=self.teacher.network)
+        teacher = self._teacher_once()
+        networks: dict[str, Predict] = {"file": file, "teacher": teacher}
+        found = evaluate_many(networks, FreshSamples(surrogate.source, AGREEMENT_IMAGES), teacher=teacher)
         named, agreement = found["teacher"].predictions, found["file"].teacher_agreement
         assert named is not None
         assert agreement is not None
@@ -308,15 +308,20 @@ class Job:
             found = evaluate_many({"quantized": file}, self.data, teacher=self.known, progress=self._show)
             self._keep_predictions(found["quantized"])
             return {"float": self.known, **found}
+        teacher = self._teacher_once()
+        networks: dict[str, Predict] = {"float": teacher, "quantized": file, "simulated": student}
+        return evaluate_many(networks, self.data, teacher=teacher, progress=self._show)
+
+    def _teacher_once(self) -> Predict:
+        """Return the teacher for an evaluation, which asks it twice of each batch: as network and as teacher."""
         latest: list[tuple[Tensor, Tensor]] = []
 
-        def ask_teacher(images: Tensor) -> Tensor:
-            if not latest or latest[0][0] is not images:  # asked twice of each batch, as network and as teacher
+        def ask(images: Tensor) -> Tensor:
+            if not latest or latest[0][0] is not images:
                 latest[:] = [(images, self.teacher.network(images.to(self.run.device)).cpu())]
             return latest[0][1]
 
-        networks: dict[str, Predict] = {"float": ask_teacher, "quantized": file, "simulated": student}
-        return evaluate_many(networks, self.data, teacher=ask_teacher, progress=self._show)
+        return ask
 
     def _show(self, done: int, total: int) -> None:
         self.run.progress.update("evaluate", done, total, {})

@@ -25,7 +25,7 @@ PATIENCE = 60.0
 
 SUPERVISED = "ZSQ_SUPERVISED"
 
-STOPPED = "Stopped; --resume continues."
+STOPPED = "Stopped; a run continues with --resume."
 
 LOOPBACK = "127.0.0.1"
 
@@ -55,8 +55,8 @@ def _supervise(workers: "list[subprocess.Popen[bytes]]", errors: Sequence[IO[byt
             worker.send_signal(number)
         raise KeyboardInterrupt
 
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, forward)
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, forward) if in_main else None
     try:
         while None in (codes := [worker.poll() for worker in workers]) and not any(codes):
             time.sleep(0.05)
@@ -67,6 +67,9 @@ def _supervise(workers: "list[subprocess.Popen[bytes]]", errors: Sequence[IO[byt
         if told or workers[0].returncode == LOST:  # it saw the others end first
             print(STOPPED, file=sys.stderr)
         return 128 + told[0] if told else 130
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
     failed = next((rank for rank, worker in enumerate(workers) if worker.returncode), None)
     _end(workers)
     if failed is None:

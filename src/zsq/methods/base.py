@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from zsq.batchnorm import ObservedTeacher
+from zsq.errors import InputError
 from zsq.teachers import Teacher
 from zsq.training import Run
 from zsq.types import SampleSource, Statistics
@@ -23,6 +24,21 @@ class Surrogate:
     """The float network to quantize: the teacher's own, unless the method rewrites it."""
     statistics: Statistics | None = None
     """Ranges and means of the folded network, where they take the place of images in calibration."""
+
+
+def restore(source: SampleSource, state: dict[str, Tensor]) -> None:
+    """Give a source what another run has fitted.
+
+    Raises:
+        InputError: it does not fit.
+    """
+    try:
+        source.load_state_dict(state)
+    except (LookupError, RuntimeError) as error:
+        raise InputError(
+            "what is stored of the generator is not what its settings make here; another version of zsq may have "
+            "written it. Fit anew, without --from."
+        ) from error
 
 
 class Method(Protocol):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from zsq import parallel
 from zsq.errors import InputError
 from zsq.losses import bns_loss
-from zsq.methods.base import Arithmetic, Surrogate
+from zsq.methods.base import Arithmetic, Surrogate, restore
 from zsq.methods.pool import require_positive
 from zsq.networks import Generator, make_generator
 from zsq.teachers import Teacher
@@ -97,13 +97,7 @@ class GeneratorSettings(Arithmetic, ABC):
         if fitted is None:
             run.train("fit", source, self.steps)
         else:
-            try:
-                source.load_state_dict(fitted)
-            except (LookupError, RuntimeError) as error:
-                raise InputError(
-                    "the stored generator is not the one that its settings make here; another version of zsq may have "
-                    "written it. Fit anew, without --from."
-                ) from error
+            restore(source, fitted)
         return Surrogate(source, teacher.network)
 
 

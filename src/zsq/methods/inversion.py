@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from zsq import parallel
 from zsq.errors import InputError
-from zsq.methods.base import Arithmetic, Surrogate
+from zsq.methods.base import Arithmetic, Surrogate, restore
 from zsq.methods.generator import LARGE_IMAGE
 from zsq.methods.pool import PoolSource, require_positive
 from zsq.teachers import Teacher
@@ -75,7 +75,7 @@ class Inversion(Arithmetic, ABC):
         """Optimise the pixels, batch after batch.
 
         Raises:
-            InputError: the teacher stores no batch-norm statistics.
+            InputError: the teacher stores no batch-norm statistics, or `fitted` is of another source.
             NumericsError: a loss is not finite.
         """
         del distill_steps
@@ -83,7 +83,7 @@ class Inversion(Arithmetic, ABC):
         if fitted is None:
             run.train("fit", source, source.steps)
         else:
-            source.load_state_dict(fitted)
+            restore(source, fitted)
         return Surrogate(source, teacher.network)
 
 
