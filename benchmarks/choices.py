@@ -57,7 +57,17 @@ def fused_adam(setup: Setup) -> tuple[Step, Step]:
     """Return the steps without and with fused Adam; the second is how zsq runs."""
     other = setup.source()
     group = other.optimizer.param_groups[0]
-    other.optimizer = torch.optim.Adam(group["params"], lr=group["lr"], betas=group["betas"])
+    capturable = setup.device.type == "cuda"
+    other.optimizer = torch.optim.Adam(group["params"], lr=group["lr"], betas=group["betas"], capturable=capturable)
+    return other.step, setup.source().step
+
+
+def replay(setup: Setup) -> tuple[Step, Step]:
+    """Return the steps without and with a CUDA graph; the second is how zsq runs."""
+    if setup.device.type != "cuda":
+        raise RuntimeError("only GPUs have CUDA graphs")
+    other = setup.source()
+    other.replays.on = False
     return other.step, setup.source().step
 
 
@@ -73,7 +83,13 @@ def compiled(setup: Setup) -> tuple[Step, Step]:
     return setup.source().step, other.step
 
 
-CHOICES = {"channels_last": channels_last, "fused_adam": fused_adam, "bfloat16": bfloat16, "compile": compiled}
+CHOICES = {
+    "channels_last": channels_last,
+    "fused_adam": fused_adam,
+    "replay": replay,
+    "bfloat16": bfloat16,
+    "compile": compiled,
+}
 
 
 def try_choices(setup: Setup) -> dict[str, dict[str, Any]]:

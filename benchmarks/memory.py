@@ -2,9 +2,11 @@
 
     python benchmarks/memory.py
     python benchmarks/memory.py --small
+    python benchmarks/memory.py --device cuda
 
 A step cannot do with less than what autograd keeps for its backward pass, plus one gradient of the largest of those. A
-fresh process counts these, takes steps, and compares them with what its memory grew by (Linux with glibc). Runs of
+fresh process counts these, takes steps, and compares them with what its memory grew by (Linux with glibc); on a GPU,
+with what the steps allocate beyond what was there, and with what PyTorch holds, recorded steps included. Runs of
 digits of several lengths must have one peak. Appends a dated line to benchmarks/results/memory.jsonl.
 """
 
@@ -23,8 +25,11 @@ from typing import Any
 
 import torch
 from parts import Feed, counted, distiller_of, one_batch, random_teacher, source_of
-from records import append
+from records import RESULTS, append
+from timing import hardware
 from torch import Tensor
+
+from zsq.replay import WARM_UP
 
 RUNS = {
     "100 steps, 1000 images": ("100", "1000"),
@@ -84,6 +89,31 @@ def resident() -> int:
     return pages * resource.getpagesize()
 
 
+def measure_on_gpu(network: str, kind: str, batch: int) -> dict[str, float]:
+    """Take steps on the GPU, the last of them replayed, and return what they needed."""
+    device = torch.device("cuda")
+    step, weights = step_of(network, kind, batch, device)
+    kept = kept_bytes(step, weights)
+    torch.cuda.empty_cache()
+    allocated, held = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(WARM_UP + 4):
+        step()
+    grown, reserved = torch.cuda.max_memory_allocated() - allocated, torch.cuda.memory_reserved() - held
+    sizes = {"kept_MiB": kept / 2**20, "grown_MiB": grown / 2**20, "ratio": grown / kept}
+    return sizes | {"held_MiB": reserved / 2**20, "ratio_held": reserved / kept}
+
+
+def step_of(network: str, kind: str, batch: int, device: torch.device) -> tuple[Callable[[], object], list[Tensor]]:
+    """Return a step and the weights that it reads."""
+    teacher = random_teacher(network, device)
+    source = source_of(teacher, batch, device)
+    if kind == "zscgan":
+        return counted(source.step), [*source.generator.parameters(), *source.teacher.parameters()]
+    distiller = distiller_of(teacher, Feed(one_batch(source)), device, "learnable")
+    return counted(distiller.step), [*distiller.student.parameters()]
+
+
 def measure_step(network: str, kind: str, batch: int) -> dict[str, float]:
     """Take steps in this process and return what they needed.
 
@@ -91,20 +121,10 @@ def measure_step(network: str, kind: str, batch: int) -> dict[str, float]:
     """
     torch.set_num_threads(1)
     device = torch.device("cpu")
-    teacher = random_teacher(network, device)
-
-    def made(count: int) -> tuple[Callable[[], object], list[Tensor]]:
-        source = source_of(teacher, count, device)
-        weights = [*source.generator.parameters(), *source.teacher.parameters()]
-        if kind == "zscgan":
-            return counted(source.step), weights
-        distiller = distiller_of(teacher, Feed(one_batch(source)), device, "learnable")
-        return counted(distiller.step), [*distiller.student.parameters()]
-
-    warm, _ = made(2)
+    warm, _ = step_of(network, kind, 2, device)
     for _ in range(2):
         warm()
-    step, weights = made(batch)
+    step, weights = step_of(network, kind, batch, device)
     before = resident()
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     for _ in range(4):
@@ -116,15 +136,16 @@ def measure_step(network: str, kind: str, batch: int) -> dict[str, float]:
     return {"kept_MiB": kept / 2**20, "grown_MiB": grown / 2**20, "ratio": grown / kept}
 
 
-def measure_steps(small: bool) -> dict[str, Any]:
+def measure_steps(small: bool, device: str) -> dict[str, Any]:
     """Measure each step in processes of its own: with the allocator's defaults, and without its fragmentation."""
     found: dict[str, Any] = {}
     for network, batch in STEPS.items():
         for kind in ("zscgan", "student"):
-            asked = [network, kind, str(batch // 4 if small else batch)]
+            asked = [network, kind, str(batch // 4 if small else batch), device]
             values = child(asked, {})
             entry = {"batch": int(asked[2]), **{k: round(v, 2) for k, v in values.items()}}
-            entry["ratio_unfragmented"] = round(child(asked, UNFRAGMENTED)["ratio"], 2)
+            if device == "cpu":
+                entry["ratio_unfragmented"] = round(child(asked, UNFRAGMENTED)["ratio"], 2)
             found[f"{network} {kind}"] = entry
     return found
 
@@ -141,16 +162,21 @@ def main() -> None:
     """Measure and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="steps of a quarter of the batch, and no whole runs")
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder to which the line is appended")
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        network, kind, batch = args.child
-        print(json.dumps(measure_step(network, kind, int(batch))))
+        network, kind, batch, device = args.child
+        measure = measure_on_gpu if device == "cuda" else measure_step
+        print(json.dumps(measure(network, kind, int(batch))))
         return
-    steps = measure_steps(args.small)
-    peaks = {} if args.small else {name: peak_mebibytes(*arguments) for name, arguments in RUNS.items()}
+    steps = measure_steps(args.small, args.device)
+    whole = not args.small and args.device == "cpu"
+    peaks = {name: peak_mebibytes(*arguments) for name, arguments in RUNS.items()} if whole else {}
     within = {name: values["ratio"] <= WITHIN for name, values in steps.items()}
-    append("memory", {"steps": steps, "bar": WITHIN, "within": within, "peak_MiB": peaks})
+    measured = {**hardware(torch.device(args.device)), "steps": steps, "bar": WITHIN, "within": within}
+    append("memory", measured | {"peak_MiB": peaks}, args.results)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ NETWORKS = {
     "cifar10_resnet20": f"{EXAMPLES}/cifar10.py:cifar10_resnet20",
     "mobilenet_v1_025": f"{EXAMPLES}/mobilenet_v1.py:mobilenet_v1_025",
     "mobilenet_v1_075": f"{EXAMPLES}/mobilenet_v1.py:mobilenet_v1_075",
+    "resnet18": "pytorchcv:resnet18",
     "digits": "digits",
 }
 
@@ -181,6 +182,8 @@ def folded_teacher(source: ConditionalSource, teacher: Teacher) -> Actions:
 def float_training(teacher: Teacher, batch: Batch, settings: QAT) -> tuple[Callable[[], None], int]:
     """Return the training step of the BN-folded float network with a student's loss and optimizer, and its weights."""
     network, _ = fold(teacher.network)
+    if batch.images.is_cuda:  # as the student
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for layer in list(graphs.layers(network)):
         for read in layer.args[1:3]:
             if isinstance(read, torch.fx.Node):

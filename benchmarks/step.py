@@ -6,8 +6,9 @@
 
 ZS-CGAN's step stands against generator, teacher, batch statistics and optimizer, each alone; the distillation step
 against that step and the student's own forward and backward; the student's step against the training step of the float
-network with its batch norms folded. Weights are random. Prints ratios with their bars and what each choice of layout,
-optimizer, precision and compiling brings; appends a dated line to benchmarks/results/step.jsonl.
+network with its batch norms folded. Weights are random. On a GPU, all sides are CUDA graphs, as zsq's steps are. Prints
+ratios with their bars and what each choice of layout, optimizer, precision and compiling brings; appends a dated line
+to benchmarks/results/step.jsonl.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from parts import (
     trained_weights,
 )
 from records import RESULTS, append
-from timing import hardware, interleaved, milliseconds, ratio, wait
+from timing import hardware, interleaved, milliseconds, ratio, recorded, wait
 from torch.utils.flop_counter import FlopCounterMode
 
 from zsq.runs import pick_device
@@ -76,14 +77,15 @@ def sides(teacher: Teacher, batch: int, device: torch.device) -> tuple[Actions, 
     with FlopCounterMode(display=False) as counter:
         source.step(0)
     actions: Actions = {"zscgan": counted(source.step)}
-    actions |= learning_parts(source_of(teacher, batch, device), teacher)
-    actions |= folded_teacher(source, teacher)
+    actions |= recorded(learning_parts(source_of(teacher, batch, device), teacher), device)
+    actions |= recorded(folded_teacher(source, teacher), device)
     images = one_batch(source)
     assert len(images.images) == len(images.labels) == batch, (len(images.images), batch)
     actions |= student_sides(teacher, images, device)
     distiller = distiller_of(teacher, Feed(images, source_of(teacher, batch, device)), device, "learnable")
     actions["distillation"] = counted(distiller.step)
-    actions["student pass"] = student_pass(distiller_of(teacher, Feed(images), device, "learnable"), images)
+    alone = student_pass(distiller_of(teacher, Feed(images), device, "learnable"), images)
+    actions |= recorded({"student pass": alone}, device)
     return actions, counter.get_total_flops()
 
 
@@ -97,7 +99,8 @@ def student_sides(teacher: Teacher, images: Batch, device: torch.device) -> Acti
     for scales in SCALES:
         distiller = distiller_of(teacher, Feed(images), device, scales)
         actions[f"student {scales}"] = counted(distiller.step)
-        actions["float"], weights = float_training(teacher, images, distiller.settings)
+        train, weights = float_training(teacher, images, distiller.settings)
+        actions |= recorded({"float": train}, device)
         assert weights == trained_weights(distiller), (weights, trained_weights(distiller))
     return actions
 

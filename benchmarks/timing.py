@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from machine import load, processor
 
+from zsq.replay import WARM_UP
+
 Times = Mapping[str, list[float]]
 """Seconds by action, one value a round."""
 
@@ -15,7 +17,7 @@ def interleaved(
     actions: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warm_up: int = 2
 ) -> dict[str, list[float]]:
     """Call every action once a round and return its times; on a GPU each call is waited for, before and after."""
-    for _ in range(warm_up):
+    for _ in range(warm_up + (WARM_UP if device.type == "cuda" else 0)):
         for action in actions.values():
             action()
     times: dict[str, list[float]] = {name: [] for name in actions}
@@ -27,6 +29,24 @@ def interleaved(
             wait(device)
             times[name].append(time.perf_counter() - start)
     return times
+
+
+def recorded(actions: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, Callable[[], object]]:
+    """Return actions as zsq does its steps on a GPU: each a CUDA graph that is replayed; elsewhere as they are."""
+    if device.type != "cuda":
+        return dict(actions)
+    found: dict[str, Callable[[], object]] = {}
+    for name, action in actions.items():
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                action()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph, stream=stream):
+            action()
+        found[name] = lambda graph=graph, action=action: graph.replay()  # action: holds what the kernels read
+    return found
 
 
 def wait(device: torch.device) -> None:

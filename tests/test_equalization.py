@@ -39,7 +39,7 @@ class OneNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.behind = behind
-        self.conv, self.norm = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4, eps=0.0)
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4, eps=1e-30)
         self.second = nn.Conv2d(4, 6, 3)
         self.gamma = gamma
 

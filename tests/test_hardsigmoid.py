@@ -11,7 +11,7 @@ from toys import SPEC, Mobile, fused_operators, graph, images, quantized
 from zsq.export import output_step, write_onnx
 from zsq.quantize import PTQ
 from zsq.quantize.convert import convert
-from zsq.quantize.fakequant import grid_hardsigmoid
+from zsq.quantize.gates import grid_hardsigmoid
 from zsq.quantize.prepare import Student
 from zsq.verification import verify_onnx
 

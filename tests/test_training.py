@@ -10,20 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from zsq.errors import InputError, NumericsError
-from zsq.training import (
-    FLUSH_EVERY,
-    Run,
-    cosine,
-    flatten_optimizer,
-    load_tensors,
-    part,
-    replacing,
-    restore_optimizer,
-    save_tensors,
-    set_learning_rate,
-    stream,
-    under,
-)
+from zsq.optimizers import cosine, flatten_optimizer, restore_optimizer, set_learning_rate
+from zsq.training import FLUSH_EVERY, Run, load_tensors, part, replacing, save_tensors, stream, under
 
 
 class Toy:

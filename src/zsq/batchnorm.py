@@ -10,7 +10,11 @@ from torch.fx import GraphModule, Node
 
 from zsq import graphs, parallel
 from zsq.errors import InputError
+from zsq.gpu import kernels
 from zsq.graphs import argument, aten, tensor_of
+
+SMALLEST_VARIANCE = 1e-30
+"""Added to variances on a GPU, whose kernel returns one over their root."""
 
 
 class _Moments(torch.autograd.Function):
@@ -21,6 +25,7 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x if (fused := kernels(x)) is None else fused.dense(x)
         mean, var = _moments(x)
         ctx.save_for_backward(x, mean)
         return mean.flatten(), var
@@ -33,6 +38,10 @@ class _Moments(torch.autograd.Function):
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean, [1, C, 1, ...], and biased variance, [C], at least in float32."""
+    shape = (1, -1, *[1] * (x.dim() - 2))
+    if x.is_cuda:  # one pass
+        mean, inverse = torch.batch_norm_stats(x, SMALLEST_VARIANCE)
+        return mean.view(shape), inverse.square().reciprocal()
     dims = [0, *range(2, x.dim())]
     mean = x.mean(dims, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     return mean, (x - mean).square_().mean(dims)
@@ -40,6 +49,8 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _moments_gradient(x: Tensor, mean: Tensor, grad_mean: Tensor, grad_var: Tensor) -> Tensor:
     """Return the gradient to x of what has these gradients to its mean and variance."""
+    if (fused := kernels(x)) is not None:
+        return fused.moments_gradient(x, mean, grad_mean, grad_var)
     count = x.numel() // x.shape[1]
     slope = (2 / count) * grad_var.view_as(mean)
     offset = grad_mean.view_as(mean) / count - slope * mean
@@ -64,6 +75,11 @@ class _ObservedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if (fused := kernels(x)) is not None:
+            x = fused.dense(x)
+            mean, var = _moments(x)
+            ctx.save_for_backward(x, mean, scale)
+            return fused.scaled(x, scale, shift), mean.flatten(), var
         mean, var = _moments(x)
         scale = scale.to(x.dtype)
         ctx.save_for_backward(x, mean, scale)
@@ -72,6 +88,8 @@ class _ObservedNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor, None, None]:
         x, mean, scale = ctx.saved_tensors
+        if (fused := kernels(x)) is not None:
+            return fused.moments_gradient(x, mean, grad_mean, grad_var, grad, scale), None, None
         return _moments_gradient(x, mean, grad_mean, grad_var).addcmul_(grad, scale), None, None
 
 

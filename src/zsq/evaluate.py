@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zsq.errors import InputError, NumericsError
+from zsq.gpu import full_float32
 from zsq.types import Batch
 
 Predict = Callable[[Tensor], Tensor]
@@ -241,7 +242,8 @@ def _logits(name: str, predict: Predict, images: Tensor) -> Tensor:
     if isinstance(predict, nn.Module):
         first = next(predict.parameters(), None)
         images = images if first is None else images.to(first.device)
-    logits = torch.as_tensor(predict(images)).cpu()
+    with full_float32():
+        logits = torch.as_tensor(predict(images)).cpu()
     if logits.dim() != 2 or len(logits) != len(images):
         raise InputError(f"{name} gives {list(logits.shape)} for {len(images)} images; [N, classes] is needed.")
     if not bool(torch.isfinite(logits).all()):

@@ -228,6 +228,8 @@ class LightDecoder(Generator):
     all around, and a window of its size is cut out of it at random.
     """
 
+    sides: Tensor
+
     def __init__(
         self,
         spec: ImageSpec,
@@ -244,6 +246,7 @@ class LightDecoder(Generator):
         sides = [math.ceil((side + 2 * self.margin) / self.shuffle) for side in (spec.height, spec.width)]
         self.ups = max(0, math.ceil(math.log2(min(sides) / 7)))
         self.start = tuple(math.ceil(side / 2**self.ups) for side in sides)
+        self.register_buffer("sides", torch.tensor(self.start, dtype=torch.float32), persistent=False)
         self.noise_map = (noise_channels, *self.start)
         self.noise_size = style_size + 2 + math.prod(self.noise_map)
         code_size = self.code_size
@@ -264,7 +267,7 @@ class LightDecoder(Generator):
         share = torch.special.ndtr(drawn)  # from 0 to 1, its ends included
         layout = self.layout(code).unflatten(1, (self.widths[0], *self.start))
         if not self.margin:
-            layout = shifted(layout, (share * share.new_tensor(self.start)).long())
+            layout = shifted(layout, (share * self.sides).long())
         x = layout + self.detail(detail.unflatten(1, self.noise_map))
         x = F.leaky_relu(self.norm(x, code), LEAK)
         for block in self.blocks:

@@ -289,7 +289,9 @@ class Job:
         if self.known is None:
             write_pt2(converted, spec, self.folder / "model.pt2")
         write_onnx(converted, spec, self.folder / "model.onnx")
-        student.cpu()
+
+        def simulate(images: Tensor) -> Tensor:
+            return student(images.to(self.run.device))
 
         def images() -> Iterator[Tensor]:
             yield from (batch.images.cpu() for batch in surrogate.source.sample(VERIFY_IMAGES))
@@ -297,7 +299,7 @@ class Job:
             yield from (batch.images for batch in itertools.islice(batches, CELL_BATCHES if self.known else None))
 
         threads = torch.get_num_threads()
-        return verify_onnx(self.folder / "model.onnx", student, images(), output_step(converted), threads=threads)
+        return verify_onnx(self.folder / "model.onnx", simulate, images(), output_step(converted), threads=threads)
 
     def _evaluate(self, student: Student) -> dict[str, Evaluation]:
         """Measure the teacher, the file and the simulation on the evaluation images, where there are any."""

@@ -36,18 +36,6 @@ def stream(seed: int, name: str, step: int, device: torch.device | str = "cpu") 
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def cosine(learning_rate: float, step: int, steps: int) -> float:
-    """Learning rate at `step` of `steps`, annealed from `learning_rate` to 0 (Loshchilov and Hutter 2017)."""
-    return 0.5 * learning_rate * (1 + math.cos(math.pi * min(1.0, step / max(1, steps))))
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Scale each group's initial learning rate."""
-    for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])
-        group["lr"] = group["initial_lr"] * factor
-
-
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes its place only if the block succeeds."""
@@ -85,29 +73,6 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a readable safetensors file: {error}.") from error
-
-
-def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Flatten an optimizer's moments into named tensors."""
-    state = optimizer.state_dict()["state"]
-    return {f"{index}.{key}": v for index, entry in state.items() for key, v in entry.items() if v is not None}
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, flat: dict[str, Tensor]) -> None:
-    """Undo `flatten_optimizer`.
-
-    Moments take their parameter's memory layout again, which files do not keep and fused optimizers rely on.
-    """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, stored in flat.items():
-        index, key = name.split(".", 1)
-        parameter = parameters[int(index)]
-        value = stored.clone()
-        if stored.shape == parameter.shape:
-            value = torch.empty_like(parameter, dtype=stored.dtype, requires_grad=False).copy_(stored)
-        state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

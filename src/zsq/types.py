@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -70,9 +71,14 @@ class ImageSpec:
         return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
     def _statistics(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        mean = torch.tensor(self.mean, dtype=images.dtype, device=images.device).view(1, -1, 1, 1)
-        std = torch.tensor(self.std, dtype=images.dtype, device=images.device).view(1, -1, 1, 1)
+        mean, std = (_by_channel(values, images.dtype, images.device) for values in (self.mean, self.std))
         return mean, std
+
+
+@cache
+def _by_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return values as [1, C, 1, 1]; kept, since bringing them to a GPU waits for it."""
+    return torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as runtime_status
 from torch import Tensor
 
 from zsq.errors import ExportError, InputError
+from zsq.gpu import full_float32
 from zsq.types import ImageSpec
 
 _RUNTIME_ERRORS = (
@@ -134,7 +135,7 @@ def verify_onnx(
     num_images = num_decided = 0
     agreed, agreed_decided, agreed_itself, largest = [0, 0], 0, 0, 0.0
     for batch in images:
-        with torch.no_grad():
+        with torch.no_grad(), full_float32():
             expected = simulate(batch).detach().to("cpu", torch.float32)
         top_two = expected.topk(2, dim=1).values
         decided = top_two[:, 0] - top_two[:, 1] > margin_steps * output_step

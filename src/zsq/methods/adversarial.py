@@ -63,7 +63,7 @@ class AdversarialSource(GeneratorSource):
         networks = [settings.build(teacher.spec, no_code, run.seed, number) for number in range(settings.generators)]
         self.generators = nn.ModuleList(networks)
         super().__init__(settings, self.generators, teacher, run, distill_steps)
-        self.noise_size = networks[0].noise_size
+        self.noise_size, self.turns = networks[0].noise_size, len(networks)
         default = max(1.0, teacher.spec.classes / 32)
         instance, batch = settings.instance_entropy_weight, settings.batch_entropy_weight
         self.weights = {
@@ -77,10 +77,10 @@ class AdversarialSource(GeneratorSource):
         """Return noise."""
         return (self._noise(stream(self.seed, "fit", step, self.device), self.batch_size),)
 
-    def learnt_from(self, step: int, student: nn.Module | None, *inputs: Tensor) -> Batch:
+    def learnt_from(self, turn: int, student: nn.Module | None, *inputs: Tensor) -> Batch:
         """Return images of the generator whose turn it is, with its losses, against the student if there is one."""
         (noise,) = inputs
-        generator = self.generators[step % len(self.generators)]
+        generator = self.generators[turn]
         generator.train()
         images = self._make(generator, parallel.share(noise))
         logits, moments = self.teacher(images)

@@ -12,11 +12,12 @@ from zsq.errors import InputError
 from zsq.losses import competition, feature_norm, image_norm, label_cross_entropy, total_variation
 from zsq.methods.given import Noise, NoiseSource
 from zsq.methods.inversion import Inversion, InversionSource, is_large, require_weights
+from zsq.optimizers import cosine
 from zsq.quantize.fakequant import straight_through
 from zsq.quantize.prepare import Bits, Student
 from zsq.quantize.ptq import PTQ, quantize_ptq
 from zsq.teachers import Teacher
-from zsq.training import Run, cosine, stream
+from zsq.training import Run, stream
 from zsq.types import ImageSpec
 
 SMALL = {"learning_rate": 0.05, "feature_weight": 1.0, "tv_weight": 2.5e-5, "l2_weight": 3e-8, "jitter": 2}

@@ -14,8 +14,10 @@ from zsq.losses import bns_loss
 from zsq.methods.base import Arithmetic, Surrogate, restore
 from zsq.methods.pool import require_positive
 from zsq.networks import Generator, make_generator
+from zsq.optimizers import cosine, flatten_optimizer, rate_on, restore_optimizer, set_learning_rate
+from zsq.replay import Replays
 from zsq.teachers import Teacher
-from zsq.training import Run, cosine, flatten_optimizer, part, restore_optimizer, set_learning_rate, stream, under
+from zsq.training import Run, part, stream, under
 from zsq.types import Batch, ImageSpec, joined
 
 LARGE_IMAGE = 96
@@ -117,6 +119,8 @@ class GeneratorSource(ABC):
     asks_labels: bool
     weights: dict[str, float]
     """Factor of each loss; what `losses` returns beside them is for the log."""
+    turns = 1
+    """Kinds of steps that follow each other in turn."""
 
     def __init__(
         self, settings: GeneratorSettings, generator: nn.Module, teacher: Teacher, run: Run, distill_steps: int
@@ -133,18 +137,23 @@ class GeneratorSource(ABC):
                 network.low_precision = settings.precision == "bfloat16"
         self.optimizer = torch.optim.Adam(
             self.generator.parameters(),
-            lr=settings.learning_rate,
+            lr=rate_on(self.device, settings.learning_rate),
             betas=(settings.beta1, settings.beta2),
             fused=True,
+            capturable=self.device.type == "cuda",
         )
+        self.replays = Replays(self.device)
 
     @abstractmethod
     def inputs(self, step: int) -> tuple[Tensor, ...]:
         """Return what step `step` of fit and distillation together draws for its images, each [N, ...]."""
 
     @abstractmethod
-    def learnt_from(self, step: int, student: nn.Module | None, *inputs: Tensor) -> Batch:
-        """Return images made of the inputs, with the losses of the generator, through which gradients reach it."""
+    def learnt_from(self, turn: int, student: nn.Module | None, *inputs: Tensor) -> Batch:
+        """Return images made of the inputs, with the losses of the generator, through which gradients reach it.
+
+        Whatever the inputs, the same is computed in the same turn: a GPU replays it.
+        """
 
     @abstractmethod
     def draw(self, name: str, index: int, count: int) -> Batch:
@@ -152,24 +161,30 @@ class GeneratorSource(ABC):
 
     def update(self, step: int, student: nn.Module | None) -> Batch:
         """Update the generator once and return its images and losses; the batch goes through in `parts`."""
-        self.optimizer.zero_grad(set_to_none=True)
-        made = []
-        for inputs in zip(*(drawn.tensor_split(self.parts) for drawn in self.inputs(step)), strict=True):
-            batch = self.learnt_from(step, student, *inputs)
-            terms = [self.weights[name] * value for name, value in batch.losses.items() if self.weights.get(name)]
-            (torch.stack(terms).sum() * (len(inputs[0]) / self.batch_size)).backward()
-            losses = {name: value.detach() for name, value in batch.losses.items()}
-            made.append(Batch(batch.images.detach(), batch.labels, batch.teacher_logits, losses))
-        parallel.reduce_gradients(self.generator.parameters())
+        turn = step % self.turns
         set_learning_rate(self.optimizer, cosine(1.0, step, self.horizon))
-        self.optimizer.step()
-        return joined(made)
+
+        def learn(*drawn: Tensor) -> Batch:
+            self.optimizer.zero_grad(set_to_none=True)
+            made = []
+            for inputs in zip(*(values.tensor_split(self.parts) for values in drawn), strict=True):
+                batch = self.learnt_from(turn, student, *inputs)
+                terms = [self.weights[name] * value for name, value in batch.losses.items() if self.weights.get(name)]
+                (torch.stack(terms).sum() * (len(inputs[0]) / self.batch_size)).backward()
+                losses = {name: value.detach() for name, value in batch.losses.items()}
+                made.append(Batch(batch.images.detach(), batch.labels, batch.teacher_logits, losses))
+            parallel.reduce_gradients(self.generator.parameters())
+            self.optimizer.step()
+            return joined(made)
+
+        return self.replays.call((turn, student), learn, *self.inputs(step))
 
     def halve(self) -> bool:
         """Let the batch go through the networks in twice as many parts, where that leaves two images each."""
         if self.batch_size < 4 * self.parts:
             return False
         self.parts *= 2
+        self.replays.forget()
         return True
 
     def step(self, step: int) -> dict[str, Tensor]:
@@ -199,3 +214,4 @@ class GeneratorSource(ABC):
         """Restore what `state_dict` returned."""
         self.generator.load_state_dict(part("generator", state))
         restore_optimizer(self.optimizer, part("optimizer", state))
+        self.replays.forget()

@@ -12,9 +12,11 @@ from zsq.errors import InputError
 from zsq.methods.base import Arithmetic, Surrogate, restore
 from zsq.methods.generator import LARGE_IMAGE
 from zsq.methods.pool import PoolSource, require_positive
+from zsq.optimizers import flatten_optimizer, rate_on, restore_optimizer, set_learning_rate
+from zsq.replay import Replays
 from zsq.teachers import Teacher
-from zsq.training import Run, flatten_optimizer, part, restore_optimizer, set_learning_rate, stream, under
-from zsq.types import ImageSpec
+from zsq.training import Run, part, stream, under
+from zsq.types import Batch, ImageSpec
 
 
 def is_large(spec: ImageSpec) -> bool:
@@ -104,6 +106,7 @@ class InversionSource(PoolSource, ABC):
             it was last read.
         pixels: what Adam changes, the pool's last `batch_size` images in float32.
         changed: whether the pixels have changed since the pool was last read.
+        wanted: labels of `pixels`, on their device.
         history: weighted sum of the losses at each iteration of this batch so far.
     """
 
@@ -122,6 +125,7 @@ class InversionSource(PoolSource, ABC):
         self.teacher = settings.observed(teacher, self.device)
         self.pool = torch.empty(0, self.spec.channels, self.spec.height, self.spec.width, dtype=torch.float16)
         self.changed = False
+        self.replays = Replays(self.device)
         self._begin(0)
 
     @abstractmethod
@@ -153,25 +157,32 @@ class InversionSource(PoolSource, ABC):
         if (index + 1) * self.batch_size > len(self.pool):
             self._begin(index)
         iteration = step % self.iterations
-        labels = self.labels[-self.batch_size :].to(self.device)
-        images = self.images_of(step)
-        logits, moments = self.teacher(parallel.share(images))
-        logits = parallel.whole(logits, len(images))
-        losses = self.losses(images, logits, moments, labels)
-        loss = torch.stack([self.weights[name] * value for name, value in losses.items()]).sum()
+        shown = self.images_of(step)
+        found = self.replays.call("learn", self._gradient, shown, self.wanted)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        shown.backward(found.images)
         parallel.reduce_gradients([self.pixels])
         set_learning_rate(self.optimizer, self.rate(iteration))
         self.optimizer.step()
+        values = dict(found.losses)
         with torch.no_grad():
             self.constrain()
-            self.history[iteration] = loss
+            self.history[iteration] = values.pop("total")
         self.changed = True
-        values = {name: value.detach() for name, value in losses.items()}
+        return values
+
+    def _gradient(self, images: Tensor, labels: Tensor) -> Batch:
+        """Return the loss's gradient to the images in their place, and the losses with their weighted sum, `total`."""
+        images = images.detach().requires_grad_()
+        logits, moments = self.teacher(parallel.share(images))
+        logits = parallel.whole(logits, len(images))
+        losses = self.losses(images, logits, moments, labels)
+        total = torch.stack([self.weights[name] * value for name, value in losses.items()]).sum()
+        (gradient,) = torch.autograd.grad(total, images)
+        values = {name: value.detach() for name, value in losses.items()} | {"total": total.detach()}
         if "ce" in values:
             values["label_recognition"] = (logits.detach().argmax(1) == labels).float().mean() * 100
-        return values
+        return Batch(gradient, labels, None, values)
 
     def _begin(self, index: int) -> None:
         """Put the first pixels of a batch into the pool, behind the last ones of the batch before."""
@@ -191,7 +202,8 @@ class InversionSource(PoolSource, ABC):
         """Make these pixels those that a fresh Adam changes; its rate is set at each step."""
         placed = pixels.to(self.device, memory_format=torch.channels_last, copy=True)
         self.pixels, self.changed = nn.Parameter(placed), False
-        self.optimizer = torch.optim.Adam([self.pixels], lr=1.0, betas=self.betas, fused=True)
+        rate = rate_on(self.device, 1.0)
+        self.optimizer = torch.optim.Adam([self.pixels], lr=rate, betas=self.betas, fused=True)
 
     def _take(self, pool: Tensor) -> None:
         """Set the pool; its wanted labels are permutations of all classes, one after the other."""
@@ -200,6 +212,7 @@ class InversionSource(PoolSource, ABC):
         rounds = range(-(-len(pool) // classes))
         orders = [torch.randperm(classes, generator=stream(self.seed, "labels", number)) for number in rounds]
         self.labels = torch.cat(orders)[: len(pool)]
+        self.wanted = self.labels[-self.batch_size :].to(self.device)
 
     def images(self, rows: Tensor) -> Tensor:
         """See `PoolSource.images`."""

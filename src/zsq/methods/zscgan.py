@@ -70,9 +70,9 @@ class ConditionalSource(GeneratorSource):
         """Return labels and noise."""
         return self._inputs("fit", step, self.batch_size)
 
-    def learnt_from(self, step: int, student: nn.Module | None, *inputs: Tensor) -> Batch:
+    def learnt_from(self, turn: int, student: nn.Module | None, *inputs: Tensor) -> Batch:
         """Return images of these labels and this noise with the losses of eq. (2)."""
-        del step, student
+        del turn, student
         labels, noise = inputs
         self.generator.train()
         images = self.generator(parallel.share(noise), parallel.share(labels))

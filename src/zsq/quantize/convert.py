@@ -8,17 +8,14 @@ from torch.fx import GraphModule, Node
 from zsq import graphs
 from zsq.graphs import argument
 from zsq.quantize.fakequant import (
-    HARD_REACH,
     ActivationQuantizer,
     WeightQuantizer,
     bias_integers,
-    grid_hardsigmoid,
-    grid_hardswish,
     grid_integers,
-    hardswish_steps,
     quantize_bias,
     saturated,
 )
+from zsq.quantize.gates import HARD_REACH, grid_hardsigmoid, grid_hardswish, hardswish_steps
 from zsq.quantize.prepare import TRANSPARENT, Student, is_float, prepared_layers, weight_node
 
 _ops = torch.ops.quantized_decomposed

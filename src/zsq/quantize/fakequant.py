@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zsq import parallel
+from zsq.gpu import kernels
 
 Mode = Literal["off", "observe", "histogram", "quantize"]
 
@@ -23,8 +24,8 @@ PIECE = 2**17
 HALF_STEP = 0.5001
 """What rounding moves a value by at most, in steps, with room for the float's own rounding: beyond lies the outside."""
 
-HARD_REACH = 3.0
-"""Hard sigmoid, and so the gate of hard swish, opens at minus this and ends at this."""
+INT32_LIMIT = float(2**31 - 128)
+"""The largest int32 that a float32 holds."""
 
 DEAD_CHANNEL = 2.0**-16
 """Least scale of a channel over the largest of its weight: a channel of zeros needs one that its bias can live on."""
@@ -105,6 +106,8 @@ class _FakeQuantize(torch.autograd.Function):
 def _pieces(scale: Tensor, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """Return tensors of one shape in the same small, flat parts where they share a scale and lie alike in memory."""
     first = tensors[0]
+    if first.is_cuda:  # no cache to keep them in, and every part would cost a start
+        return [tensors]
     dense = first.is_contiguous() or (first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last))
     if scale.numel() > 1 or not dense or any(tensor.stride() != first.stride() for tensor in tensors):
         return [tensors]
@@ -125,8 +128,7 @@ def fake_quantize(
 
     Gradients: straight through inside the grid and none outside for x; for the scale (y - x) / s inside and y / s
     outside, for the zero point -s outside, both times `factor`. PyTorch's own CPU kernels took twice as long
-    on activations (benchmarks/fakequant.py). Where gradients are needed on a GPU, its fused kernel rounds activations;
-    it multiplies by the inverse of the scale.
+    on activations (benchmarks/fakequant.py), and its GPU kernels read the scale back to the host.
 
     Args:
         x: any shape.
@@ -141,9 +143,10 @@ def fake_quantize(
     Source: Esser et al. 2020, LSQ, section 2.1; Bhalgat et al. 2020, LSQ+, section 3.1.
     """
     scale = scale.view(1) if scale.numel() == 1 else scale
-    if x.is_cuda and scale.numel() == 1 and torch.is_grad_enabled():
-        levels = quant_max - quant_min  # from 0 up: the kernel's backward misrounds zero points below 0
-        return torch._fake_quantize_learnable_per_tensor_affine(x, scale, zero_point - quant_min, 0, levels, factor)
+    if (fused := kernels(x)) is not None:
+        if scale.numel() == 1:
+            return fused.FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max, factor, HALF_STEP)
+        return fused.FakeQuantizeChannels.apply(x, scale.flatten(), quant_min, quant_max, factor, HALF_STEP)
     return _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max, factor)
 
 
@@ -170,13 +173,14 @@ class ActivationQuantizer(nn.Module):
     low_factor: Tensor
     high_factor: Tensor
     histogram: Tensor
+    smallest: Tensor
 
     def __init__(self, bits: int, *, learnable: bool, averaging: float = 0.01) -> None:
         super().__init__()
         self.bits, self.learnable, self.averaging = bits, learnable, averaging
         self.quant_min, self.quant_max = integer_range(bits)
         self.mode: Mode = "off"
-        self.smallest = SMALLEST_SCALE
+        self.register_buffer("smallest", torch.tensor(SMALLEST_SCALE), persistent=False)
         self.average_ranges = False
         self.reach = 0.0
         self.scale = nn.Parameter(torch.zeros(1), requires_grad=learnable)
@@ -215,7 +219,7 @@ class ActivationQuantizer(nn.Module):
 
     @torch.no_grad()
     def _observe(self, x: Tensor, averaging: float | None) -> None:
-        low, high = parallel.widest(x.amin().view(1), x.amax().view(1))
+        low, high = _seen(x)
         widest = torch.minimum(self.low, low), torch.maximum(self.high, high)
         if averaging is not None:
             known = torch.isfinite(self.low)  # not read here: on a GPU, that would wait for the device
@@ -226,10 +230,20 @@ class ActivationQuantizer(nn.Module):
 
     def _quantize(self, x: Tensor) -> Tensor:
         if self.training and not self.learnable:
-            self._observe(x, self.averaging)
-            self.set_range(self.low * self.low_factor, self.high * self.high_factor)
+            if (fused := kernels(x)) is not None:
+                fused.follow(self, _seen(x), SMALLEST_SCALE)
+            else:
+                self._observe(x, self.averaging)
+                self.set_range(self.low * self.low_factor, self.high * self.high_factor)
         factor = 1 / math.sqrt(max(1, x[0].numel()) * self.quant_max)
         return fake_quantize(x, self.scale, self.zero_point, self.quant_min, self.quant_max, factor)
+
+
+@torch.no_grad()
+def _seen(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the smallest and the largest value of all processes, each [1]."""
+    low, high = torch.aminmax(x.detach())
+    return parallel.widest(low.view(1), high.view(1))
 
 
 class WeightQuantizer(nn.Module):
@@ -273,14 +287,15 @@ class WeightQuantizer(nn.Module):
 
     def set_range(self, weight: Tensor) -> None:
         """Take the scales that span the weight's largest magnitudes."""
-        largest = weight.detach().abs().flatten(1).amax(1) if self.per_channel else weight.detach().abs().max().view(1)
+        dims = [*range(1 if self.per_channel else 0, weight.dim())]
+        largest = torch.linalg.vector_norm(weight.detach(), math.inf, dims).view(-1)
         self.set_scale(largest * 2 / (self.quant_max - self.quant_min))
 
     def set_scale(self, scale: Tensor) -> None:
         """Take these scales, [C] or [1], raised to what keeps int32 biases from saturating."""
         with torch.no_grad():
-            self.smallest.copy_((scale.max() * DEAD_CHANNEL).clamp(min=SMALLEST_SCALE))
-            self.scale.copy_(torch.maximum(scale, self.smallest))
+            torch.mul(scale.max(), DEAD_CHANNEL, out=self.smallest).clamp_(min=SMALLEST_SCALE)
+            torch.maximum(scale, self.smallest, out=self.scale)
 
 
 def quantize_bias(bias: Tensor, activation_scale: Tensor, weight_scale: Tensor) -> Tensor:
@@ -294,51 +309,11 @@ def quantize_bias(bias: Tensor, activation_scale: Tensor, weight_scale: Tensor) 
     Returns:
         [C].
     """
+    if (fused := kernels(bias)) is not None:
+        return fused.RoundBias.apply(bias, activation_scale.detach(), weight_scale.detach(), INT32_LIMIT)
     scale = (activation_scale * weight_scale).detach()
     rounded = torch.where(scale > 0, bias_integers(bias.detach(), scale) * scale, bias)
     return bias + (rounded - bias).detach()
-
-
-def hardswish_steps(scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Return 3 and 6 in steps of a grid, rounded: where the gate of `grid_hardswish` opens and ends."""
-    return (HARD_REACH / scale).round(), (2 * HARD_REACH / scale).round()
-
-
-def grid_hardswish(x: Tensor, scale: Tensor) -> Tensor:
-    """Hard swish whose gate is clipped on the grid of its input: x * clip(x + 3', 0, 6') / 6.
-
-    3' and 6' are the multiples of `scale` nearest to 3 and 6, so that an integer Clip makes the gate and an integer
-    product the result; no kernel computes in float.
-
-    Args:
-        x: values on a grid whose range holds -3; any shape.
-        scale: step of the grid, [1]; at 0, before calibration, the plain function.
-
-    Returns:
-        As x.
-    """
-    step = scale.detach()
-    three, six = hardswish_steps(step)
-    gate = torch.minimum((x / step + three).clamp(min=0), six) * (step / 6)
-    return x * torch.where(step > 0, gate, torch.nn.functional.hardsigmoid(x))
-
-
-def grid_hardsigmoid(x: Tensor, activation_scale: Tensor, weight_scale: Tensor) -> Tensor:
-    """Hard sigmoid of a layer's output: clip(x + 3', 0, 6) / 6.
-
-    3' is the multiple nearest to 3 of the step of the layer's bias, which holds it in the file. There, the layer's
-    rounding clips, and its integers are read on a grid six times as fine: nothing is left to compute.
-
-    Args:
-        x: [N, C, ...].
-        activation_scale: of the layer's input, [1]; at 0, before calibration, the plain function.
-        weight_scale: [C] or [1].
-
-    Returns:
-        As x.
-    """
-    three = quantize_bias(torch.full_like(weight_scale, HARD_REACH), activation_scale, weight_scale)
-    return (x + three.detach().view(1, -1, *[1] * (x.dim() - 2))).clamp(0, 2 * HARD_REACH) / (2 * HARD_REACH)
 
 
 def bias_integers(bias: Tensor, scale: Tensor) -> Tensor:
@@ -348,8 +323,7 @@ def bias_integers(bias: Tensor, scale: Tensor) -> Tensor:
 
 def saturated(integers: Tensor) -> Tensor:
     """Limit float integers to what int32 holds."""
-    limit = float(2**31 - 128)  # the largest int32 that a float32 holds
-    return integers.clamp(-limit, limit)
+    return integers.clamp(-INT32_LIMIT, INT32_LIMIT)
 
 
 def quantizers(network: nn.Module) -> list[ActivationQuantizer | WeightQuantizer]:
@@ -389,9 +363,12 @@ def straight_through(student: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def constrain(network: nn.Module) -> None:
     """Keep learnt scales positive and zero points on the integers; to be called after each optimizer step."""
-    for quantizer in quantizers(network):
-        quantizer.scale.clamp_(min=quantizer.smallest)
-        quantizer.zero_point.clamp_(quantizer.quant_min, quantizer.quant_max)
+    found = quantizers(network)
+    torch._foreach_maximum_([q.scale for q in found], [q.smallest for q in found])
+    zeros = [q.zero_point for q in found]
+    torch._foreach_clamp_min_(zeros, [float(q.quant_min) for q in found])
+    torch._foreach_clamp_max_(zeros, [float(q.quant_max) for q in found])
+    for quantizer in found:
         if isinstance(quantizer, ActivationQuantizer) and quantizer.reach:
             quantizer.scale.clamp_(min=-quantizer.reach / (quantizer.quant_max - quantizer.quant_min))
             steps = (-quantizer.reach / quantizer.scale).round()

@@ -12,14 +12,8 @@ from torch.fx import GraphModule, Node
 from zsq import graphs
 from zsq.errors import InputError, unknown_name
 from zsq.graphs import argument, aten, tensor_of
-from zsq.quantize.fakequant import (
-    HARD_REACH,
-    ActivationQuantizer,
-    WeightQuantizer,
-    grid_hardsigmoid,
-    grid_hardswish,
-    quantize_bias,
-)
+from zsq.quantize.fakequant import ActivationQuantizer, WeightQuantizer, quantize_bias
+from zsq.quantize.gates import HARD_REACH, grid_hardsigmoid, grid_hardswish
 
 ENDS_BITS = 8
 """Bits of the network's input and of its logits, always."""

@@ -11,12 +11,14 @@ from zsq import graphs, parallel
 from zsq.batchnorm import fold
 from zsq.errors import InputError
 from zsq.losses import distillation_loss, intermediate_loss
+from zsq.optimizers import cosine, flatten_optimizer, rate_on, restore_optimizer, set_learning_rate
 from zsq.quantize.centring import centre_biases, plain_biases
 from zsq.quantize.correction import IMAGES, first_images
 from zsq.quantize.fakequant import ActivationQuantizer, WeightQuantizer, constrain, quantizers
 from zsq.quantize.prepare import Student, prepared_layers
 from zsq.quantize.ptq import PTQ
-from zsq.training import Run, cosine, flatten_optimizer, part, restore_optimizer, set_learning_rate, under
+from zsq.replay import Replays
+from zsq.training import Run, part, under
 from zsq.types import Batch, SampleSource, joined
 
 
@@ -106,14 +108,20 @@ class Distiller:
             for tensor in q.parameters()
         }
         trainable = [p for p in student.parameters() if p.requires_grad]
+        weights = [p for p in trainable if id(p) not in grids]
         self.optimizer = torch.optim.SGD(
             [
-                {"params": [p for p in trainable if id(p) not in grids], "lr": settings.learning_rate},
-                {"params": [p for p in trainable if id(p) in grids], "lr": settings.scale_learning_rate},
+                {"params": weights, "lr": rate_on(device, settings.learning_rate)},
+                {
+                    "params": [p for p in trainable if id(p) in grids],
+                    "lr": rate_on(device, settings.scale_learning_rate),
+                },
             ],
             momentum=settings.momentum,
             nesterov=settings.momentum > 0,
+            fused=device.type == "cuda" or None,
         )
+        self.replays = Replays(device)
 
     def step(self, step: int) -> dict[str, Tensor]:
         """Do one distillation step by eq. (3) and return its losses."""
@@ -121,18 +129,24 @@ class Distiller:
             self.batch = self.source.batch(step, self.student)
         batch = self.batch
         self.student.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        losses = joined([self._learn(part, len(batch.labels)) for part in batch.split(self.parts)]).losses
-        parallel.reduce_gradients(self.student.parameters())
         set_learning_rate(self.optimizer, cosine(1.0, step, self.settings.steps))
-        self.optimizer.step()
-        constrain(self.student)
+        images, labels = batch.images.to(self.device), batch.labels.to(self.device)
+        losses = self.replays.call("learn", self._learn, images, labels, batch.teacher_logits).losses
         self.batch = None
         return losses | batch.losses
 
-    def _learn(self, batch: Batch, whole: int) -> Batch:
+    def _learn(self, images: Tensor, labels: Tensor, logits: Tensor | None) -> Batch:
+        """Update the student once; the batch goes through in `parts`."""
+        self.optimizer.zero_grad(set_to_none=True)
+        made = [self._add_gradient(part, len(labels)) for part in Batch(images, labels, logits).split(self.parts)]
+        parallel.reduce_gradients(self.student.parameters())
+        self.optimizer.step()
+        constrain(self.student)
+        return joined(made)
+
+    def _add_gradient(self, batch: Batch, whole: int) -> Batch:
         """Add the gradient of a part of a batch of `whole` images; return it with its losses."""
-        images, labels = batch.images.to(self.device), batch.labels.to(self.device)
+        images, labels = batch.images, batch.labels
         answers, logits, distances = self._answers(images, batch.teacher_logits, len(labels))
         loss = distillation_loss(
             answers,
@@ -155,6 +169,7 @@ class Distiller:
         if 2 * self.parts > len(self.batch.labels):
             return False
         self.parts *= 2
+        self.replays.forget()
         return True
 
     def _answers(self, images: Tensor, known: Tensor | None, count: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -188,6 +203,7 @@ class Distiller:
         """Restore what `state_dict` returned."""
         self.student.load_state_dict(part("student", state))
         restore_optimizer(self.optimizer, part("optimizer", state))
+        self.replays.forget()
         self.source.load_state_dict(part("source", state))
 
 

@@ -1,0 +1,51 @@
+"""Hard swish and hard sigmoid on the integers of a grid."""
+
+import torch
+from torch import Tensor
+
+from zsq.quantize.fakequant import quantize_bias
+
+HARD_REACH = 3.0
+"""Hard sigmoid, and so the gate of hard swish, opens at minus this and ends at this."""
+
+
+def hardswish_steps(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return 3 and 6 in steps of a grid, rounded: where the gate of `grid_hardswish` opens and ends."""
+    return (HARD_REACH / scale).round(), (2 * HARD_REACH / scale).round()
+
+
+def grid_hardswish(x: Tensor, scale: Tensor) -> Tensor:
+    """Hard swish whose gate is clipped on the grid of its input: x * clip(x + 3', 0, 6') / 6.
+
+    3' and 6' are the multiples of `scale` nearest to 3 and 6, so that an integer Clip makes the gate and an integer
+    product the result; no kernel computes in float.
+
+    Args:
+        x: values on a grid whose range holds -3; any shape.
+        scale: step of the grid, [1]; at 0, before calibration, the plain function.
+
+    Returns:
+        As x.
+    """
+    step = scale.detach()
+    three, six = hardswish_steps(step)
+    gate = torch.minimum((x / step + three).clamp(min=0), six) * (step / 6)
+    return x * torch.where(step > 0, gate, torch.nn.functional.hardsigmoid(x))
+
+
+def grid_hardsigmoid(x: Tensor, activation_scale: Tensor, weight_scale: Tensor) -> Tensor:
+    """Hard sigmoid of a layer's output: clip(x + 3', 0, 6) / 6.
+
+    3' is the multiple nearest to 3 of the step of the layer's bias, which holds it in the file. There, the layer's
+    rounding clips, and its integers are read on a grid six times as fine: nothing is left to compute.
+
+    Args:
+        x: [N, C, ...].
+        activation_scale: of the layer's input, [1]; at 0, before calibration, the plain function.
+        weight_scale: [C] or [1].
+
+    Returns:
+        As x.
+    """
+    three = quantize_bias(torch.full_like(weight_scale, HARD_REACH), activation_scale, weight_scale)
+    return (x + three.detach().view(1, -1, *[1] * (x.dim() - 2))).clamp(0, 2 * HARD_REACH) / (2 * HARD_REACH)

@@ -1,0 +1,377 @@
+"""What only a GPU can show; every test skips without one."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import zsq
+from zsq.batchnorm import moments, observed_norm
+from zsq.cli import main
+from zsq.compare import compare
+from zsq.gpu import kernels
+from zsq.methods import METHODS, ZSCGAN, Adversarial, DeepInversion
+from zsq.methods.generator import GeneratorSource
+from zsq.quantize import QAT
+from zsq.quantize.fakequant import (
+    HALF_STEP,
+    ActivationQuantizer,
+    WeightQuantizer,
+    _FakeQuantize,
+    constrain,
+    fake_quantize,
+    quantize_bias,
+)
+from zsq.quantize.ptq import quantize_ptq
+from zsq.quantize.qat import Distiller
+from zsq.replay import WARM_UP, Replays
+from zsq.teachers import Teacher, load_teacher
+from zsq.training import Run
+from zsq.types import Batch
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device here"),
+    pytest.mark.slow,
+]
+
+SMALL = {"steps": 12, "iterations": 6, "batch_size": 8, "width": 8, "data": "digits:train", "limit": 200}
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Teacher:
+    return load_teacher("digits").to(CUDA)
+
+
+@pytest.fixture
+def exact() -> Iterator[None]:
+    """Convolutions in full float32, so that two ways of computing agree to its last digits."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize("quantizer", ["ptq", "qat"])
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_gives_a_file_on_a_gpu(name: str, quantizer: str, tmp_path: Path) -> None:
+    if quantizer not in METHODS[name].quantizers:
+        pytest.skip(f"{name} has no {quantizer}")
+    if name == "biggan":
+        pytest.skip("needs a checkpoint")
+    fields = {field.name for field in dataclasses.fields(METHODS[name])}
+    settings = [f"method.{key}={value}" for key, value in SMALL.items() if key in fields]
+    settings += ["quantizer.num_samples=100"] + (["quantizer.steps=8"] if quantizer == "qat" else [])
+    result = zsq.quantize(
+        load_teacher("digits"),
+        method=name,
+        quantizer=quantizer,
+        data="digits",
+        device="cuda",
+        out=tmp_path / "run",
+        settings=settings,
+        quiet=True,
+    )
+    assert result.record["runtime_agreement"] > 99
+    assert result.record["quantized_top1"] > 60
+
+
+def source_of(teacher: Teacher, method: object, *, replayed: bool) -> GeneratorSource:
+    source = method.source(teacher, Run(device=CUDA), 10)
+    source.replays.on = replayed
+    return source
+
+
+def same_weights(one: torch.nn.Module, other: torch.nn.Module, tolerance: float) -> None:
+    for (name, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(
+    "method", [ZSCGAN(width=8), ZSCGAN(width=8, generator="unet"), Adversarial(width=8, generators=2)]
+)
+def test_replayed_steps_learn_what_called_ones_do(method: object, teacher: Teacher, exact: None) -> None:
+    called, replayed = (source_of(teacher, method, replayed=on) for on in (False, True))
+    for step in range(3 * WARM_UP + 4):
+        one, other = called.step(step), replayed.step(step)
+        for name, value in one.items():
+            torch.testing.assert_close(value, other[name], rtol=2e-2, atol=2e-2, msg=lambda t, n=name: f"{n}: {t}")
+    assert all(recorded.graph is not None for recorded in replayed.replays._steps.values())
+    assert len(replayed.replays._steps) == replayed.turns
+    same_weights(called.generator, replayed.generator, 2e-2)
+
+
+def distiller_of(teacher: Teacher, method: object, scales: str, *, replayed: bool) -> Distiller:
+    source = source_of(teacher, method, replayed=replayed)
+    settings = QAT(num_samples=64, scales=scales, bits="6", steps=10)
+    student = quantize_ptq(
+        teacher.network, lambda: source.sample(64), settings, Run(device=CUDA), learnable=scales == "learnable"
+    )
+    distiller = Distiller(student, teacher.network, source, settings, CUDA)
+    distiller.replays.on = replayed
+    return distiller
+
+
+@pytest.mark.parametrize("scales", ["learnable", "moving-average"])
+@pytest.mark.parametrize("method", [ZSCGAN(width=8), Adversarial(width=8)])
+def test_replayed_distillation_is_the_called_one(method: object, scales: str, teacher: Teacher, exact: None) -> None:
+    called, replayed = (distiller_of(teacher, method, scales, replayed=on) for on in (False, True))
+    for step in range(10):
+        one, other = called.step(step), replayed.step(step)
+        assert one.keys() == other.keys()
+        torch.testing.assert_close(one["kd"], other["kd"], rtol=5e-2, atol=5e-2)
+    assert all(recorded.graph is not None for recorded in replayed.replays._steps.values())
+    same_weights(called.student, replayed.student, 5e-2)
+
+
+@pytest.mark.parametrize("scales", ["learnable", "moving-average"])
+def test_no_step_waits_for_the_gpu(scales: str, teacher: Teacher) -> None:
+    distiller = distiller_of(teacher, ZSCGAN(width=8), scales, replayed=False)
+    inversion = DeepInversion(batch_size=8, steps=20, iterations=20).source(teacher, Run(device=CUDA))
+    inversion.replays.on = False
+    for step in range(2):
+        distiller.step(step)
+        inversion.step(step)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        distiller.step(2)
+        distiller.source.step(3)
+        inversion.step(2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_step_that_cannot_be_recorded_is_called() -> None:
+    replays, seen = Replays(CUDA), []
+
+    def work(x: Tensor) -> Batch:
+        seen.append(float(x.sum()))  # waits
+        return Batch(x + 1, x.long(), None, {"loss": x.sum()})
+
+    for value in range(WARM_UP + 3):
+        batch = replays.call("step", work, torch.full((2,), float(value), device=CUDA))
+        assert batch.images.tolist() == [value + 1.0] * 2
+    assert seen[-1] == 2 * (WARM_UP + 2)
+
+
+def test_outputs_of_replays_are_the_callers_own() -> None:
+    replays = Replays(CUDA)
+    made = [
+        replays.call(
+            "s",
+            lambda x: Batch(x * 2, x.long(), x + 1, {"a": x.sum(), "b": x.max()}),
+            torch.full((2,), float(v), device=CUDA),
+        )
+        for v in range(WARM_UP + 4)
+    ]
+    assert replays._steps["s"].graph is not None
+    assert [batch.images[0].item() for batch in made] == [2.0 * v for v in range(WARM_UP + 4)]
+    assert [batch.losses["a"].item() for batch in made] == [2.0 * v for v in range(WARM_UP + 4)]
+
+
+@pytest.mark.parametrize("shape", [(64, 7), (8, 16, 9, 11)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_moments_in_one_pass_are_the_exact_ones(shape: tuple[int, ...], layout: torch.memory_format) -> None:
+    x = torch.randn(shape, dtype=torch.float64) * 3 + 20
+    if len(shape) == 4:
+        x = x.contiguous(memory_format=layout)
+    here = x.float().to(CUDA).requires_grad_()
+    x.requires_grad_()
+    for one, other in zip(moments(here), moments(x), strict=True):
+        torch.testing.assert_close(one.double().cpu(), other, rtol=1e-5, atol=1e-5)
+    for values in (here, x):
+        mean, var = moments(values)
+        (mean.sum() + var.square().sum()).backward()
+    torch.testing.assert_close(here.grad.double().cpu(), x.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_a_constant_channel_has_no_variance() -> None:
+    assert moments(torch.full((4, 2, 3, 3), 5.0, device=CUDA))[1].tolist() == pytest.approx([0, 0], abs=1e-12)
+
+
+@pytest.mark.parametrize("bits", [(-128, 127), (-8, 7)])
+@pytest.mark.parametrize("layout", ["planes", "channels_last", "slices"])
+def test_the_fused_rounding_is_the_one_of_the_file(layout: str, bits: tuple[int, int]) -> None:
+    assert kernels(torch.ones(1, device=CUDA)) is not None
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(6, 10, 33, 17, generator=generator) * 2
+    x[0, 0, 0, :4] = torch.tensor([0.065, -0.065, 1e9, -1e9])
+    upstream = torch.randn(x.shape, generator=generator)
+    found = []
+    for device in ("cpu", "cuda"):
+        leaf = x.to(device).requires_grad_()
+        scale = torch.tensor([0.13 if bits[1] == 7 else 0.013], device=device, requires_grad=True)
+        zero = torch.tensor([-3.4], device=device, requires_grad=True)
+        values = leaf.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else leaf
+        if layout == "slices":
+            values = leaf[..., 1:]
+        y = fake_quantize(values, scale, zero, *bits, 0.3)
+        y.backward(upstream[..., 1:].to(device) if layout == "slices" else upstream.to(device))
+        found.append([t.detach().cpu() for t in (y, leaf.grad, scale.grad, zero.grad)])
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    for one, other in zip(found[0][2:], found[1][2:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_weights_are_rounded_as_on_the_processor(layout: torch.memory_format) -> None:
+    weight = torch.randn(7, 90, 3, 3).contiguous(memory_format=layout)
+    upstream = torch.randn(7, 90, 3, 3)
+    found = []
+    for device in ("cpu", "cuda"):
+        leaf = weight.to(device).requires_grad_()
+        quantizer = WeightQuantizer(leaf, 4, per_channel=True, learnable=True).to(device)
+        quantizer.mode = "quantize"
+        with torch.no_grad():
+            quantizer.scale.mul_(0.7)
+        y = quantizer(leaf)
+        y.backward(upstream.to(device))
+        found.append([t.detach().cpu() for t in (y, leaf.grad, quantizer.scale.grad)])
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_biases_are_rounded_as_on_the_processor(shared: bool) -> None:
+    bias, scale = torch.randn(700) * 1e3, torch.rand(1 if shared else 700) * 0.1
+    scale[0] = scale[0] if shared else 0
+    activation = torch.tensor([0.013])
+    here = bias.to(CUDA).requires_grad_()
+    rounded = quantize_bias(here, activation.to(CUDA), scale.to(CUDA))
+    torch.testing.assert_close(rounded.cpu(), quantize_bias(bias, activation, scale), rtol=1e-7, atol=0)
+    rounded.sum().backward()
+    assert here.grad.eq(1).all()
+
+
+@pytest.mark.parametrize("reach", [0.0, -3.0])
+def test_ranges_follow_as_on_the_processor(reach: float) -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        quantizer = ActivationQuantizer(4, learnable=False, averaging=0.1).to(device).train()
+        quantizer.mode, quantizer.reach = "quantize", reach
+        quantizer.low_factor.fill_(0.9)
+        for step in range(4):
+            x = torch.randn(50, generator=torch.Generator().manual_seed(step)) + step - 1
+            y = quantizer(x.to(device))
+        found.append(
+            [t.detach().cpu() for t in (quantizer.low, quantizer.high, quantizer.scale, quantizer.zero_point, y)]
+        )
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(64, 7), (8, 16, 9, 11), (4, 6, 5)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_observed_norms_are_those_of_the_processor(
+    shape: tuple[int, ...], layout: torch.memory_format, kind: torch.dtype
+) -> None:
+    x = (torch.randn(shape) * 3 + 2).to(kind)
+    if len(shape) == 4:
+        x = x.contiguous(memory_format=layout)
+    view = (1, shape[1], *[1] * (len(shape) - 2))
+    scale, shift, upstream = torch.randn(view), torch.randn(view), torch.randn(shape).to(kind)
+    found = []
+    for device in ("cpu", "cuda"):
+        leaf = x.to(device).requires_grad_()
+        y, (mean, var) = observed_norm(leaf, scale.to(device), shift.to(device))
+        ((y * upstream.to(device)).sum() + mean.sin().sum() + var.log().sum()).backward()
+        found.append([t.detach().cpu().float() for t in (y, mean, var, leaf.grad)])
+    tolerance = 1e-4 if kind == torch.float32 else 5e-2
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+def test_scales_stay_positive(teacher: Teacher) -> None:
+    student = distiller_of(teacher, ZSCGAN(width=8), "learnable", replayed=False).student
+    with torch.no_grad():
+        for module in student.modules():
+            if isinstance(module, (ActivationQuantizer, WeightQuantizer)):
+                module.scale.fill_(-1)
+                module.zero_point.fill_(300)
+    constrain(student)
+    for module in student.modules():
+        if isinstance(module, (ActivationQuantizer, WeightQuantizer)):
+            assert (module.scale > 0).all()
+            assert (module.zero_point <= module.quant_max).all()
+
+
+def test_not_a_number_is_not_rounded_away() -> None:
+    one = torch.ones(1, device=CUDA)
+    x = torch.tensor([torch.nan, 1.2], device=CUDA)
+    for y in (fake_quantize(x, one, one, -8, 7), _FakeQuantize.apply(x, one, one, -8, 7, 1.0)):
+        assert y[0].isnan()
+        assert y[1] == 1
+    assert HALF_STEP > 0.5
+
+
+def test_a_batch_that_does_not_fit_goes_through_in_halves(teacher: Teacher) -> None:
+    said: list[str] = []
+    source = ZSCGAN(batch_size=65536, width=16).source(teacher, Run(device=CUDA), 0)
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_allocated() + 3 * 2**30) / total))
+    try:
+        Run(device=CUDA, say=said.append).train("fit", source, WARM_UP + 5)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert source.parts > 1
+    assert "goes through in halves" in said[0]
+
+
+class StoppedError(Exception):
+    pass
+
+
+class StopAt10:
+    def update(self, phase: str, done: int, total: int, values: dict[str, float]) -> None:
+        if phase == "fit" and done >= 10:
+            raise StoppedError
+
+
+@pytest.mark.parametrize("quantizer", ["ptq", "qat"])
+def test_a_stopped_run_continues_on_a_gpu(quantizer: str, tmp_path: Path) -> None:
+    settings = ["method.steps=20", "method.batch_size=8", "method.width=8", "quantizer.num_samples=64"]
+    settings += ["quantizer.steps=8"] if quantizer == "qat" else []
+
+    def run(**arguments: object) -> zsq.Result:
+        teacher = load_teacher("digits")
+        return zsq.quantize(
+            teacher,
+            quantizer=quantizer,
+            device="cuda",
+            out=tmp_path / "run",
+            checkpoint_every=5,
+            settings=settings,
+            **arguments,
+        )
+
+    with pytest.raises(StoppedError):
+        run(progress=StopAt10())
+    assert (tmp_path / "run" / "checkpoints" / "fit.safetensors").exists()
+    assert run(resume=True, quiet=True).record["runtime_agreement"] > 99
+
+
+def test_the_command_line_takes_the_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["quantize", "digits", "--device", "cuda", "--bits", "8", "--out", str(tmp_path / "run")]
+    main([*arguments, "--set", "method.steps=10", "--set", "quantizer.num_samples=64", "--data", "digits"])
+    assert (tmp_path / "run" / "model.onnx").exists()
+    main(["doctor"])
+    assert torch.cuda.get_device_name() in capsys.readouterr().out
+
+
+def test_a_comparison_runs_on_a_gpu(tmp_path: Path) -> None:
+    recipe = tmp_path / "small.toml"
+    recipe.write_text(
+        'title = "small"\nseeds = [0]\n[[teachers]]\nmodel = "digits"\ndata = "digits"\n'
+        '[[methods]]\nname = "zscgan"\nsteps = 10\nbatch_size = 8\n[[methods]]\nname = "noise"\n'
+        '[[quantizers]]\nname = "ptq"\nbits = ["8", "4"]\nnum_samples = 64\n'
+        '[[quantizers]]\nname = "qat"\nbits = ["8"]\nsteps = 6\nnum_samples = 64\n'
+    )
+    compare(recipe, out=tmp_path / "out", device="cuda")
+    assert "zscgan" in (tmp_path / "out" / "table.md").read_text()
