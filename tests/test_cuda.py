@@ -202,7 +202,7 @@ def test_the_fused_rounding_is_the_one_of_the_file(layout: str, bits: tuple[int,
     upstream = torch.randn(x.shape, generator=generator)
     found = []
     for device in ("cpu", "cuda"):
-        leaf = x.to(device).requires_grad_()
+        leaf = x.to(device, copy=True).requires_grad_()
         scale = torch.tensor([0.13 if bits[1] == 7 else 0.013], device=device, requires_grad=True)
         zero = torch.tensor([-3.4], device=device, requires_grad=True)
         values = leaf.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else leaf
@@ -223,7 +223,7 @@ def test_weights_are_rounded_as_on_the_processor(layout: torch.memory_format) ->
     upstream = torch.randn(7, 90, 3, 3)
     found = []
     for device in ("cpu", "cuda"):
-        leaf = weight.to(device).requires_grad_()
+        leaf = weight.to(device, copy=True).requires_grad_()
         quantizer = WeightQuantizer(leaf, 4, per_channel=True, learnable=True).to(device)
         quantizer.mode = "quantize"
         with torch.no_grad():
@@ -278,7 +278,7 @@ def test_observed_norms_are_those_of_the_processor(
     scale, shift, upstream = torch.randn(view), torch.randn(view), torch.randn(shape).to(kind)
     found = []
     for device in ("cpu", "cuda"):
-        leaf = x.to(device).requires_grad_()
+        leaf = x.to(device, copy=True).requires_grad_()
         y, (mean, var) = observed_norm(leaf, scale.to(device), shift.to(device))
         ((y * upstream.to(device)).sum() + mean.sin().sum() + var.log().sum()).backward()
         found.append([t.detach().cpu().float() for t in (y, mean, var, leaf.grad)])

@@ -269,10 +269,10 @@ class WeightQuantizer(nn.Module):
         self.bits, self.per_channel, self.learnable = bits, per_channel, learnable
         self.quant_min, self.quant_max = integer_range(bits)
         self.mode: Mode = "off"
-        channels = weight.shape[0] if per_channel else 1
-        self.scale = nn.Parameter(torch.ones(channels), requires_grad=learnable)
-        self.register_buffer("zero_point", torch.zeros(1))
-        self.register_buffer("smallest", torch.tensor(SMALLEST_SCALE), persistent=False)
+        channels, device = weight.shape[0] if per_channel else 1, weight.device
+        self.scale = nn.Parameter(torch.ones(channels, device=device), requires_grad=learnable)
+        self.register_buffer("zero_point", torch.zeros(1, device=device))
+        self.register_buffer("smallest", torch.tensor(SMALLEST_SCALE, device=device), persistent=False)
         self.factor = 1 / math.sqrt(weight.numel() / channels * self.quant_max)
         self.set_range(weight)
 

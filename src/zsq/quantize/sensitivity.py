@@ -82,7 +82,7 @@ def sensitivities(
 
 
 def _rounded(weight: Tensor, bits: int, *, per_channel: bool, range_rule: str) -> Tensor:
-    quantizer = WeightQuantizer(weight, bits, per_channel=per_channel, learnable=False).to(weight.device).eval()
+    quantizer = WeightQuantizer(weight, bits, per_channel=per_channel, learnable=False).eval()
     if range_rule == "mse":
         quantizer.set_scale(weight_mse(quantizer, weight))
     quantizer.mode = "quantize"
