@@ -1,6 +1,7 @@
 """What only a GPU can show; every test skips without one."""
 
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from zsq.gpu import kernels
 from zsq.methods import METHODS, ZSCGAN, Adversarial, DeepInversion
 from zsq.methods.generator import GeneratorSource
 from zsq.quantize import QAT
+from zsq.quantize.centring import centred_bias
 from zsq.quantize.fakequant import (
     HALF_STEP,
     ActivationQuantizer,
@@ -135,7 +137,8 @@ def test_no_step_waits_for_the_gpu(scales: str, teacher: Teacher) -> None:
     for step in range(2):
         distiller.step(step)
         inversion.step(step)
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings(action="ignore"):  # that the mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
     try:
         distiller.step(2)
         distiller.source.step(3)
@@ -246,6 +249,30 @@ def test_biases_are_rounded_as_on_the_processor(shared: bool) -> None:
     torch.testing.assert_close(rounded.cpu(), quantize_bias(bias, activation, scale), rtol=1e-7, atol=0)
     rounded.sum().backward()
     assert here.grad.eq(1).all()
+
+
+@pytest.mark.parametrize("shape", [(12, 90, 3, 3), (12, 1, 3, 3), (12, 30, 3, 3), (7, 50), (8, 4, 5)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_biases_are_centred_as_on_the_processor(shape: tuple[int, ...], layout: torch.memory_format) -> None:
+    weight, output = torch.randn(shape), torch.randn(shape[0])
+    weight = weight.contiguous(memory_format=layout) if len(shape) == 4 else weight
+    mean = torch.randn({1: 12, 30: 90, 4: 8}.get(shape[1], shape[1]))
+    found = []
+    for device in ("cpu", "cuda"):
+        a, w = (t.to(device, copy=True).requires_grad_() for t in (output, weight))
+        bias = centred_bias(a, w, mean.to(device))
+        bias.backward(torch.arange(len(bias), device=device) + 1.0)
+        found.append([t.detach().cpu() for t in (bias, a.grad, w.grad)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_ends_see_what_is_not_a_number() -> None:
+    fused = kernels(torch.ones(1, device=CUDA))
+    x = torch.randn(5, 3, 40, 41, device=CUDA).contiguous(memory_format=torch.channels_last)
+    assert [end.item() for end in fused.ends(x)] == [x.min().item(), x.max().item()]
+    x[0, 0, 0, 0] = torch.nan
+    assert all(end.isnan() for end in fused.ends(x))
 
 
 @pytest.mark.parametrize("reach", [0.0, -3.0])

@@ -99,5 +99,6 @@ def run_jobs(
     for job in jobs:
         fault = job.exception()
         if fault is not None:
-            last = str(fault).strip().splitlines()[-1] if str(fault).strip() else type(fault).__name__
+            said = [line for line in (job.stderr() or str(fault)).splitlines() if line.strip()]
+            last = said[-1].strip() if said else type(fault).__name__
             raise ZsqError(f"job {job.job_id} failed: {last[:200]} Log: {job.paths.stderr}; --resume continues.")

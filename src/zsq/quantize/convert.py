@@ -30,6 +30,7 @@ def convert(student: Student) -> GraphModule:
     and lets a runtime keep it in integers.
     """
     network = graphs.copy_network(student.network).cpu().eval()
+    network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     for layer in prepared_layers(network):
         _store_layer(network, layer)
     grids: dict[Node, ActivationQuantizer] = {}

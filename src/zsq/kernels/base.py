@@ -1,0 +1,34 @@
+"""What the kernels share: how values lie in memory, and rounding."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 2048
+"""Values of one program."""
+
+WEIGHT_BLOCK = 512
+"""Values of a channel that a program takes at a time."""
+
+INTEGERS = tl.constexpr(8388608.0)
+"""2**23: a float32 from there on is an integer."""
+
+
+@triton.jit
+def rounded(x: tl.tensor) -> tl.tensor:
+    """Round to the nearest integer, halves to the even one."""
+    away = tl.where(x < 0, -INTEGERS, INTEGERS)
+    return tl.where(tl.abs(x) < INTEGERS, (x + away) - away, x)
+
+
+def dense(x: Tensor) -> Tensor:
+    """Return x, copied where its values do not fill one stretch of memory, or first dimensions do not come first."""
+    if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+        return x
+    return x.contiguous()
+
+
+def like(x: Tensor, other: Tensor) -> Tensor:
+    """Return x, copied where it does not lie in memory as another tensor of its shape does."""
+    return x if x.stride() == other.stride() else torch.empty_like(other, dtype=x.dtype).copy_(x)
