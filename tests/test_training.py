@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zsq.errors import InputError, NumericsError
-from zsq.optimizers import cosine, flatten_optimizer, restore_optimizer, set_learning_rate
+from zsq.optimizers import cosine, flatten_optimizer, rate_on, restore_optimizer, set_learning_rate
 from zsq.training import FLUSH_EVERY, Run, load_tensors, part, replacing, save_tensors, stream, under
 
 
@@ -395,3 +395,14 @@ def test_a_signal_while_losses_are_read_saves_too(tmp_path):
     finally:
         signal.signal(signal.SIGINT, before)
     assert load_tensors(tmp_path / "checkpoints" / "fit.safetensors")[1]["step"] == "20"
+
+
+def test_a_rate_that_is_a_tensor_is_set_in_place() -> None:
+    """A GPU replays kernels that read it."""
+    weight, rate = torch.nn.Parameter(torch.ones(2)), torch.tensor(0.5)
+    optimizer = torch.optim.SGD([{"params": [weight], "lr": rate}])
+    for factor in (0.5, 1.0, 0.1):
+        set_learning_rate(optimizer, factor)
+        assert optimizer.param_groups[0]["lr"] is rate
+        assert rate.item() == pytest.approx(0.5 * factor)
+    assert isinstance(rate_on(torch.device("cpu"), 0.5), float)

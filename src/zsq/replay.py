@@ -45,7 +45,11 @@ class Replays:
         return step(inputs)
 
     def forget(self) -> None:
-        """Record all steps anew: tensors that they read or write are others now, or a batch goes through otherwise."""
+        """Give back the memory of all steps and record them anew.
+
+        To be called where they end, where tensors that they read or write become others, and where a batch goes
+        through otherwise.
+        """
         self._steps.clear()
 
 

@@ -98,6 +98,7 @@ class GeneratorSettings(Arithmetic, ABC):
         source = self.source(teacher, run, distill_steps)
         if fitted is None:
             run.train("fit", source, self.steps)
+            source.replays.forget()
         else:
             restore(source, fitted)
         return Surrogate(source, teacher.network)

@@ -220,6 +220,8 @@ def distill(student: Student, teacher: nn.Module, source: SampleSource, settings
     Raises:
         NumericsError: the loss is not finite.
     """
-    run.train("distill", Distiller(student, teacher, source, settings, run.device), settings.steps)
+    distiller = Distiller(student, teacher, source, settings, run.device)
+    run.train("distill", distiller, settings.steps)
+    distiller.replays.forget()
     student.eval()
     plain_biases(student)
