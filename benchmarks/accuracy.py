@@ -15,6 +15,7 @@ import platform
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -145,7 +146,7 @@ class Bench:
                 verdict,
             ]
         )
-        line = {"date": datetime.now(UTC).date().isoformat(), "network": self.name, "bar": bar}
+        line: dict[str, Any] = {"date": datetime.now(UTC).date().isoformat(), "network": self.name, "bar": bar}
         line |= {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
         line |= {key: value for key, value in record.items() if key not in ("evaluation", "model", "data")}
         line["settings"]["method"].pop("data", None)

@@ -49,7 +49,7 @@ def channels_last(setup: Setup) -> tuple[Step, Step]:
     """Return the steps without and with channels-last weights; the second is how zsq runs."""
     other = setup.source()
     for network in (other.generator, other.teacher):
-        network.to(memory_format=torch.contiguous_format)
+        network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return other.step, setup.source().step
 
 

@@ -59,9 +59,9 @@ class Feed:
     def __init__(self, fixed: Batch, source: ConditionalSource | None = None) -> None:
         self.fixed, self.source = fixed, source
 
-    def sample(self, count: int, batch_size: int = 100) -> Iterator[Batch]:
+    def sample(self, count: int, batch_size: int = 100, name: str = "sample") -> Iterator[Batch]:
         """Give the fixed batch."""
-        del count, batch_size
+        del count, batch_size, name
         yield self.fixed
 
     def batch(self, step: int, student: torch.nn.Module | None) -> Batch:

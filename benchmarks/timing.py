@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import torch
 from machine import load, processor
@@ -45,8 +46,14 @@ def recorded(actions: Mapping[str, Callable[[], object]], device: torch.device) 
         torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(graph, stream=stream):
             action()
-        found[name] = lambda graph=graph, action=action: graph.replay()  # action: holds what the kernels read
+        found[name] = partial(_replay, graph, action)
     return found
+
+
+def _replay(graph: torch.cuda.CUDAGraph, action: Callable[[], object]) -> None:
+    """Replay what an action did; the action is held, since it holds what the kernels read."""
+    del action
+    graph.replay()
 
 
 def wait(device: torch.device) -> None:
