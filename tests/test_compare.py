@@ -16,7 +16,7 @@ from zsq import cli, recipes
 from zsq.compare import Comparison, check, compare, list_cells, read_lines
 from zsq.errors import ExportError, InputError
 from zsq.experiment import quantize
-from zsq.jobs import share_out
+from zsq.jobs import last_words, share_out, visible_gpus
 from zsq.methods import METHODS
 from zsq.outcomes import Outcomes
 from zsq.recipes import read_recipe
@@ -573,3 +573,20 @@ def test_a_dry_run_checks_networks_and_data(recipe, tmp_path):
     recipe.write_text(recipe.read_text().replace('data = "digits"', 'data = "gone.npz"'))
     with pytest.raises(InputError, match=r"no such data set: 'gone.npz'"):
         check(recipe)
+
+
+def test_a_failed_job_is_told_by_its_fault_or_its_log() -> None:
+    from_job = "Job (task=0) failed during processing with trace:\n----\nTraceback\nzsq.errors.ZsqError: no room\n"
+    assert last_words(from_job, "srun: error: task 0: Exited with exit code 1\n") == "zsq.errors.ZsqError: no room"
+    silent = "Job 3 has not produced any output (state: FAILED)\nCheck: - jobs/3_0_log.out"
+    assert last_words(silent, "Killed\nsrun: error: vm: task 0: Killed\n") == "Killed"
+    assert last_words(silent, None) == "Check: - jobs/3_0_log.out"
+    assert last_words("", None) == ""
+
+
+def test_jobs_on_this_machine_see_one_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-5")
+    assert visible_gpus() == ["3", "GPU-5"]

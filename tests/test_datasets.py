@@ -273,3 +273,15 @@ def test_a_crop_is_told_unless_a_resize_was_chosen(tmp_path, kind) -> None:
     assert notice.endswith(f"is used; --resize {crop.height} shrinks them first")
     resized = spec_of(channels=crop.channels, size=crop.height, classes=10, resize=crop.height)
     assert open_dataset(name, resized).notice == ""
+
+
+def test_images_are_normalised_wherever_it_was_done_first() -> None:
+    """Lists serve as well as tuples, and what inference mode has seen can be trained on."""
+    spec = ImageSpec(channels=1, height=2, width=2, classes=2, mean=[0.25], std=[0.5])  # type: ignore[arg-type]
+    with torch.inference_mode():
+        spec.normalize(torch.ones(1, 1, 2, 2))
+    pixels = torch.ones(1, 1, 2, 2, requires_grad=True)
+    images = spec.normalize(pixels)
+    images.square().sum().backward()
+    assert images.unique().tolist() == [1.5]
+    assert pixels.grad is not None

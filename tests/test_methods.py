@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zsq.batchnorm import fold
 from zsq.datasets import open_dataset
@@ -17,9 +17,9 @@ from zsq.quantize.convert import convert
 from zsq.quantize.ptq import quantize_ptq
 from zsq.quantize.qat import distill
 from zsq.settings import resolve
-from zsq.teachers import Teacher, load_teacher, state_sha256
+from zsq.teachers import Teacher, load_teacher, state_sha256, teacher_from_module
 from zsq.training import Run, load_tensors, save_tensors
-from zsq.types import Batch
+from zsq.types import Batch, ImageSpec
 
 SMALL = {"steps": 3, "batch_size": 8, "width": 8, "data": "digits:train", "limit": 200}
 """Settings of every method in these tests, as far as it has them."""
@@ -340,3 +340,28 @@ def test_a_generator_of_another_shape_is_refused(teacher: Teacher) -> None:
     state["generator.layout.weight"] = state["generator.layout.weight"][:-1]
     with pytest.raises(InputError, match=r"what is stored of the generator is not what its settings make here"):
         small("zscgan").fit(teacher, Run(), fitted=state)
+
+
+class Viewed(nn.Module):
+    """Flattens a map of more than one pixel by `view`, which takes values in one order only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU())
+        self.head = nn.Linear(6 * 64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        return self.head(y.view(y.size(0), -1))
+
+
+def test_a_network_that_views_its_maps_can_be_learnt_from() -> None:
+    spec = ImageSpec(channels=3, height=8, width=8, classes=5, mean=(0.5,) * 3, std=(0.5,) * 3)
+    teacher = teacher_from_module(Viewed().eval().requires_grad_(False), spec)
+    source = ZSCGAN(batch_size=4, width=4).source(teacher, Run(), 2)
+    assert source.step(0)["bns"].isfinite()
+    student = quantize_ptq(teacher.network, lambda: source.sample(8), QAT(num_samples=8), Run())
+    images = next(source.sample(4)).images
+    wanted = student(images)
+    found = student(images.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-2)

@@ -7,10 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
+
 from zsq import parallel
 from zsq.errors import InputError
 from zsq.quantize.ptq import quantize_ptq
 from zsq.quantize.qat import QAT, Distiller
+from zsq.replay import forgetting
 from zsq.settings import Settings
 from zsq.teachers import Teacher
 from zsq.training import Learner, Run
@@ -80,6 +83,8 @@ def seconds_each(action: Callable[[int], object], *, at_least: int = 3, at_least
         while parallel.on_main(again):
             count += 1
             action(count)
+        if torch.cuda.is_available():  # calls return before a GPU has done its work
+            torch.cuda.synchronize()
         return (time.perf_counter() - start) / count
 
 
@@ -99,6 +104,13 @@ def plan(
     Raises:
         InputError: not even ten steps of each phase fit.
     """
+    with forgetting():
+        return _measured_plan(settings, teacher, run, budget_seconds, num_eval_images, fitted)
+
+
+def _measured_plan(
+    settings: Settings, teacher: Teacher, run: Run, budget_seconds: float, num_eval_images: int, fitted: bool
+) -> Plan:
     begin = time.perf_counter()
     patience = max(2.0, MEASURING_SHARE * budget_seconds)
     method, quantizer = settings.method, settings.quantizer

@@ -21,6 +21,8 @@ def _kernels() -> ModuleType | None:
 
         one = torch.ones(1, device="cuda")
         found.FakeQuantize.apply(one, one, one, 0, 1, 1.0, 0.5)
+    except torch.OutOfMemoryError:  # says nothing of the kernels
+        raise
     except Exception:  # noqa: BLE001  whatever a compiler's import and first run end in
         return None
     return found
@@ -29,5 +31,10 @@ def _kernels() -> ModuleType | None:
 @contextmanager
 def full_float32() -> Iterator[None]:
     """Let convolutions compute in float32: on a GPU, PyTorch rounds their inputs to 10 bits of mantissa otherwise."""
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
+    try:
         yield
+    finally:
+        convolutions.fp32_precision = before

@@ -35,14 +35,33 @@ def share_out(grid: Sequence[Cell], count: int) -> list[list[Cell]]:
     return shares
 
 
-def run_share(folder: Path, names: Sequence[str], root: Path | None, device: str, threads: int) -> None:
-    """Run some cells of the comparison that a folder holds, as one job."""
+def run_share(
+    folder: Path, names: Sequence[str], root: Path | None, device: str, threads: int, gpu: str | None = None
+) -> None:
+    """Run some cells of the comparison that a folder holds, as one job, which sees the GPU of that name only."""
     torch.set_num_threads(threads)
+    if gpu is not None:  # submitit hides them from jobs on this machine
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     recipe = read_recipe(folder / "recipe.toml")
     chosen = [cell for cell in cells(recipe) if cell.name in set(names)]
     bench = Bench(recipe, folder, root, torch.device(device), None, print)
     bench.load([cell for cell in chosen if not cell.reason])
     Grid(bench, print, read_lines(folder)).run(chosen)
+
+
+def visible_gpus() -> list[str]:
+    """Return the names by which this process sees its GPUs, as CUDA_VISIBLE_DEVICES has them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return [name.strip() for name in named.split(",") if name.strip()] or [
+        str(number) for number in range(torch.cuda.device_count())
+    ]
+
+
+def last_words(fault: str, log: str | None) -> str:
+    """Return the line that tells most of why a job failed: its fault's last, or its log's where it left none."""
+    text = log or fault if "not produced any output" in fault else fault
+    lines = [line.strip() for line in text.splitlines() if not line.startswith(("srun:", "slurmstepd:"))]
+    return next((line for line in reversed(lines) if line), "")
 
 
 def run_jobs(
@@ -82,9 +101,10 @@ def run_jobs(
     shares = share_out(missing, count)
     threads = max(1, (os.cpu_count() or 1) // len(shares)) if here else torch.get_num_threads()
     say(f"{len(missing)} cells in {len(shares)} jobs on {executor.cluster}, logs in {folder / 'jobs'}")
+    gpus = itertools.cycle(visible_gpus() if here and device.type == "cuda" else [None])
     jobs = [
-        executor.submit(run_share, folder.resolve(), [cell.name for cell in share], root, device.type, threads)
-        for share in shares
+        executor.submit(run_share, folder.resolve(), [cell.name for cell in share], root, device.type, threads, gpu)
+        for share, gpu in zip(shares, gpus, strict=False)
     ]
     shown = progress or Silent()
     try:
@@ -99,6 +119,5 @@ def run_jobs(
     for job in jobs:
         fault = job.exception()
         if fault is not None:
-            said = [line for line in (job.stderr() or str(fault)).splitlines() if line.strip()]
-            last = said[-1].strip() if said else type(fault).__name__
+            last = last_words(str(fault), job.stderr()) or type(fault).__name__
             raise ZsqError(f"job {job.job_id} failed: {last[:200]} Log: {job.paths.stderr}; --resume continues.")

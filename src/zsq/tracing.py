@@ -111,6 +111,7 @@ def trace(net: nn.Module, spec: ImageSpec, name: str) -> fx.GraphModule:
     output.args = (output.all_input_nodes[0],)
     graph.set_codegen(fx.graph.CodeGen())
     _functionalize(graph)
+    _copy_where_needed(graph)
     _remove_dropout(graph)
     _check_logits(output.args[0], name)
     name_activations(graph)
@@ -155,6 +156,15 @@ def _functionalize(graph: fx.Graph) -> None:
             continue
         node.target = pure
         changed.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: order[user] > order[node])
+
+
+def _copy_where_needed(graph: fx.Graph) -> None:
+    """Replace `view` by `reshape`, which takes values in channels-last order, too; not where views are written to."""
+    if any(isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable for n in graph.nodes):
+        return
+    for node in graph.nodes:
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
 
 
 def _base_read_later(node: fx.Node, order: dict[fx.Node, int]) -> bool:

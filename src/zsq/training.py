@@ -20,6 +20,7 @@ from torch import Tensor
 
 from zsq import parallel
 from zsq.errors import InputError, NumericsError
+from zsq.replay import forgetting
 
 CHECKPOINT_SECONDS = 30.0
 """Seconds between checkpoints, and more where writing them would take more than `CHECKPOINT_SHARE` of the time."""
@@ -216,7 +217,7 @@ class Run:
         first = self._resume(phase, learner)
         pending: list[tuple[int, dict[str, Tensor]]] = []
         saved, cost = time.monotonic(), 0.0
-        with held_signals() as received:
+        with forgetting(), held_signals() as received:
             for step in range(first, steps):
                 try:
                     pending.append((step, self.take(learner, step)))

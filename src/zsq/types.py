@@ -71,14 +71,21 @@ class ImageSpec:
         return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
     def _statistics(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        mean, std = (_by_channel(values, images.dtype, images.device) for values in (self.mean, self.std))
+        make = _kept_by_channel if images.is_cuda else _by_channel
+        mean, std = (make(tuple(values), images.dtype, images.device) for values in (self.mean, self.std))
         return mean, std
 
 
-@cache
 def _by_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return values as [1, C, 1, 1]; kept, since bringing them to a GPU waits for it."""
+    """Return values as [1, C, 1, 1]."""
     return torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1)
+
+
+@cache
+def _kept_by_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the same tensor each time, since bringing values to a GPU waits for it."""
+    with torch.inference_mode(False):  # usable in training, whoever asks first
+        return _by_channel(values, dtype, device)
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,7 +98,6 @@ class GeneratorSettings(Arithmetic, ABC):
         source = self.source(teacher, run, distill_steps)
         if fitted is None:
             run.train("fit", source, self.steps)
-            source.replays.forget()
         else:
             restore(source, fitted)
         return Surrogate(source, teacher.network)
@@ -143,7 +142,7 @@ class GeneratorSource(ABC):
             fused=True,
             capturable=self.device.type == "cuda",
         )
-        self.replays = Replays(self.device)
+        self.replays = Replays(self.device, self.optimizer)
 
     @abstractmethod
     def inputs(self, step: int) -> tuple[Tensor, ...]:

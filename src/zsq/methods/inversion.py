@@ -84,7 +84,6 @@ class Inversion(Arithmetic, ABC):
         source = self.source(teacher, run)
         if fitted is None:
             run.train("fit", source, source.steps)
-            source.replays.forget()
         else:
             restore(source, fitted)
         return Surrogate(source, teacher.network)

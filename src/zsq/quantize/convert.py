@@ -30,7 +30,6 @@ def convert(student: Student) -> GraphModule:
     and lets a runtime keep it in integers.
     """
     network = graphs.copy_network(student.network).cpu().eval()
-    network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     for layer in prepared_layers(network):
         _store_layer(network, layer)
     grids: dict[Node, ActivationQuantizer] = {}
@@ -131,7 +130,7 @@ def _store_layer(network: GraphModule, layer: Node) -> None:
         bias = _dequantize(network, layer, str(source.target), product, -(2**31), 2**31 - 1, torch.int32)
     shape = (-1, *[1] * (weight.dim() - 1))
     integers = grid_integers(weight, scale.view(shape), scale.new_zeros(1), quantizer.quant_min, quantizer.quant_max)
-    graphs.set_tensor(network, name, integers.to(torch.int8))
+    graphs.set_tensor(network, name, integers.to(torch.int8).contiguous())
     weight_read = _dequantize(network, layer, name, scale, quantizer.quant_min, quantizer.quant_max, torch.int8)
     layer.args = (layer.args[0], weight_read, bias, *layer.args[3:])
 

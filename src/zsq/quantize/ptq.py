@@ -103,7 +103,10 @@ def quantize_ptq(
     folded, _ = fold(network)
     student = prepare(folded, settings.scheme(learnable=learnable)).to(run.device).eval()
     if run.device.type == "cuda":
-        student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for layer in prepared_layers(student.network):
+            _, weight = quantized_weight(student.network, layer)
+            if weight.dim() == 4:
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     if settings.weight_range_rule == "mse":
         for layer in prepared_layers(student.network):
             quantizer, weight = quantized_weight(student.network, layer)

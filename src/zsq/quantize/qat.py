@@ -121,7 +121,7 @@ class Distiller:
             nesterov=settings.momentum > 0,
             fused=device.type == "cuda" or None,
         )
-        self.replays = Replays(device)
+        self.replays = Replays(device, self.optimizer)
 
     def step(self, step: int) -> dict[str, Tensor]:
         """Do one distillation step by eq. (3) and return its losses."""
@@ -220,8 +220,6 @@ def distill(student: Student, teacher: nn.Module, source: SampleSource, settings
     Raises:
         NumericsError: the loss is not finite.
     """
-    distiller = Distiller(student, teacher, source, settings, run.device)
-    run.train("distill", distiller, settings.steps)
-    distiller.replays.forget()
+    run.train("distill", Distiller(student, teacher, source, settings, run.device), settings.steps)
     student.eval()
     plain_biases(student)
