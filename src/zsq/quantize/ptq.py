@@ -147,7 +147,10 @@ def calibrate(student: Student, images: Callable[[], Iterator[Batch]], settings:
         if quantizer is logits:
             low, high = low * settings.logit_headroom, high * settings.logit_headroom
         if not bool(torch.isfinite(torch.cat([low.view(1), high.view(1)])).all()):
-            raise InputError(f"calibration saw the range [{float(low)}, {float(high)}]; the images are not finite.")
+            raise InputError(
+                f"calibration saw the range [{float(low)}, {float(high)}]; the images are not finite. Where a method "
+                "learns them, a lower learning rate (--set method.learning_rate) may help."
+            )
         quantizer.choose_range(low, high)
 
 
