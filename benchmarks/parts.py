@@ -23,7 +23,6 @@ NETWORKS = {
     "cifar10_resnet20": f"{EXAMPLES}/cifar10.py:cifar10_resnet20",
     "mobilenet_v1_025": f"{EXAMPLES}/mobilenet_v1.py:mobilenet_v1_025",
     "mobilenet_v1_075": f"{EXAMPLES}/mobilenet_v1.py:mobilenet_v1_075",
-    "resnet18": "pytorchcv:resnet18",
     "digits": "digits",
 }
 

@@ -162,6 +162,8 @@ def test_no_step_waits_for_the_gpu(scales: str, teacher: Teacher) -> None:
     with warnings.catch_warnings(action="ignore"):  # that the mode is a prototype
         torch.cuda.set_sync_debug_mode("error")
     try:
+        with pytest.raises(RuntimeError, match="synchronizing"):  # so it would be seen
+            torch.ones(1, device=CUDA).item()
         distiller.step(2)
         distiller.source.step(3)
         inversion.step(2)

@@ -79,13 +79,19 @@ def seconds_each(action: Callable[[int], object], *, at_least: int = 3, at_least
 
     with parallel.together():
         action(0)
+        _wait()
         start, count = time.perf_counter(), 0
         while parallel.on_main(again):
             count += 1
             action(count)
-        if torch.cuda.is_available():  # calls return before a GPU has done its work
-            torch.cuda.synchronize()
+        _wait()
         return (time.perf_counter() - start) / count
+
+
+def _wait() -> None:
+    """Wait for the GPU, if one is used: calls return before it has done their work."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def plan(

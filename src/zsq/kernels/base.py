@@ -29,6 +29,11 @@ def dense(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
+def inner_values(x: Tensor) -> int:
+    """Return how many values of one channel, dimension 1, follow each other in a dense tensor's memory."""
+    return 1 if x.dim() == 2 or x.stride(1) == 1 else x[0, 0].numel()
+
+
 def like(x: Tensor, other: Tensor) -> Tensor:
     """Return x, copied where it does not lie in memory as another tensor of its shape does."""
     return x if x.stride() == other.stride() else torch.empty_like(other, dtype=x.dtype).copy_(x)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zsq.kernels.base import WEIGHT_BLOCK, dense, rounded
+from zsq.kernels.base import WEIGHT_BLOCK, dense, inner_values, rounded
 
 
 @triton.jit
@@ -49,6 +49,20 @@ class RoundBias(torch.autograd.Function):
 
 
 @triton.jit
+def _means(
+    input_at: tl.tensor,
+    offsets: tl.tensor,
+    here: tl.tensor,
+    inputs: tl.tensor,
+    inner: tl.tensor,
+    per_group: tl.tensor,
+) -> tl.tensor:
+    """Return the mean input that each value of this program's output channel meets."""
+    first = (tl.program_id(0) // per_group) * inputs
+    return tl.load(input_at + first + (offsets // inner) % inputs, mask=here, other=0.0)
+
+
+@triton.jit
 def _centred_bias(
     output_at: tl.tensor,
     weight_at: tl.tensor,
@@ -61,12 +75,11 @@ def _centred_bias(
     block: tl.constexpr,
 ) -> None:
     channel = tl.program_id(0)
-    first = (channel // per_group) * inputs
     total = tl.zeros([block], dtype=tl.float32)
     for start in range(0, length, block):
         offsets = start + tl.arange(0, block)
         here = offsets < length
-        mean = tl.load(input_at + first + (offsets // inner) % inputs, mask=here, other=0.0)
+        mean = _means(input_at, offsets, here, inputs, inner, per_group)
         total += tl.load(weight_at + channel.to(tl.int64) * length + offsets, mask=here, other=0.0) * mean
     tl.store(out_at + channel, tl.load(output_at + channel) - tl.sum(total))
 
@@ -83,12 +96,11 @@ def _centred_bias_back(
     block: tl.constexpr,
 ) -> None:
     channel = tl.program_id(0)
-    first = (channel // per_group) * inputs
     given = tl.load(given_at + channel)
     for start in range(0, length, block):
         offsets = start + tl.arange(0, block)
         here = offsets < length
-        mean = tl.load(input_at + first + (offsets // inner) % inputs, mask=here, other=0.0)
+        mean = _means(input_at, offsets, here, inputs, inner, per_group)
         tl.store(out_at + channel.to(tl.int64) * length + offsets, -given * mean, mask=here)
 
 
@@ -100,8 +112,7 @@ class CentredBias(torch.autograd.Function):
         """Return the bias."""
         weight, out = dense(weight), torch.empty_like(mean_output)
         inputs, length = weight.shape[1], weight[0].numel()
-        inner = 1 if weight.dim() == 2 or weight.stride(1) == 1 else length // inputs
-        ctx.sizes = (length, inputs, inner, len(weight) * inputs // input_mean.numel())
+        ctx.sizes = (length, inputs, inner_values(weight), len(weight) * inputs // input_mean.numel())
         _centred_bias[(len(weight),)](mean_output, weight, input_mean, out, *ctx.sizes, WEIGHT_BLOCK)
         ctx.save_for_backward(weight, input_mean)
         return out

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zsq.kernels.base import BLOCK, like
+from zsq.kernels.base import BLOCK, inner_values, like
 
 
 @triton.jit
@@ -64,7 +64,6 @@ def moments_gradient(
 
 
 def _launch(kind: str, x: Tensor, given: Tensor, out: Tensor, *by_channel: Tensor) -> None:
-    channels = x.shape[1]
-    inner = 1 if x.dim() == 2 or x.stride(1) == 1 else x[0, 0].numel()
+    channels, inner = x.shape[1], inner_values(x)
     parts, values = triton.cdiv(x.numel(), BLOCK), x.numel() // channels
     _by_channel[(parts,)](x, given, out, *by_channel, x.numel(), channels, inner, float(values), kind, BLOCK)
