@@ -25,6 +25,7 @@ from zsq.export import (
     write_pt2,
 )
 from zsq.types import ImageSpec
+from zsq.verification import exceeds
 
 SPEC = ImageSpec(channels=3, height=8, width=8, classes=5, mean=(0.0,) * 3, std=(1.0,) * 3)
 QD = torch.ops.quantized_decomposed
@@ -259,14 +260,20 @@ def test_require_accepts_the_minimum_itself() -> None:
 
 
 def test_a_file_that_disagrees_with_itself_need_not_agree_more_with_the_simulation() -> None:
-    found = Verification(1000, 900, 98.2, 95.0, 95.0, 9.0, decided_self_agreement=98.0)
+    found = Verification(1000, 1000, 98.4, 95.0, 95.0, 9.0, decided_self_agreement=98.0)  # 16 differ, 20 from itself
     require(found)
-    with pytest.raises(ExportError, match=r"98.20 % of 900 decided images, where 98.5 % is required"):
-        require(replace(found, decided_self_agreement=98.5))
-    with pytest.raises(ExportError, match=r"94.90 % of 900 decided images, where 95 % is required"):
+    require(replace(found, decided_self_agreement=98.6))  # 14: two images more are chance
+    with pytest.raises(ExportError, match=r"98.40 % of 1000 .* where 99 % is required; .* itself on 99.60 %"):
+        require(replace(found, decided_self_agreement=99.6))  # 4
+    with pytest.raises(ExportError, match=r"94.90 % of 1000 decided images, where 99 % is required"):
         require(replace(found, decided_agreement=94.9, decided_self_agreement=50.0))  # chaos is no excuse
-    with pytest.raises(ExportError, match=r"where 99 % is required"):
-        require(replace(found, decided_self_agreement=100.0))
+    with pytest.raises(ExportError, match=r"98.90 % of 1000 .* itself on 100.00 %"):
+        require(replace(found, decided_agreement=98.9, decided_self_agreement=100.0))  # it has none
+
+
+@pytest.mark.parametrize(("count", "other", "expected"), [(6, 0, False), (7, 0, True), (9, 1, False), (10, 1, True)])
+def test_exceeds_is_the_sign_test(count: int, other: int, expected: bool) -> None:
+    assert exceeds(count, other) == expected  # 1/64, 1/128, 11/1024, 12/2048
 
 
 def test_canonical_hash_sees_content_only(files: Path, tmp_path: Path) -> None:
