@@ -16,6 +16,7 @@ FLOORS = {
     # values, and small helpers on graphs
     "types": 1,
     "graphs": 1,
+    "stems": 1,
     "parallel": 1,
     "replay": 2,
     "kernels.base": 1,

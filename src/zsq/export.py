@@ -34,6 +34,7 @@ from safetensors import safe_open
 from torch import fx
 
 from zsq.errors import ExportError, InputError
+from zsq.stems import pad_channels
 from zsq.training import replacing
 from zsq.types import ImageSpec
 from zsq.verification import SPEC_KEY, OnnxClassifier, Verification, require, verify_onnx
@@ -111,7 +112,9 @@ def write_onnx(converted: fx.GraphModule, spec: ImageSpec, path: Path) -> None:
         reason = str(error.__cause__ or error).strip().splitlines()[0].partition(" See the stack trace")[0]
         raise ExportError(f"the network has no ONNX form: {reason} The .pt2 file needs none.") from error
     assert program is not None
-    model = _canonical_onnx(program.model_proto, spec, frozenset(network.state_dict()))
+    model = program.model_proto
+    pad_channels(model)
+    model = _canonical_onnx(model, spec, frozenset(network.state_dict()))
     onnx.checker.check_model(model, full_check=True)
     with replacing(Path(path)) as temporary:
         temporary.write_bytes(model.SerializeToString(deterministic=True))

@@ -192,7 +192,7 @@ def require(verification: Verification, minimum: float = 99.0) -> None:
         return
     raise ExportError(
         f"the file disagrees with the simulation: the same class on {agreement:.2f} % of {verification.num_decided} "
-        f"decided images, where {minimum:.4g} % is required; run in both ways, it agrees with itself on {itself:.2f} %. "
+        f"decided images, where {minimum:.4g} % is required; run in both ways, it agrees with itself on {itself:.2f}. "
         f"Over all {verification.num_images} images: {verification.agreement_literal:.2f} % run literally, "
         f"{verification.agreement_optimized:.2f} % optimised; logits differ by up to "
         f"{verification.max_logit_difference_steps:.1f} quantization steps."
@@ -202,8 +202,8 @@ def require(verification: Verification, minimum: float = 99.0) -> None:
 def exceeds(count: int, other: int, significance: float = 0.01) -> bool:
     """Tell whether ``count`` is above what equal rates allow beside ``other``: the sign test, one-sided.
 
-    Of ``count + other`` events, each is of either kind with probability 1/2; True where as many as ``count`` of the first
-    have a probability below ``significance``.
+    Each of ``count + other`` events is of either kind with probability 1/2; True where as many as ``count`` of the
+    first have a probability below ``significance``.
     """
     total = count + other
     return sum(math.comb(total, k) for k in range(count, total + 1)) < significance * 2**total
