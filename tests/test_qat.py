@@ -256,8 +256,8 @@ def test_layers_come_nearer_where_they_are_distilled(teacher: Teacher, name: str
     method = METHODS["light"] if name == "toy" else Real(data="digits:train", batch_size=32)
     losses = {}
     for weight in (0.0, 10.0):
-        settings = settings_of(steps=30, intermediate_weight=weight, bits="3", kd_weight=1.0)
-        source = method.fit(net, Run(seed=3), distill_steps=30).source
+        settings = settings_of(steps=60, learning_rate=1e-3, intermediate_weight=weight, bits="3", kd_weight=1.0)
+        source = method.fit(net, Run(seed=3), distill_steps=60).source
         student = quantize_ptq(net.network, lambda: source.sample(32), settings, Run(), learnable=True)  # noqa: B023
         x, keys = next(source.sample(64)).images, student.state_dict().keys()
         before = distances(student, net, x)
