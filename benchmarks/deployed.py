@@ -43,6 +43,8 @@ NETWORKS = {
     "resnet18": "pytorchcv:resnet18",
     "mobilenetv2": "pytorchcv:mobilenetv2_w1",
     "mobilenetv3_large": "pytorchcv:mobilenetv3_large_w1",
+    "efficientnet_b0": "pytorchcv:efficientnet_b0",
+    "densenet121": "pytorchcv:densenet121",
 }
 CELLS = [(name, batch) for name in NETWORKS if name != "digits" for batch in (1, 16)]
 SMALL_CELLS = [("resnet20", 1), ("resnet20", 16), ("mobilenetv3_large", 1)]

@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,23 +14,41 @@ from toys import (
     DeadBranch,
     Mobile,
     Plain,
+    PreActivated,
     SharedLayer,
     Shift,
     ShutGate,
     Tokens,
+    fused_operators,
     graph,
     images,
     quantized,
+    settle,
 )
 
+from zsq.batchnorm import batch_norms
 from zsq.export import output_step, write_onnx
 from zsq.quantize import PTQ
 from zsq.quantize.convert import convert
 from zsq.quantize.fakequant import WeightQuantizer, integer_range, quantizers
+from zsq.quantize.gates import grid_norm
 from zsq.quantize.prepare import Student
+from zsq.tracing import trace
 from zsq.verification import verify_onnx
 
-NETWORKS = [Plain, Branchy, ConvHead, SharedLayer, Tokens, Mobile, ClampedGate, Shift, DeadBranch, ShutGate]
+NETWORKS = [
+    Plain,
+    Branchy,
+    ConvHead,
+    PreActivated,
+    SharedLayer,
+    Tokens,
+    Mobile,
+    ClampedGate,
+    Shift,
+    DeadBranch,
+    ShutGate,
+]
 QD = torch.ops.quantized_decomposed
 
 
@@ -171,3 +190,63 @@ def test_the_file_agrees_for_unusual_networks(make: Callable[[], nn.Module], tmp
     x = images(100, seed=5)
     found = verify_onnx(tmp_path / "model.onnx", student, [x], output_step(converted), threads=1)
     assert found.agreement_literal >= 99
+
+
+@pytest.fixture(scope="module", params=["8", "4"])
+def pre_activated(request: pytest.FixtureRequest) -> Student:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = settle(PreActivated())
+        assert isinstance(network, PreActivated)
+        traced = trace(network.harden(), SPEC, "toy")
+    return quantized(traced, PTQ(bits=request.param))
+
+
+def test_batch_norms_that_stand_alone_become_integers(pre_activated: Student) -> None:
+    converted = convert(pre_activated)
+    assert not batch_norms(converted)
+    assert not batch_norms(pre_activated.network)
+    factors = converted.get_buffer("batch_norm_factor")
+    assert factors.dtype == torch.int8
+    assert factors.flatten().tolist() == [0, 0, -127, 127, 127, 127]
+    assert agree(pre_activated, converted, images(200, seed=5)) >= 0.99
+
+
+def test_a_dead_channel_of_a_batch_norm_keeps_its_offset(pre_activated: Student) -> None:
+    converted = convert(pre_activated)
+    bias = converted.get_buffer("batch_norm_shift")
+    assert bias.dtype == torch.int32
+    assert bias.abs().max() < 2**31 - 1
+    offsets = bias.double() * converted.get_buffer("batch_norm_shift_scale")
+    assert offsets[0].item() == pytest.approx(0.7, rel=1e-6)
+
+
+def test_no_operation_in_float_is_left_of_a_pre_activated_network(pre_activated: Student, tmp_path: Path) -> None:
+    converted, path = convert(pre_activated), tmp_path / "model.onnx"
+    write_onnx(converted, SPEC, path)
+    x = images(200, seed=5)
+    found = verify_onnx(path, pre_activated, [x], output_step(converted), threads=1)
+    assert found.decided_agreement >= 99
+    assert "BatchNormalization" not in [node.op_type for node in onnx.load(path).graph.node]
+    if pre_activated.network.activation_1.bits == 8:  # below, ranges are clipped
+        assert set(fused_operators(path)) <= {
+            "Pad", "QuantizeLinear", "Transpose", "QLinearConv", "QLinearAdd", "QLinearGlobalAveragePool", "Reshape",
+            "Flatten", "Squeeze", "QGemm", "DequantizeLinear",
+        }  # fmt: skip
+
+
+def test_a_batch_norm_of_values_that_are_not_rounded_stays() -> None:
+    student = student_of(PreActivated, activation_scope="layers")
+    assert len(batch_norms(convert(student))) == 2
+
+
+def test_a_lone_batch_norm_is_simulated_as_it_was(pre_activated: Student) -> None:
+    """Its factors are kept, and its offsets to half of their step."""
+    network = pre_activated.network
+    integers, scale, shift = (network.get_buffer(f"batch_norm_{role}") for role in ("factor", "factor_scale", "shift"))
+    step = network.get_submodule("activation_1").scale
+    x = torch.randn(4, 6, 5, 5) * step
+    found = grid_norm(x, integers, scale, shift, step)
+    wanted = x * (integers * scale).view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+    assert ((found - wanted).abs() <= (step * scale / 2 * 1.001 + 1e-6).view(1, -1, 1, 1)).all()
+    torch.testing.assert_close(grid_norm(x, integers, scale, shift, torch.zeros(1)), wanted)

@@ -1,6 +1,7 @@
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -125,6 +126,10 @@ class TestPytorchcv:
         assert teacher.spec.mean == (0.4914, 0.4822, 0.4465)
         assert teacher.weights_source == "random"
         assert not [node for node in teacher.network.graph.nodes if "relu_" in str(node.target)]
+
+    def test_a_network_that_reads_a_former_name_of_numpy(self) -> None:
+        assert load_teacher("pytorchcv:regnetx002", weights="random").spec.height == 224
+        assert not hasattr(np, "int")
 
     @pytest.mark.parametrize(
         ("name", "size", "resize", "classes"),

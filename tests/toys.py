@@ -108,6 +108,28 @@ class Branchy(nn.Module):
         return self.head(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
 
 
+class PreActivated(nn.Module):
+    """A residual block whose batch norms no layer can take, with a dead channel, a negative factor and a steep one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.norm, self.last_norm = nn.BatchNorm2d(6), nn.BatchNorm2d(6)
+        self.conv = nn.Conv2d(6, 6, 3, padding=1)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.conv(torch.relu(self.norm(x)))
+        return self.head(torch.flatten(F.adaptive_avg_pool2d(torch.relu(self.last_norm(x)), 1), 1))
+
+    def harden(self) -> "PreActivated":
+        """Set factors that are hard to store."""
+        self.norm.weight.data[:4] = torch.tensor([0.0, 1e-30, -1.5, 20.0])
+        self.norm.bias.data[0] = 0.7
+        return self
+
+
 class ConvHead(nn.Module):
     """Logits from a convolution, flattened last, as pytorchcv's MobileNets make them."""
 

@@ -6,12 +6,13 @@ import importlib
 import inspect
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -170,7 +171,7 @@ def build(zoo: str, name: str, spec: ImageSpec, default: ImageSpec, *, pretraine
     if zoo == "pytorchcv" and (spec.height, spec.width) != (default.height, default.width):
         options["in_size"] = (spec.height, spec.width)
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # pytorchcv announces its downloads on stdout
+        with contextlib.redirect_stdout(sys.stderr), _numpy_int():  # pytorchcv announces its downloads on stdout
             return _builder(zoo, name, pretrained)(**options)
     except FOREIGN_FAULTS as error:
         if pretrained:
@@ -180,6 +181,19 @@ def build(zoo: str, name: str, spec: ImageSpec, default: ImageSpec, *, pretraine
             ) from error
         wanted = ", ".join(f"{key}={value}" for key, value in options.items())
         raise TeacherError(f"{zoo}:{name} cannot be built with {wanted or 'defaults'}: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _numpy_int() -> Iterator[None]:
+    """Give numpy its former name `int` for a while: pytorchcv's RegNets read it."""
+    if hasattr(np, "int"):
+        yield
+        return
+    np.int = int  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        del np.int  # type: ignore[attr-defined]
 
 
 def _builder(zoo: str, name: str, pretrained: bool) -> Callable[..., nn.Module]:
@@ -213,7 +227,7 @@ def _pytorchcv_spec(name: str) -> ImageSpec:
         height = size.default[0]
     else:
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), _numpy_int():
                 height = getattr(builder(), "in_size", (spec.height,))[0]
         except FOREIGN_FAULTS:  # a constructor that computes on its weights; the table's size stands
             height = spec.height

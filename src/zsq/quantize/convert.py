@@ -15,7 +15,14 @@ from zsq.quantize.fakequant import (
     quantize_bias,
     saturated,
 )
-from zsq.quantize.gates import HARD_REACH, grid_hardsigmoid, grid_hardswish, hardswish_steps
+from zsq.quantize.gates import (
+    HARD_REACH,
+    LARGEST_FACTOR,
+    grid_hardsigmoid,
+    grid_hardswish,
+    grid_norm,
+    hardswish_steps,
+)
 from zsq.quantize.prepare import TRANSPARENT, Student, is_float, prepared_layers, weight_node
 
 _ops = torch.ops.quantized_decomposed
@@ -42,6 +49,8 @@ def convert(student: Student) -> GraphModule:
             grids[rounded] = module
         elif node.target is grid_hardswish:
             _store_hardswish(network, node, grids[node.args[0]])
+        elif node.target is grid_norm:
+            _store_norm(network, node)
         elif node.target in TRANSPARENT and node.args[0] in grids:
             grid = grids[node.args[0]]
             if _only_pads_layers(node) or _is_written(node):
@@ -107,6 +116,19 @@ def _store_hardswish(network: GraphModule, node: Node, grid: ActivationQuantizer
     product.meta.update(node.meta)
     node.replace_all_uses_with(product)
     graph.erase_node(node)
+
+
+def _store_norm(network: GraphModule, node: Node) -> None:
+    """Write `grid_norm` as the convolution of one integer a channel that it stands for."""
+    x, *read = node.args
+    integers, scale, shift, activation_scale = (_read(network, tensor) for tensor in read)
+    product = activation_scale * scale
+    name, bias_name = (str(tensor.target) for tensor in (read[0], read[2]))  # type: ignore[union-attr]
+    graphs.set_tensor(network, name, integers.to(torch.int8).view(-1, 1, 1, 1))
+    graphs.set_tensor(network, bias_name, bias_integers(shift, product).to(torch.int32))
+    weight = _dequantize(network, node, name, scale, -LARGEST_FACTOR, LARGEST_FACTOR, torch.int8)
+    bias = _dequantize(network, node, bias_name, product, -(2**31), 2**31 - 1, torch.int32)
+    node.target, node.args = graphs.aten.conv2d.default, (x, weight, bias, [1, 1], [0, 0], [1, 1], len(integers))
 
 
 def _store_layer(network: GraphModule, layer: Node) -> None:

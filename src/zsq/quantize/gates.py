@@ -1,12 +1,15 @@
-"""Hard swish and hard sigmoid on the integers of a grid."""
+"""Hard swish, hard sigmoid and batch norms that stand alone, on the integers of a grid."""
 
 import torch
 from torch import Tensor
 
-from zsq.quantize.fakequant import quantize_bias
+from zsq.quantize.fakequant import DEAD_CHANNEL, SMALLEST_SCALE, quantize_bias
 
 HARD_REACH = 3.0
 """Hard sigmoid, and so the gate of hard swish, opens at minus this and ends at this."""
+
+LARGEST_FACTOR = 127
+"""Integer that stands for the factor of a batch norm's channel, whatever the width of the weights."""
 
 
 def hardswish_steps(scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,3 +52,29 @@ def grid_hardsigmoid(x: Tensor, activation_scale: Tensor, weight_scale: Tensor) 
     """
     three = quantize_bias(torch.full_like(weight_scale, HARD_REACH), activation_scale, weight_scale)
     return (x + three.detach().view(1, -1, *[1] * (x.dim() - 2))).clamp(0, 2 * HARD_REACH) / (2 * HARD_REACH)
+
+
+def factor_grid(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the integers and steps that stand for a batch norm's factors, each [C]: +-127, so that none is rounded.
+
+    A channel whose factor is near 0 beside the others takes a step of theirs, as dead channels of weights do.
+    """
+    size = factor.abs()
+    step = torch.maximum(size, DEAD_CHANNEL * size.max()).clamp(min=SMALLEST_SCALE) / LARGEST_FACTOR
+    return (factor / step).round(), step
+
+
+def grid_norm(x: Tensor, integers: Tensor, scale: Tensor, shift: Tensor, activation_scale: Tensor) -> Tensor:
+    """Batch norm that no layer could take, as the convolution of one integer a channel that the file makes of it.
+
+    Args:
+        x: [N, C, H, W].
+        integers, scale: [C], as `factor_grid` gives them.
+        shift: [C]; rounded to multiples of activation_scale x scale.
+        activation_scale: step of the grid of x, [1]; at 0, before calibration, the shift stays as it is.
+
+    Returns:
+        As x.
+    """
+    shift = quantize_bias(shift, activation_scale, scale)
+    return torch.addcmul(shift.view(1, -1, 1, 1), x, (integers * scale).view(1, -1, 1, 1))

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from zsq import graphs
+from zsq.batchnorm import batch_norms
 from zsq.errors import InputError, unknown_name
 from zsq.graphs import argument, aten, tensor_of
 from zsq.quantize.fakequant import ActivationQuantizer, WeightQuantizer, quantize_bias
-from zsq.quantize.gates import HARD_REACH, grid_hardsigmoid, grid_hardswish
+from zsq.quantize.gates import HARD_REACH, factor_grid, grid_hardsigmoid, grid_hardswish, grid_norm
 
 ENDS_BITS = 8
 """Bits of the network's input and of its logits, always."""
@@ -130,6 +131,7 @@ def prepare(folded: GraphModule, scheme: Scheme) -> Student:
     placer = _Placer(network, scheme, every_layer)
     placer.place_activations()
     placer.put_hardswish_on_grids()
+    placer.put_norms_on_grids()
     for layer in every_layer:
         placer.place_weight(layer)
     placer.put_hardsigmoid_on_grids()
@@ -204,6 +206,20 @@ class _Placer:
                 with self.network.graph.inserting_before(node):
                     scale = self.network.graph.get_attr(f"{name}.scale")
                 node.target, node.args = grid_hardswish, (node.args[0], scale)
+
+    def put_norms_on_grids(self) -> None:
+        """Let each batch norm that no layer could take be computed by integers."""
+        for norm in batch_norms(self.network) if self.scheme.all_activations else []:
+            node = norm.node
+            if node.meta["val"].dim() != 4:
+                continue
+            integers, scale = factor_grid(norm.scale)
+            with self.network.graph.inserting_before(node):
+                read = []
+                for role, value in (("factor", integers), ("factor_scale", scale), ("shift", norm.shift)):
+                    graphs.set_tensor(self.network, f"{node.name}_{role}", value)
+                    read.append(self.network.graph.get_attr(f"{node.name}_{role}"))
+                node.target, node.args = grid_norm, (node.args[0], *read, self.input_scale(node))
 
     def is_gate(self, node: Node) -> bool:
         """Whether a node is a hard sigmoid that the layer in front computes: its bias adds and its rounding clips."""
