@@ -263,20 +263,49 @@ def test_require_accepts_the_minimum_itself() -> None:
 
 
 def test_a_file_that_disagrees_with_itself_need_not_agree_more_with_the_simulation() -> None:
-    found = Verification(1000, 1000, 98.4, 95.0, 95.0, 9.0, decided_self_agreement=98.0)  # 16 differ, 20 from itself
-    require(found)
-    require(replace(found, decided_self_agreement=98.6))  # 14: two images more are chance
-    with pytest.raises(ExportError, match=r"98.40 % of 1000 .* where 99 % is required; .* itself on 99.60"):
-        require(replace(found, decided_self_agreement=99.6))  # 4
+    found = Verification(1000, 1000, 98.4, 95.0, 95.0, 9.0, decided_self_agreement=98.0)
+    shared = replace(found, only_from_simulation=6, only_from_itself=10)
+    require(shared)
+    require(replace(shared, decided_self_agreement=98.6, only_from_itself=4))  # two images more are chance
+    with pytest.raises(ExportError, match=r"98.40 % of 1000 .* where 99 % is required; .* itself on 99.00"):
+        require(replace(found, decided_self_agreement=99.0, only_from_simulation=6, only_from_itself=0))
     with pytest.raises(ExportError, match=r"94.90 % of 1000 decided images, where 99 % is required"):
-        require(replace(found, decided_agreement=94.9, decided_self_agreement=50.0))  # chaos is no excuse
+        require(replace(shared, decided_agreement=94.9))  # chaos is no excuse
     with pytest.raises(ExportError, match=r"98.90 % of 1000 .* itself on 100.00"):
         require(replace(found, decided_agreement=98.9, decided_self_agreement=100.0))  # it has none
+    with pytest.raises(ExportError, match=r"100.00 % of 1000 .* itself on 94.00"):
+        require(replace(found, decided_agreement=100.0, decided_self_agreement=94.0))  # users run it optimised
 
 
-@pytest.mark.parametrize(("count", "other", "expected"), [(6, 0, False), (7, 0, True), (9, 1, False), (10, 1, True)])
+@pytest.mark.parametrize(
+    ("count", "other", "expected"),
+    [(4, 0, False), (5, 0, True), (6, 1, False), (7, 1, True), (3, 3, False), (5000, 5000, False), (5200, 5000, True)],
+)
 def test_exceeds_is_the_sign_test(count: int, other: int, expected: bool) -> None:
-    assert exceeds(count, other) == expected  # 1/64, 1/128, 11/1024, 12/2048
+    assert exceeds(count, other) == expected  # 1/16, 1/32, 8/128, 9/256; 2 deviations of 50 from 5,100
+
+
+def test_verification_counts_differences_that_are_not_shared(
+    files: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = 100 * torch.eye(5)[torch.zeros(200, dtype=torch.int64)]
+    other = logits.roll(1, dims=1)
+    literal, optimized = logits.clone(), logits.clone()
+    literal[:7], optimized[:3] = other[:7], other[:3]  # 4 times alone, 3 times together
+    literal[7:10] = other[7:10]
+    optimized[10:15] = other[10:15]
+
+    class Runner:
+        def __init__(self, path: Path, optimize: bool = True, threads: int | None = None) -> None:
+            self.logits = optimized if optimize else literal
+
+        def __call__(self, batch: Tensor) -> Tensor:
+            return self.logits
+
+    monkeypatch.setattr("zsq.verification.OnnxClassifier", Runner)
+    found = verify_onnx(files / "8.onnx", lambda batch: logits, [images], 1.0)
+    assert (found.decided_agreement, found.decided_self_agreement) == (95.0, 94.0)
+    assert (found.only_from_simulation, found.only_from_itself) == (3, 5)
 
 
 def test_canonical_hash_sees_content_only(files: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from zsq.training import Run
 from zsq.types import Batch, ImageSpec
 
 
-def quantized(size=(3, 3), pads=(1, 1, 1, 1), channels=3, sides=(8, 10), *, clip=False, zero=0, reader=False, **conv):
+def quantized(size=(3, 3), pads=(1, 1, 1, 1), channels=3, sides=(8, 10), *, zero=0, reader=False, **conv):
     """A file of one convolution between quantizations, as `write_onnx` writes them, with random integers."""
     random = np.random.default_rng(0)
     group = conv.get("group", 1)
@@ -30,8 +30,6 @@ def quantized(size=(3, 3), pads=(1, 1, 1, 1), channels=3, sides=(8, 10), *, clip
         "weight.zero": np.full(4 * group, zero, np.int8),
         "scale": np.float32(0.03),
         "zero": np.uint8(90),
-        "low": np.uint8(0),
-        "high": np.uint8(200),
         "out.scale": np.float32(0.05),
         "out.zero": np.uint8(128),
     }
@@ -40,8 +38,7 @@ def quantized(size=(3, 3), pads=(1, 1, 1, 1), channels=3, sides=(8, 10), *, clip
     )
     nodes = [
         helper.make_node("QuantizeLinear", ["images", "scale", "zero"], ["integers"]),
-        helper.make_node("Clip", ["integers", "low", "high"], ["clipped"]) if clip else None,
-        helper.make_node("DequantizeLinear", ["clipped" if clip else "integers", "scale", "zero"], ["values"]),
+        helper.make_node("DequantizeLinear", ["integers", "scale", "zero"], ["values"]),
         helper.make_node("DequantizeLinear", ["weight", "weight.scale", "weight.zero"], ["filter"], axis=0),
         helper.make_node("Conv", ["values", "filter"], ["sums"], **given),
         helper.make_node("QuantizeLinear", ["sums", "out.scale", "out.zero"], ["rounded"]),
@@ -72,7 +69,7 @@ def run(model: onnx.ModelProto, images: np.ndarray, optimized: bool) -> np.ndarr
     ("channels", "size", "given"),
     [
         (1, (3, 3), {}),
-        (2, (5, 3), {"clip": True}),
+        (2, (5, 3), {}),
         (3, (3, 3), {"strides": [1, 1]}),
         (3, (3, 3), {"pads": (0, 0, 1, 1), "sides": (9, 11)}),  # as TensorFlow pads
         (3, (3, 3), {"dilations": [2, 2]}),

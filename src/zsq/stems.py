@@ -1,4 +1,4 @@
-"""The first convolution, made quick for runtimes: its images get channels of zeros, up to four.
+"""The first convolution, made quick for runtimes: its images get channels of zeros, up to a multiple of four.
 
 Integer kernels first gather the pixels under a filter, row by row, and multiply four bytes at a time. With three
 channels, a row of a small filter is few bytes, and no multiple of four: that was most of such a layer's time, and a
@@ -38,18 +38,16 @@ def pad_channels(model: onnx.ModelProto) -> None:
     images = graph.input[0].name
     for node in graph.node:
         node.input[:] = [f"{images}_padded" if name == images else name for name in node.input]
-    ends = [missing if axis == weight.ndim + 1 else 0 for axis in range(2 * weight.ndim)]
-    graph.initializer.append(numpy_helper.from_array(np.array(ends), f"{images}_padding"))
+    pads = [missing if axis == weight.ndim + 1 else 0 for axis in range(2 * weight.ndim)]
+    graph.initializer.append(numpy_helper.from_array(np.array(pads), f"{images}_padding"))
     graph.node.insert(0, helper.make_node("Pad", [images, f"{images}_padding"], [f"{images}_padded"]))
 
 
 def _first_convolution(graph: onnx.GraphProto) -> onnx.NodeProto | None:
     """Return the convolution that alone reads the quantized images, if there is one."""
     name = graph.input[0].name
-    for wanted in ("QuantizeLinear", "Clip", "DequantizeLinear", "Conv"):
+    for wanted in ("QuantizeLinear", "DequantizeLinear", "Conv"):
         readers = [node for node in graph.node if name in node.input]
-        if wanted == "Clip" and [node.op_type for node in readers] == ["DequantizeLinear"]:
-            continue  # eight bits saturate by themselves
         if [node.op_type for node in readers] != [wanted] or readers[0].input[0] != name:
             return None
         name = readers[0].output[0]

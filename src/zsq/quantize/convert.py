@@ -18,6 +18,7 @@ from zsq.quantize.fakequant import (
 from zsq.quantize.gates import (
     HARD_REACH,
     LARGEST_FACTOR,
+    factor_grid,
     grid_hardsigmoid,
     grid_hardswish,
     grid_norm,
@@ -121,12 +122,13 @@ def _store_hardswish(network: GraphModule, node: Node, grid: ActivationQuantizer
 def _store_norm(network: GraphModule, node: Node) -> None:
     """Write `grid_norm` as the convolution of one integer a channel that it stands for."""
     x, *read = node.args
-    integers, scale, shift, activation_scale = (_read(network, tensor) for tensor in read)
-    product = activation_scale * scale
-    name, bias_name = (str(tensor.target) for tensor in (read[0], read[2]))  # type: ignore[union-attr]
+    factor, shift, activation_scale = (_read(network, tensor) for tensor in read)
+    integers, step = factor_grid(factor, shift, activation_scale)
+    product = activation_scale * step
+    name, bias_name = (str(tensor.target) for tensor in read[:2])  # type: ignore[union-attr]
     graphs.set_tensor(network, name, integers.to(torch.int8).view(-1, 1, 1, 1))
     graphs.set_tensor(network, bias_name, bias_integers(shift, product).to(torch.int32))
-    weight = _dequantize(network, node, name, scale, -LARGEST_FACTOR, LARGEST_FACTOR, torch.int8)
+    weight = _dequantize(network, node, name, step, -LARGEST_FACTOR, LARGEST_FACTOR, torch.int8)
     bias = _dequantize(network, node, bias_name, product, -(2**31), 2**31 - 1, torch.int32)
     node.target, node.args = graphs.aten.conv2d.default, (x, weight, bias, [1, 1], [0, 0], [1, 1], len(integers))
 

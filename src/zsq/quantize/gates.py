@@ -3,13 +3,19 @@
 import torch
 from torch import Tensor
 
-from zsq.quantize.fakequant import DEAD_CHANNEL, SMALLEST_SCALE, quantize_bias
+from zsq.quantize.fakequant import quantize_bias
 
 HARD_REACH = 3.0
 """Hard sigmoid, and so the gate of hard swish, opens at minus this and ends at this."""
 
 LARGEST_FACTOR = 127
 """Integer that stands for the factor of a batch norm's channel, whatever the width of the weights."""
+
+LARGEST_OFFSET = 2.0**30
+"""Integer of a batch norm's shift that leaves room in int32 for the product beside it."""
+
+SMALLEST_STEP = 1e-20
+"""Of a factor: its product with a step of the input is still a float32."""
 
 
 def hardswish_steps(scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,27 +60,34 @@ def grid_hardsigmoid(x: Tensor, activation_scale: Tensor, weight_scale: Tensor) 
     return (x + three.detach().view(1, -1, *[1] * (x.dim() - 2))).clamp(0, 2 * HARD_REACH) / (2 * HARD_REACH)
 
 
-def factor_grid(factor: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the integers and steps that stand for a batch norm's factors, each [C]: +-127, so that none is rounded.
+def factor_grid(factor: Tensor, shift: Tensor, activation_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the integers, as float, and steps that stand for a batch norm's factors, each [C].
 
-    A channel whose factor is near 0 beside the others takes a step of theirs, as dead channels of weights do.
+    They are +-127, and no factor is rounded; but a channel whose shift is very large beside its factor takes a step as
+    large as it needs for int32 to hold the shift and the product.
+
+    Args:
+        factor, shift: [C].
+        activation_scale: step of the grid of the input, [1].
     """
-    size = factor.abs()
-    step = torch.maximum(size, DEAD_CHANNEL * size.max()).clamp(min=SMALLEST_SCALE) / LARGEST_FACTOR
+    most = activation_scale.detach() * LARGEST_OFFSET
+    needed = torch.where(most > 0, shift.abs() / most.clamp(min=SMALLEST_STEP), most)
+    step = torch.maximum(factor.abs() / LARGEST_FACTOR, needed).clamp(min=SMALLEST_STEP)
     return (factor / step).round(), step
 
 
-def grid_norm(x: Tensor, integers: Tensor, scale: Tensor, shift: Tensor, activation_scale: Tensor) -> Tensor:
-    """Batch norm that no layer could take, as the convolution of one integer a channel that the file makes of it.
+def grid_norm(x: Tensor, factor: Tensor, shift: Tensor, activation_scale: Tensor) -> Tensor:
+    """Batch norm that stands alone, as the convolution of one integer a channel that the file makes of it.
 
     Args:
         x: [N, C, H, W].
-        integers, scale: [C], as `factor_grid` gives them.
-        shift: [C]; rounded to multiples of activation_scale x scale.
+        factor: [C]; kept as it is, see `factor_grid`.
+        shift: [C]; rounded to multiples of activation_scale x the factor's step.
         activation_scale: step of the grid of x, [1]; at 0, before calibration, the shift stays as it is.
 
     Returns:
         As x.
     """
-    shift = quantize_bias(shift, activation_scale, scale)
-    return torch.addcmul(shift.view(1, -1, 1, 1), x, (integers * scale).view(1, -1, 1, 1))
+    integers, step = factor_grid(factor, shift, activation_scale)
+    shift = quantize_bias(shift, activation_scale, step)
+    return torch.addcmul(shift.view(1, -1, 1, 1), x, (integers * step).view(1, -1, 1, 1))

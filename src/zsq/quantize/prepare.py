@@ -14,7 +14,7 @@ from zsq.batchnorm import batch_norms
 from zsq.errors import InputError, unknown_name
 from zsq.graphs import argument, aten, tensor_of
 from zsq.quantize.fakequant import ActivationQuantizer, WeightQuantizer, quantize_bias
-from zsq.quantize.gates import HARD_REACH, factor_grid, grid_hardsigmoid, grid_hardswish, grid_norm
+from zsq.quantize.gates import HARD_REACH, grid_hardsigmoid, grid_hardswish, grid_norm
 
 ENDS_BITS = 8
 """Bits of the network's input and of its logits, always."""
@@ -208,15 +208,14 @@ class _Placer:
                 node.target, node.args = grid_hardswish, (node.args[0], scale)
 
     def put_norms_on_grids(self) -> None:
-        """Let each batch norm that no layer could take be computed by integers."""
+        """Let each batch norm of maps that no layer could take be computed by integers."""
         for norm in batch_norms(self.network) if self.scheme.all_activations else []:
             node = norm.node
             if node.meta["val"].dim() != 4:
                 continue
-            integers, scale = factor_grid(norm.scale)
             with self.network.graph.inserting_before(node):
                 read = []
-                for role, value in (("factor", integers), ("factor_scale", scale), ("shift", norm.shift)):
+                for role, value in (("factor", norm.scale), ("shift", norm.shift)):
                     graphs.set_tensor(self.network, f"{node.name}_{role}", value)
                     read.append(self.network.graph.get_attr(f"{node.name}_{role}"))
                 node.target, node.args = grid_norm, (node.args[0], *read, self.input_scale(node))
