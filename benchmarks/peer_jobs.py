@@ -30,6 +30,7 @@ from zsq.quantize import PTQ, QAT
 from zsq.quantize.convert import convert
 from zsq.quantize.ptq import quantize_ptq
 from zsq.quantize.qat import distill
+from zsq.settings import resolve
 from zsq.teachers import Teacher, load_teacher
 from zsq.training import Learner, Run
 from zsq.types import Batch
@@ -37,6 +38,7 @@ from zsq.types import Batch
 METHODS: dict[str, Any] = {"zscgan": ZSCGAN, "zeroq": ZeroQ, "genie": Genie}
 SHARES = (0.125, 0.25, 0.5, 1.0)
 """Shares of the synthesis after which its images are kept, to see when they became good enough."""
+QUICK = Path(__file__).parents[1] / "recipes" / "quick.toml"
 MEASURED_STEPS = 4
 RATE_IMAGES = 256
 
@@ -191,6 +193,26 @@ def distil_by_zsq(job: dict[str, Any], teacher: Teacher, test: LabelledImages) -
     return {"top1": {bits: last["top1"]}, "curve": curve, **seconds}
 
 
+def run_by_zsq(job: dict[str, Any], teacher: Teacher, test: LabelledImages) -> dict[str, Any]:
+    """Do what `zsq quantize --recipe recipes/quick.toml` does: the generator goes on learning while it teaches."""
+    bits, _ = job["target"]
+    settings, run = resolve(recipe=QUICK, bits=bits), Run()
+    assert isinstance(settings.quantizer, QAT)
+    file = Path(job["folder"]) / "zsq-live.onnx"
+    start = time.perf_counter()
+    surrogate = settings.method.fit(teacher, run, distill_steps=settings.distill_steps)
+    fitted = round(time.perf_counter() - start, 2)
+    images = partial(surrogate.source.sample, settings.quantizer.num_samples)
+    student = quantize_ptq(surrogate.network, images, settings.quantizer, run, learnable=True)
+    distill(student, teacher.network, surrogate.source, settings.quantizer, run)
+    spent = round(time.perf_counter() - start - fitted, 2)
+    write_onnx(convert(student), teacher.spec, file)
+    top1 = round(evaluate(OnnxClassifier(file, threads=torch.get_num_threads()), test).top1, 2)
+    moment = {"step": settings.method.steps, "seconds": fitted, "distill_seconds": spent, "top1": top1}
+    seconds = {"synthesis_seconds": fitted, "job_seconds": spent, "peak_MiB": peak_mebibytes()}
+    return {"top1": {bits: top1}, "curve": [moment], **seconds}
+
+
 def quantize_by_peer(job: dict[str, Any], test: LabelledImages) -> dict[str, Any]:
     """Quantize to INT8 by another tool's own static quantization, and measure its file."""
     folder = Path(job["folder"])
@@ -234,7 +256,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         write_float(teacher, Path(job["folder"]) / "float.onnx")
         return {}
     test = open_dataset(job["test"], teacher.spec, limit=job["test_images"])
-    own = {"zsq": quantize_by_zsq, "zsq-qat": distil_by_zsq}.get(job["tool"])
+    own = {"zsq": quantize_by_zsq, "zsq-qat": distil_by_zsq, "zsq-live": run_by_zsq}.get(job["tool"])
     return own(job, teacher, test) if own else quantize_by_peer(job, test)
 
 

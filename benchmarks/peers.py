@@ -7,7 +7,7 @@ Images: zsq's generator (zscgan), ZeroQ's distilled data (zeroq), GENIE's (genie
 ZeroQ and GENIE are written anew from their papers, and each method stops when its time is over, so that these are not
 those papers' figures. Quantizers: zsq's PTQ at INT8, INT6 and INT4, its distillation at the target's width, and the
 static INT8 quantization of ONNX Runtime (with int8 and with uint8 activations) and of NNCF, each at its defaults. Every
-top-1 is an ONNX file's in ONNX Runtime.
+top-1 is an ONNX file's in ONNX Runtime. zsq-live is `zsq quantize --recipe recipes/quick.toml` as a whole.
 
 One process after the other does the work, each measured by its own peak memory. A finished row is not run again;
 its line is in benchmarks/results/peers.jsonl, and its files are under the folder of --out.
@@ -28,7 +28,9 @@ from records import append
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SYNTHETIC = ("zscgan", "zeroq", "genie")
 SOURCES = (*SYNTHETIC, "real", "noise")
-TOOLS = ("zsq", "zsq-qat", "onnxruntime", "onnxruntime-uint8", "nncf")
+LIVE = "zsq-live"
+"""The whole of recipes/quick.toml: the generator goes on learning while it teaches, and no images are stored."""
+TOOLS = ("zsq", "zsq-qat", LIVE, "onnxruntime", "onnxruntime-uint8", "nncf")
 DATA_FREE_PEERS = ("zeroq", "genie")
 
 
@@ -86,8 +88,9 @@ class Bench:
 
     def row(self, tool: str, source: str) -> dict[str, Any]:
         """Quantize with a source's images, unless that is done; record the row."""
-        made = self.images(source)
-        if tool != "zsq":
+        none: dict[str, Any] = {"kept": [{"images": "fresh"}], "images_per_second": None}
+        made = none if tool == LIVE else self.images(source)
+        if tool not in ("zsq", LIVE):
             self.do("float", {"kind": "float"})  # by itself, so that it counts in nobody's memory
         job = {"kind": "quantize", "tool": tool, "source": source, "kept": made["kept"]}
         job |= {"bits": self.arguments.bits, "target": self.target, "test_images": self.arguments.test_images}
@@ -168,7 +171,8 @@ def aims(rows: list[dict[str, Any]]) -> list[str]:
 
     Seconds are those of making the images and of distilling; rates are images a second of making.
     """
-    by_source = {row["source"]: row for row in rows if row["tool"] == "zsq-qat" and "skipped" not in row}
+    names = {"zsq-qat": "{}", LIVE: "{}, live"}
+    by_source = {names[row["tool"]].format(row["source"]): row for row in rows if row["tool"] in names}
     peers = {name: by_source[name]["curve"][-1]["top1"] for name in DATA_FREE_PEERS if name in by_source}
     if not peers:
         return []
@@ -183,7 +187,7 @@ def aims(rows: list[dict[str, Any]]) -> list[str]:
         else:
             most = max(moment["top1"] for moment in row["curve"])
             lines.append(f"{name}: not reached, at most {most:.2f} %")
-        if row["synthesis_seconds"]:
+        if row["synthesis_seconds"] and row["images"] != "fresh":
             rate = row["images_per_second"] or row["images"] / row["synthesis_seconds"]
             lines[-1] += f"; {rate:.4g} images/s"
     return lines
@@ -223,7 +227,8 @@ def main(given: list[str] | None = None) -> None:
     arguments = parse(given)
     for name in arguments.networks:
         bench = Bench(name, arguments)
-        rows = [bench.row(tool, source) for tool in arguments.tools for source in arguments.sources]
+        pairs = ((tool, source) for tool in arguments.tools for source in arguments.sources)
+        rows = [bench.row(*pair) for pair in pairs if pair[0] != LIVE or pair[1] == "zscgan"]
         print(f"\n{name}, {arguments.threads} thread(s)\n\n{table(rows, arguments.bits, bench.target)}\n", flush=True)
         print("\n".join(aims(rows)), flush=True)
 

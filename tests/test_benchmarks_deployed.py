@@ -166,6 +166,7 @@ def test_the_aim_is_what_the_best_data_free_peer_ends_with(module):
         distilled("genie", [(100.0, 80.0)]),
         distilled("real", [(0.0, 91.0)]),
         {"tool": "zsq", "source": "zscgan"},
+        distilled("zscgan", [(12.0, 87.6)]) | {"tool": "zsq-live", "images": "fresh"},
     ]
     assert module("peers").aims(rows) == [
         "best data-free peer, distilled: zeroq, 87.50 % in 110 s",
@@ -173,6 +174,7 @@ def test_the_aim_is_what_the_best_data_free_peer_ends_with(module):
         "zeroq: reached after 60 s, 0.55 of that time; 1 images/s",
         "genie: not reached, at most 80.00 %; 1 images/s",
         "real: reached after 10 s, 0.09 of that time",
+        "zscgan, live: reached after 22 s, 0.20 of that time",
     ]
     assert module("peers").aims(rows[:1]) == []
 
