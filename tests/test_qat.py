@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import SPEC, Plain, settle
+from toys import SPEC, Plain, PreActivated, images, settle
 
 from zsq.datasets import open_dataset
 from zsq.errors import InputError, NumericsError
@@ -327,3 +327,25 @@ def test_no_step_reads_a_value_back_from_the_device(scales: str, monkeypatch: py
 
 def refuse(*_: object) -> None:
     raise AssertionError("a value was read")
+
+
+@pytest.mark.parametrize("scales", ["learnable", "moving-average"])
+def test_lone_batch_norms_stay_what_the_file_computes(scales: str) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        teacher = teacher_from_module(settle(PreActivated()), SPEC)
+    settings = settings_of(scales=scales, learning_rate=1e-3)
+    student, source = make(teacher, settings)
+    before = copied(dict(student.network.named_buffers()))
+    grids = [quantizer for quantizer in quantizers(student) if isinstance(quantizer, ActivationQuantizer)]
+    scales_before = [quantizer.scale.clone() for quantizer in grids]
+    distill(student, teacher.network, source, settings, Run(seed=3))
+    for role in ("factor", "shift"):
+        assert torch.equal(student.network.get_buffer(f"batch_norm_{role}"), before[f"batch_norm_{role}"])
+    assert not all(torch.equal(grid.scale, value) for grid, value in zip(grids, scales_before, strict=True))
+    x = images(200, seed=5)
+    with torch.no_grad():
+        same = (student(x) - convert(student)(x)).abs() < 1e-3 * student.network.get_submodule(
+            student.output_name
+        ).scale
+    assert same.float().mean() >= 0.99
