@@ -49,7 +49,7 @@ def quantize(
 
 def main() -> None:
     """Fill the table and print it."""
-    torch.set_num_threads(1)  # so small a network gains a third by a second one, and loses tenfold where a core is busy
+    torch.set_num_threads(1)  # a second one brings so small a network nothing, and waits where a core is busy
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the runs")
     out = parser.parse_args().out

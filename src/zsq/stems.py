@@ -1,8 +1,8 @@
 """The first convolution, made quick for runtimes: its images get channels of zeros, up to a multiple of four.
 
 Integer kernels first gather the pixels under a filter, row by row, and multiply four bytes at a time. With three
-channels, a row of a small filter is few bytes, and no multiple of four: that was most of such a layer's time, and a
-tenth of a MobileNet's.
+channels, a row of a small filter is few bytes, and no multiple of four: with a fourth, a layer of 3x3 takes 28 to 48 %
+less time, and a MobileNet 4 to 9 % (docs/performance.md).
 """
 
 from typing import Any
