@@ -11,9 +11,9 @@ from zsq import graphs
 from zsq.batchnorm import batch_norms, fold, moments
 from zsq.losses import distillation_loss
 from zsq.methods.zscgan import ZSCGAN, ConditionalSource
-from zsq.quantize.fakequant import quantizers
 from zsq.quantize.ptq import quantize_ptq
 from zsq.quantize.qat import QAT, Distiller
+from zsq.quantize.quantizers import quantizers
 from zsq.teachers import Teacher, load_teacher
 from zsq.training import Run
 from zsq.types import Batch
@@ -206,7 +206,7 @@ def student_pass(distiller: Distiller, batch: Batch) -> Callable[[], None]:
     def action() -> None:
         distiller.student.train()
         distiller.optimizer.zero_grad(set_to_none=True)
-        answer_loss(distiller.student, batch).backward()
+        answer_loss(distiller.trained, batch).backward()
 
     return action
 

@@ -12,10 +12,10 @@ from zsq.losses import kl_divergence
 from zsq.methods import Adversarial
 from zsq.methods.adversarial import AdversarialSource
 from zsq.quantize import QAT
-from zsq.quantize.fakequant import set_mode
 from zsq.quantize.prepare import Student
 from zsq.quantize.ptq import quantize_ptq
 from zsq.quantize.qat import Distiller
+from zsq.quantize.quantizers import set_mode
 from zsq.report import summary_rows
 from zsq.teachers import Teacher, load_teacher
 from zsq.training import Run, load_tensors, save_tensors

@@ -30,9 +30,10 @@ from zsq.batchnorm import batch_norms
 from zsq.export import output_step, write_onnx
 from zsq.quantize import PTQ
 from zsq.quantize.convert import convert
-from zsq.quantize.fakequant import WeightQuantizer, integer_range, quantizers
+from zsq.quantize.fakequant import integer_range
 from zsq.quantize.gates import grid_norm
 from zsq.quantize.prepare import Student
+from zsq.quantize.quantizers import WeightQuantizer, quantizers
 from zsq.tracing import trace
 from zsq.verification import verify_onnx
 

@@ -1,6 +1,7 @@
 """What only a GPU can show; every test skips without one."""
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,17 +20,11 @@ from zsq.methods.generator import GeneratorSource
 from zsq.optimizers import flatten_optimizer
 from zsq.quantize import QAT
 from zsq.quantize.centring import centred_bias
-from zsq.quantize.fakequant import (
-    HALF_STEP,
-    ActivationQuantizer,
-    WeightQuantizer,
-    _FakeQuantize,
-    constrain,
-    fake_quantize,
-    quantize_bias,
-)
+from zsq.quantize.fakequant import HALF_STEP, UNCLIPPED, Clip, _FakeQuantize, fake_quantize, quantize_bias
+from zsq.quantize.merging import RoundedWeights
 from zsq.quantize.ptq import quantize_ptq
 from zsq.quantize.qat import Distiller
+from zsq.quantize.quantizers import ActivationQuantizer, WeightQuantizer, constrain
 from zsq.replay import WARM_UP, Replays
 from zsq.teachers import Teacher, load_teacher
 from zsq.training import Run
@@ -221,9 +216,10 @@ def test_a_constant_channel_has_no_variance() -> None:
     assert moments(torch.full((4, 2, 3, 3), 5.0, device=CUDA))[1].tolist() == pytest.approx([0, 0], abs=1e-12)
 
 
+@pytest.mark.parametrize("clip", [UNCLIPPED, (0.0, math.inf), (-0.2, 0.7)])
 @pytest.mark.parametrize("bits", [(-128, 127), (-8, 7)])
 @pytest.mark.parametrize("layout", ["planes", "channels_last", "slices"])
-def test_the_fused_rounding_is_the_one_of_the_file(layout: str, bits: tuple[int, int]) -> None:
+def test_the_fused_rounding_is_the_one_of_the_file(layout: str, bits: tuple[int, int], clip: Clip) -> None:
     assert kernels(torch.ones(1, device=CUDA)) is not None
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(6, 10, 33, 17, generator=generator) * 2
@@ -237,7 +233,7 @@ def test_the_fused_rounding_is_the_one_of_the_file(layout: str, bits: tuple[int,
         values = leaf.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else leaf
         if layout == "slices":
             values = leaf[..., 1:]
-        y = fake_quantize(values, scale, zero, *bits, 0.3)
+        y = fake_quantize(values, scale, zero, *bits, 0.3, clip)
         y.backward(upstream[..., 1:].to(device) if layout == "slices" else upstream.to(device))
         found.append([t.detach().cpu() for t in (y, leaf.grad, scale.grad, zero.grad)])
     assert torch.equal(found[0][0], found[1][0])
@@ -246,23 +242,53 @@ def test_the_fused_rounding_is_the_one_of_the_file(layout: str, bits: tuple[int,
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
 
 
+SHAPES = [(12, 90, 3, 3), (12, 1, 3, 3), (12, 30, 3, 3), (7, 50), (8, 4, 5), (1, 3, 1, 1)]
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("learnable", [True, False])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_weights_are_rounded_as_on_the_processor(layout: torch.memory_format) -> None:
-    weight = torch.randn(7, 90, 3, 3).contiguous(memory_format=layout)
-    upstream, scale = torch.randn(7, 90, 3, 3), torch.rand(7) / 10 + 0.2
+def test_weights_are_rounded_as_on_the_processor(
+    layout: torch.memory_format, learnable: bool, per_channel: bool
+) -> None:
+    weights = [torch.randn(shape) for shape in SHAPES]
+    weights = [w.contiguous(memory_format=layout) if w.dim() == 4 else w for w in weights]
+    outputs = [torch.randn(len(w)) for w in weights[:-1]]  # the last one has no bias
+    means = [torch.randn({1: 12, 30: 90, 4: 8}.get(w.shape[1], w.shape[1])) for w in weights[:-1]]
     found = []
     for device in ("cpu", "cuda"):
-        leaf = weight.to(device, copy=True).requires_grad_()
-        quantizer = WeightQuantizer(leaf, 4, per_channel=True, learnable=True).to(device)
-        quantizer.mode = "quantize"
-        with torch.no_grad():
-            quantizer.scale.copy_(scale)
-        y = quantizer(leaf)
-        y.backward(upstream.to(device))
-        found.append([t.detach().cpu() for t in (y, leaf.grad, quantizer.scale.grad)])
-    assert torch.equal(found[0][0], found[1][0])
-    assert torch.equal(found[0][1], found[1][1])
-    torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-4, atol=1e-5)
+        leaves, centres = ([t.to(device, copy=True).requires_grad_() for t in some] for some in (weights, outputs))
+        bits = [4, 8, 4, 6, 4, 4]
+        quantizers = [
+            WeightQuantizer(w, b, per_channel=per_channel, learnable=learnable).to(device).train()
+            for w, b in zip(leaves, bits, strict=True)
+        ]
+        for quantizer in quantizers:
+            quantizer.mode = "quantize"
+            quantizer.scale.data *= 0.8
+        inputs = [mean.to(device) for mean in means]
+        if device == "cpu":
+            rounded = [quantizer(w) for quantizer, w in zip(quantizers, leaves, strict=True)]
+            biases = [centred_bias(*some) for some in zip(centres, rounded[:-1], inputs, strict=True)]
+        else:
+            fused = kernels(leaves[0])
+            sizes = [*map(len, means), None]
+            known = [
+                fused.Layer(w.detach(), size, q.scale.numel(), q.quant_min, q.quant_max, q.factor)
+                for w, q, size in zip(leaves, quantizers, sizes, strict=True)
+            ]
+            made = RoundedWeights(quantizers, fused, known)(leaves, centres, inputs)
+            rounded, biases = made[: len(weights)], made[len(weights) :]
+        upstream = torch.Generator().manual_seed(1)
+        total = sum((y * torch.randn(y.shape, generator=upstream).to(device)).sum() for y in (*rounded, *biases))
+        total.backward()
+        kept = [q.scale for q in quantizers]
+        grads = [t.grad for t in (*leaves, *centres, *(q.scale for q in quantizers)) if t.grad is not None]
+        found.append([[t.detach().cpu() for t in some] for some in (rounded, kept, biases, grads)])
+    for one, other in zip(*(some[0] + some[1] for some in found), strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(*(some[2] + some[3] for some in found), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -277,42 +303,29 @@ def test_biases_are_rounded_as_on_the_processor(shared: bool) -> None:
     assert here.grad.eq(1).all()
 
 
-@pytest.mark.parametrize("shape", [(12, 90, 3, 3), (12, 1, 3, 3), (12, 30, 3, 3), (7, 50), (8, 4, 5)])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_biases_are_centred_as_on_the_processor(shape: tuple[int, ...], layout: torch.memory_format) -> None:
-    weight, output = torch.randn(shape), torch.randn(shape[0])
-    weight = weight.contiguous(memory_format=layout) if len(shape) == 4 else weight
-    mean = torch.randn({1: 12, 30: 90, 4: 8}.get(shape[1], shape[1]))
-    found = []
-    for device in ("cpu", "cuda"):
-        a, w = (t.to(device, copy=True).requires_grad_() for t in (output, weight))
-        bias = centred_bias(a, w, mean.to(device))
-        bias.backward(torch.arange(len(bias), device=device) + 1.0)
-        found.append([t.detach().cpu() for t in (bias, a.grad, w.grad)])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-
-
 def test_ends_see_what_is_not_a_number() -> None:
     fused = kernels(torch.ones(1, device=CUDA))
     x = torch.randn(5, 3, 40, 41, device=CUDA).contiguous(memory_format=torch.channels_last)
-    assert [end.item() for end in fused.ends(x)] == [x.min().item(), x.max().item()]
+    lows, highs = fused.ends(x)
+    assert [lows.min(), highs.max()] == [x.min(), x.max()]
     x[0, 0, 0, 0] = torch.nan
-    assert all(end.isnan() for end in fused.ends(x))
+    assert all(ends.isnan().any() for ends in fused.ends(x))
 
 
+@pytest.mark.parametrize("clip", [UNCLIPPED, (0.0, 6.0)])
+@pytest.mark.parametrize("size", [50, 5_000_000])
 @pytest.mark.parametrize("reach", [0.0, -3.0])
-def test_ranges_follow_as_on_the_processor(reach: float) -> None:
+def test_ranges_follow_as_on_the_processor(reach: float, size: int, clip: Clip) -> None:
     found = []
     for device in ("cpu", "cuda"):
         quantizer = ActivationQuantizer(4, learnable=False, averaging=0.1).to(device).train()
         quantizer.mode, quantizer.reach = "quantize", reach
         quantizer.low_factor.fill_(0.9)
         for step in range(4):
-            x = torch.randn(50, generator=torch.Generator().manual_seed(step)) + step - 1
-            y = quantizer(x.to(device))
+            x = torch.randn(size, generator=torch.Generator().manual_seed(step)) + step - 1
+            y = quantizer(x.to(device), clip)
         found.append(
-            [t.detach().cpu() for t in (quantizer.low, quantizer.high, quantizer.scale, quantizer.zero_point, y)]
+            [t.detach().cpu() for t in (quantizer.low, quantizer.high, quantizer.scale, quantizer.zero_point, y[:50])]
         )
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
@@ -357,7 +370,7 @@ def test_scales_stay_positive(teacher: Teacher) -> None:
 def test_not_a_number_is_not_rounded_away() -> None:
     one = torch.ones(1, device=CUDA)
     x = torch.tensor([torch.nan, 1.2], device=CUDA)
-    for y in (fake_quantize(x, one, one, -8, 7), _FakeQuantize.apply(x, one, one, -8, 7, 1.0)):
+    for y in (fake_quantize(x, one, one, -8, 7), _FakeQuantize.apply(x, one, one, -8, 7, 1.0, UNCLIPPED)):
         assert y[0].isnan()
         assert y[1] == 1
     assert HALF_STEP > 0.5

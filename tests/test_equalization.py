@@ -19,9 +19,10 @@ from zsq.methods.equalization import ROWS, implied_statistics, normal_quantiles
 from zsq.quantize import PTQ
 from zsq.quantize.convert import convert
 from zsq.quantize.correction import correct_biases_by_means
-from zsq.quantize.fakequant import ActivationQuantizer, affine_grid, quantizers
+from zsq.quantize.fakequant import affine_grid
 from zsq.quantize.prepare import prepared_layers, quantized_weight
 from zsq.quantize.ptq import quantize_ptq
+from zsq.quantize.quantizers import ActivationQuantizer, quantizers
 from zsq.samples import synthesize
 from zsq.teachers import teacher_from_module
 from zsq.training import Run

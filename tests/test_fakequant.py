@@ -8,16 +8,18 @@ from torch import Tensor, nn
 
 from zsq.quantize import fakequant
 from zsq.quantize.fakequant import (
-    HISTOGRAM_BINS,
     SMALLEST_SCALE,
-    ActivationQuantizer,
-    WeightQuantizer,
     affine_grid,
     bias_integers,
-    constrain,
     fake_quantize,
     integer_range,
     quantize_bias,
+)
+from zsq.quantize.quantizers import (
+    HISTOGRAM_BINS,
+    ActivationQuantizer,
+    WeightQuantizer,
+    constrain,
     quantizers,
     set_mode,
     straight_through,

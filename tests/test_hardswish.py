@@ -11,8 +11,9 @@ from toys import SPEC, Mobile, Tokens, fused_operators, graph, images, quantized
 from zsq.export import output_step, write_onnx
 from zsq.quantize import PTQ
 from zsq.quantize.convert import convert
-from zsq.quantize.fakequant import ActivationQuantizer, WeightQuantizer, constrain, integer_range, quantizers, set_mode
+from zsq.quantize.fakequant import integer_range
 from zsq.quantize.gates import grid_hardswish
+from zsq.quantize.quantizers import ActivationQuantizer, WeightQuantizer, constrain, quantizers, set_mode
 from zsq.verification import verify_onnx
 
 

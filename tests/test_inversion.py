@@ -24,7 +24,7 @@ from zsq.methods import DeepInversion, KnowledgeWithin, ZeroQ
 from zsq.methods.deepinversion import noise_student
 from zsq.methods.inversion import Inversion, InversionSource
 from zsq.methods.zeroq import plateau
-from zsq.quantize.fakequant import straight_through
+from zsq.quantize.quantizers import straight_through
 from zsq.teachers import Teacher, load_teacher, teacher_from_module
 from zsq.training import Run, save_tensors
 from zsq.types import ImageSpec

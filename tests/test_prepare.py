@@ -7,7 +7,7 @@ from toys import Branchy, ConvHead, Plain, SharedLayer, Tokens, graph, images
 
 from zsq.batchnorm import fold
 from zsq.errors import InputError
-from zsq.quantize.fakequant import ActivationQuantizer, WeightQuantizer, quantize_bias, quantizers, set_mode
+from zsq.quantize.fakequant import quantize_bias
 from zsq.quantize.prepare import (
     Bits,
     Scheme,
@@ -17,6 +17,7 @@ from zsq.quantize.prepare import (
     prepared_layers,
     quantized_weight,
 )
+from zsq.quantize.quantizers import ActivationQuantizer, WeightQuantizer, quantizers, set_mode
 
 
 def scheme(bits: str = "4", **options: object) -> Scheme:

@@ -9,9 +9,9 @@ from zsq.batchnorm import fold
 from zsq.errors import InputError
 from zsq.quantize import PTQ
 from zsq.quantize.correction import first_images
-from zsq.quantize.fakequant import ActivationQuantizer, WeightQuantizer, quantizers
 from zsq.quantize.prepare import Student
 from zsq.quantize.ptq import calibrate, quantize_ptq
+from zsq.quantize.quantizers import ActivationQuantizer, WeightQuantizer, quantizers
 from zsq.training import Run
 
 

@@ -11,10 +11,10 @@ from zsq.losses import distillation_loss, intermediate_loss, soft_cross_entropy
 from zsq.methods import ZSCGAN, Noise, Real
 from zsq.quantize import PTQ, QAT
 from zsq.quantize.convert import convert
-from zsq.quantize.fakequant import ActivationQuantizer, WeightQuantizer, quantizers
 from zsq.quantize.prepare import Student
 from zsq.quantize.ptq import quantize_ptq
 from zsq.quantize.qat import Distiller, distill, layer_views
+from zsq.quantize.quantizers import ActivationQuantizer, WeightQuantizer, quantizers
 from zsq.teachers import Teacher, load_teacher, teacher_from_module
 from zsq.training import Run, load_tensors, save_tensors
 from zsq.types import SampleSource
@@ -270,7 +270,7 @@ def test_layers_come_nearer_where_they_are_distilled(teacher: Teacher, name: str
 
 def test_the_distance_is_logged_only_where_it_is_a_loss(teacher: Teacher) -> None:
     without, with_it = (distiller_of(teacher, settings_of(intermediate_weight=weight)) for weight in (0.0, 1.0))
-    assert without.views is None
+    assert without.folded is None
     first, second = without.step(0), with_it.step(0)
     assert list(second) == ["kd", "intermediate", "agreement", *(name for name in first if name not in second)]
     torch.testing.assert_close(first["kd"], second["kd"])  # a folded teacher rounds otherwise

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from zsq.quantize.fakequant import ActivationQuantizer, WeightQuantizer, affine_grid
+from zsq.quantize.fakequant import affine_grid
+from zsq.quantize.quantizers import ActivationQuantizer, WeightQuantizer
 from zsq.quantize.ranges import NEEDS_HISTOGRAM, PERCENTILE, RULES, minmax, mse, percentile, weight_mse
 
 

@@ -84,6 +84,13 @@ def finish(network: GraphModule) -> GraphModule:
     return network
 
 
+def view_of(network: GraphModule) -> GraphModule:
+    """Return a network with a graph of its own; tensors and submodules are the given one's, and so trained with it."""
+    graph = Graph()
+    graph.output(graph.graph_copy(network.graph, dict[Node, Node]()))
+    return GraphModule(network, graph)
+
+
 def with_outputs(network: GraphModule, nodes: Iterable[Node]) -> GraphModule:
     """Return a view of a network whose output is a pair: what the network gives, and the values of these nodes.
 

@@ -140,13 +140,17 @@ class _Step:
         assert self.made is not None
         assert self.losses is not None
         made = (self.made.images, self.made.labels, self.made.teacher_logits, self.losses)
-        own = [None if tensor is None else torch.empty_like(tensor) for tensor in made]  # before anything has changed
+        passed = {id(held): given for held, given in zip(self.inputs, inputs, strict=True) if held is not None}
+        own = [None if tensor is None else passed.get(id(tensor)) for tensor in made]
+        for place, tensor in enumerate(made):  # before anything has changed
+            if tensor is not None and own[place] is None:
+                own[place] = torch.empty_like(tensor)
         for held, given in zip(self.inputs, inputs, strict=True):
             if held is not None and given is not None:
                 held.copy_(given)
         self.graph.replay()
         for mine, tensor in zip(own, made, strict=True):
-            if mine is not None and tensor is not None:
+            if mine is not None and tensor is not None and id(tensor) not in passed:
                 mine.copy_(tensor)
         images, labels, logits, losses = own
         assert images is not None

@@ -103,6 +103,8 @@ class Batch:
 
     def split(self, parts: int) -> "list[Batch]":
         """Return the images in `parts` batches whose sizes differ by one at most, without the losses."""
+        if parts == 1:
+            return [Batch(self.images, self.labels, self.teacher_logits)]
         logits = [None] * parts if self.teacher_logits is None else self.teacher_logits.tensor_split(parts)
         rows = zip(self.images.tensor_split(parts), self.labels.tensor_split(parts), logits, strict=True)
         return [Batch(*row) for row in rows]

@@ -5,16 +5,18 @@ one kernel for each operation instead, a student's step took 1.3 to 1.7 times as
 """
 
 from zsq.kernels.base import dense
-from zsq.kernels.biases import CentredBias, RoundBias
+from zsq.kernels.biases import RoundBias
 from zsq.kernels.norms import moments_gradient, scaled
 from zsq.kernels.ranges import ends, follow
-from zsq.kernels.rounding import FakeQuantize, FakeQuantizeChannels
+from zsq.kernels.rounding import FakeQuantize
+from zsq.kernels.weights import Layer, RoundWeights, Tables
 
 __all__ = [
-    "CentredBias",
     "FakeQuantize",
-    "FakeQuantizeChannels",
+    "Layer",
     "RoundBias",
+    "RoundWeights",
+    "Tables",
     "dense",
     "ends",
     "follow",

@@ -8,6 +8,9 @@ from torch import Tensor
 BLOCK = 2048
 """Values of one program."""
 
+PARTS = 1024
+"""Results of programs that one program joins at a time."""
+
 WEIGHT_BLOCK = 512
 """Values of a channel that a program takes at a time."""
 
@@ -35,5 +38,13 @@ def inner_values(x: Tensor) -> int:
 
 
 def like(x: Tensor, other: Tensor) -> Tensor:
-    """Return x, copied where it does not lie in memory as another tensor of its shape does."""
-    return x if x.stride() == other.stride() else torch.empty_like(other, dtype=x.dtype).copy_(x)
+    """Return x, copied where its values do not lie in memory in the order of a dense tensor of its shape.
+
+    Strides alone do not tell: those of dimensions of one value say nothing.
+    """
+    channels_last = {"memory_format": torch.channels_last}
+    if x.is_contiguous() and other.is_contiguous():
+        return x
+    if x.dim() == 4 and x.is_contiguous(**channels_last) and other.is_contiguous(**channels_last):
+        return x
+    return torch.empty_like(other, dtype=x.dtype).copy_(x)

@@ -11,7 +11,7 @@ from zsq.errors import InputError
 from zsq.losses import batch_entropy, instance_entropy, kl_divergence
 from zsq.methods.generator import GeneratorSettings, GeneratorSource
 from zsq.methods.pool import require_positive
-from zsq.quantize.fakequant import straight_through
+from zsq.quantize.quantizers import straight_through
 from zsq.teachers import Teacher
 from zsq.training import Run, stream
 from zsq.types import Batch

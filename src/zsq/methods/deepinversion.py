@@ -13,9 +13,9 @@ from zsq.losses import competition, feature_norm, image_norm, label_cross_entrop
 from zsq.methods.given import Noise, NoiseSource
 from zsq.methods.inversion import Inversion, InversionSource, is_large, require_weights
 from zsq.optimizers import cosine
-from zsq.quantize.fakequant import straight_through
 from zsq.quantize.prepare import Bits, Student
 from zsq.quantize.ptq import PTQ, quantize_ptq
+from zsq.quantize.quantizers import straight_through
 from zsq.teachers import Teacher
 from zsq.training import Run, stream
 from zsq.types import ImageSpec

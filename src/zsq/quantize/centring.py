@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 
 from zsq import graphs
-from zsq.gpu import kernels
 from zsq.graphs import weight_times_mean
 from zsq.quantize.correction import biased_layers, channel_dim, channel_mean
 from zsq.quantize.prepare import Student
@@ -25,8 +24,6 @@ from zsq.quantize.prepare import Student
 
 def centred_bias(mean_output: Tensor, weight: Tensor, input_mean: Tensor) -> Tensor:
     """Return the bias, [C], that gives a layer this mean output [C] at this mean input [I]."""
-    if (fused := kernels(weight)) is not None:
-        return fused.CentredBias.apply(mean_output, weight, input_mean)
     return mean_output - weight_times_mean(weight, input_mean)
 
 

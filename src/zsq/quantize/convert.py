@@ -7,14 +7,7 @@ from torch.fx import GraphModule, Node
 
 from zsq import graphs
 from zsq.graphs import argument
-from zsq.quantize.fakequant import (
-    ActivationQuantizer,
-    WeightQuantizer,
-    bias_integers,
-    grid_integers,
-    quantize_bias,
-    saturated,
-)
+from zsq.quantize.fakequant import bias_integers, grid_integers, quantize_bias, saturated
 from zsq.quantize.gates import (
     HARD_REACH,
     LARGEST_FACTOR,
@@ -25,6 +18,7 @@ from zsq.quantize.gates import (
     hardswish_steps,
 )
 from zsq.quantize.prepare import TRANSPARENT, Student, is_float, prepared_layers, weight_node
+from zsq.quantize.quantizers import ActivationQuantizer, WeightQuantizer
 
 _ops = torch.ops.quantized_decomposed
 

@@ -13,8 +13,9 @@ from zsq import graphs
 from zsq.batchnorm import batch_norms
 from zsq.errors import InputError, unknown_name
 from zsq.graphs import argument, aten, tensor_of
-from zsq.quantize.fakequant import ActivationQuantizer, WeightQuantizer, quantize_bias
+from zsq.quantize.fakequant import quantize_bias
 from zsq.quantize.gates import HARD_REACH, grid_hardsigmoid, grid_hardswish, grid_norm
+from zsq.quantize.quantizers import ActivationQuantizer, WeightQuantizer
 
 ENDS_BITS = 8
 """Bits of the network's input and of its logits, always."""

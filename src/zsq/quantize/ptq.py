@@ -10,8 +10,8 @@ from torch.fx import GraphModule
 from zsq.batchnorm import fold
 from zsq.errors import InputError
 from zsq.quantize.correction import correct_biases, correct_biases_by_means, first_images
-from zsq.quantize.fakequant import ActivationQuantizer, quantizers, set_mode
 from zsq.quantize.prepare import ENDS_BITS, Bits, Scheme, Student, prepare, prepared_layers, quantized_weight
+from zsq.quantize.quantizers import ActivationQuantizer, quantizers, set_mode
 from zsq.quantize.ranges import NEEDS_HISTOGRAM, RULES, minmax, weight_mse
 from zsq.training import Run
 from zsq.types import Batch, Statistics

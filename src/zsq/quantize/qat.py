@@ -14,9 +14,10 @@ from zsq.losses import distillation_loss, intermediate_loss
 from zsq.optimizers import cosine, flatten_optimizer, rate_on, restore_optimizer, set_learning_rate
 from zsq.quantize.centring import centre_biases, plain_biases
 from zsq.quantize.correction import IMAGES, first_images
-from zsq.quantize.fakequant import ActivationQuantizer, WeightQuantizer, constrain, quantizers
+from zsq.quantize.merging import merged
 from zsq.quantize.prepare import Student, prepared_layers
 from zsq.quantize.ptq import PTQ
+from zsq.quantize.quantizers import ActivationQuantizer, WeightQuantizer, constrain, quantizers
 from zsq.replay import Replays
 from zsq.training import Run, part, under
 from zsq.types import Batch, SampleSource, joined
@@ -97,10 +98,12 @@ class Distiller:
         self.batch: Batch | None = None
         self.kd_weight = settings.resolved_kd_weight(source)
         centre_biases(student, first_images(source.sample(IMAGES), device))
-        self.views: tuple[GraphModule, GraphModule] | None = None
+        self.folded: GraphModule | None = None
+        view = student.network
         if settings.intermediate_weight:
             assert isinstance(teacher, GraphModule)
-            self.views = layer_views(student, teacher)
+            view, self.folded = layer_views(student, teacher)
+        self.trained = merged(view)
         grids = {
             id(tensor)
             for q in quantizers(student)
@@ -128,7 +131,6 @@ class Distiller:
         if self.batch is None:  # else the step is taken again, in smaller parts
             self.batch = self.source.batch(step, self.student)
         batch = self.batch
-        self.student.train()
         set_learning_rate(self.optimizer, cosine(1.0, step, self.settings.steps))
         images, labels = batch.images.to(self.device), batch.labels.to(self.device)
         losses = self.replays.call("learn", self._learn, images, labels, batch.teacher_logits).losses
@@ -137,6 +139,7 @@ class Distiller:
 
     def _learn(self, images: Tensor, labels: Tensor, logits: Tensor | None) -> Batch:
         """Update the student once; the batch goes through in `parts`."""
+        self.student.train()
         self.optimizer.zero_grad(set_to_none=True)
         made = [self._add_gradient(part, len(labels)) for part in Batch(images, labels, logits).split(self.parts)]
         parallel.reduce_gradients(self.student.parameters())
@@ -180,14 +183,13 @@ class Distiller:
             known: the teacher's logits where the source has computed them; its layers' outputs need another forward.
             count: images of the whole batch, for which logits are returned.
         """
-        if self.views is None:
+        if self.folded is None:
             with torch.no_grad():
                 logits = parallel.whole(self.teacher(images), count) if known is None else known
-            return parallel.whole(self.student(images), count), logits, {}
-        student, folded = self.views
+            return parallel.whole(self.trained(images), count), logits, {}
         with torch.no_grad():
-            logits, wanted = folded(images)
-        answers, found = student(images)
+            logits, wanted = self.folded(images)
+        answers, found = self.trained(images)
         distances = {"intermediate": intermediate_loss(found, wanted)}
         return parallel.whole(answers, count), parallel.whole(logits, count) if known is None else known, distances
 

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from zsq.quantize.fakequant import ActivationQuantizer, WeightQuantizer, affine_grid
+from zsq.quantize.fakequant import affine_grid
+from zsq.quantize.quantizers import ActivationQuantizer, WeightQuantizer
 
 PERCENTILE = 99.99
 """Percent of the values that the percentile rule keeps inside the range."""

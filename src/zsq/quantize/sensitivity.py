@@ -12,8 +12,8 @@ from zsq import graphs
 from zsq.batchnorm import fold
 from zsq.errors import InputError
 from zsq.losses import kl_divergence
-from zsq.quantize.fakequant import WeightQuantizer
 from zsq.quantize.prepare import weight_name
+from zsq.quantize.quantizers import WeightQuantizer
 from zsq.quantize.ranges import weight_mse
 from zsq.training import Run
 
