@@ -614,6 +614,19 @@ def test_the_next_run_of_a_phase_starts_its_clock_anew(capsys, monkeypatch):
     ]
 
 
+def test_a_count_that_is_told_again_is_the_same_run(capsys, monkeypatch):
+    """As jobs tell theirs, every few seconds."""
+    clock = iter([0.0, 100.0, 200.0, 300.0])
+    monkeypatch.setattr("zsq.console.time.monotonic", lambda: next(clock))
+    with TerminalProgress() as progress:
+        for done in (0, 0, 1, 1):
+            progress.update("compare", done, 4, {})
+    assert capsys.readouterr().err.splitlines() == [
+        "compare: 1/4, about 600 s left",
+        "compare: 1/4, about 900 s left",
+    ]
+
+
 def test_evaluate_takes_the_file_alone_and_beside_its_network(finished):
     folder, outcome = finished
     record = json.loads(outcome.out)

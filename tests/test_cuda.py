@@ -93,8 +93,10 @@ def test_replayed_steps_learn_what_called_ones_do(method: object, teacher: Teach
     called, replayed = (source_of(teacher, method, replayed=on) for on in (False, True))
     for step in range(3 * WARM_UP + 4):
         one, other = called.step(step), replayed.step(step)
+        counted = 100 / called.batch_size + 0.01  # percent of one image, which last digits can move to another class
         for name, value in one.items():
-            torch.testing.assert_close(value, other[name], rtol=2e-2, atol=2e-2, msg=lambda t, n=name: f"{n}: {t}")
+            tolerance = counted if name == "label_recognition" else 2e-2
+            torch.testing.assert_close(value, other[name], rtol=2e-2, atol=tolerance, msg=lambda t, n=name: f"{n}: {t}")
     assert all(recorded.graph is not None for recorded in replayed.replays._steps.values())
     assert len(replayed.replays._steps) == replayed.turns
     same_weights(called.generator, replayed.generator, 2e-2)

@@ -78,7 +78,7 @@ class TerminalProgress:
         losses = " ".join(f"{name} {value:.3g}" for name, value in values.items())
         now = time.monotonic()
         start, first, latest = self._begun.get(phase, (now, done, -1))
-        if done <= latest:  # the next run's phase of the same name
+        if done < latest or done == latest == total:  # the next run's phase of the same name
             start, first = now, done
         self._begun[phase] = (start, first, done)
         if self._console.is_terminal:
