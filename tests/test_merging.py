@@ -13,7 +13,7 @@ from zsq.quantize import PTQ
 from zsq.quantize.centring import centre_biases
 from zsq.quantize.merging import clip_of, merged
 from zsq.quantize.prepare import Student
-from zsq.quantize.quantizers import ActivationQuantizer, quantizers, set_mode
+from zsq.quantize.quantizers import ActivationQuantizer, quantizers, set_mode, straight_through
 
 
 class Limited(nn.Module):
@@ -124,3 +124,18 @@ def test_modes_that_do_not_round_clip(mode: str) -> None:
     torch.testing.assert_close(seen[0][0], seen[1][0])
     for one, other in zip(*(buffers for _, buffers in seen), strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_reach_the_images_straight_through(device: str) -> None:
+    student = student_of(Plain, device, bits="8", learnable=True)
+    found = []
+    for network in (student.network, merged(student.network)):
+        leaf = images(8).to(device).requires_grad_()
+        with straight_through(network):
+            logits = network(leaf)
+        logits.sin().sum().backward()
+        found.append((logits.detach(), leaf.grad))
+    assert all(parameter.grad is None for parameter in student.parameters())
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)

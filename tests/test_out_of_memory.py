@@ -98,7 +98,7 @@ def test_distillation_goes_on_in_parts(teacher: Teacher) -> None:
     said: list[str] = []
     run = Run(say=said.append)
     distiller = distiller_of(teacher, ZSCGAN(steps=0, batch_size=16, width=4).source(teacher, run, 4))
-    seen = limit(distiller.student, 8)
+    seen = limit(distiller.trained, 8)
     run.train("distill", distiller, 2)
     assert seen == [16, 8, 8, 8, 8]
     assert (distiller.parts, distiller.source.parts) == (2, 1)  # the generator's network has room
@@ -125,7 +125,7 @@ def test_a_student_without_room_for_one_image_is_a_clear_error(method: Any, teac
     run = Run()
     fitted = method.fit(teacher, run, distill_steps=1)
     distiller = distiller_of(teacher, fitted.source)
-    limit(distiller.student, 0)
+    limit(distiller.trained, 0)
     with pytest.raises(InputError, match="does not fit into the memory"):
         run.take(distiller, 0)
     assert distiller.parts == 8

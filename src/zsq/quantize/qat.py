@@ -99,11 +99,11 @@ class Distiller:
         self.kd_weight = settings.resolved_kd_weight(source)
         centre_biases(student, first_images(source.sample(IMAGES), device))
         self.folded: GraphModule | None = None
-        view = student.network
+        self.merged = self.trained = merged(student.network)
         if settings.intermediate_weight:
             assert isinstance(teacher, GraphModule)
             view, self.folded = layer_views(student, teacher)
-        self.trained = merged(view)
+            self.trained = merged(view)
         grids = {
             id(tensor)
             for q in quantizers(student)
@@ -129,7 +129,7 @@ class Distiller:
     def step(self, step: int) -> dict[str, Tensor]:
         """Do one distillation step by eq. (3) and return its losses."""
         if self.batch is None:  # else the step is taken again, in smaller parts
-            self.batch = self.source.batch(step, self.student)
+            self.batch = self.source.batch(step, self.merged)
         batch = self.batch
         set_learning_rate(self.optimizer, cosine(1.0, step, self.settings.steps))
         images, labels = batch.images.to(self.device), batch.labels.to(self.device)
