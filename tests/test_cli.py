@@ -614,6 +614,16 @@ def test_the_next_run_of_a_phase_starts_its_clock_anew(capsys, monkeypatch):
     ]
 
 
+def test_a_run_of_another_length_starts_its_clock_anew(capsys, monkeypatch):
+    """As calibration on 100 images and then on 1,000 does, told every 100."""
+    clock = iter([0.0, 50.0, 1000.0, 1100.0])
+    monkeypatch.setattr("zsq.console.time.monotonic", lambda: next(clock))
+    with TerminalProgress() as progress:
+        for done, total in ((50, 100), (100, 100), (100, 1000), (200, 1000)):
+            progress.update("calibrate", done, total, {})
+    assert capsys.readouterr().err.splitlines() == ["calibrate: 200/1000, about 800 s left"]
+
+
 def test_a_count_that_is_told_again_is_the_same_run(capsys, monkeypatch):
     """As jobs tell theirs, every few seconds."""
     clock = iter([0.0, 100.0, 200.0, 300.0])

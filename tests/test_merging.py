@@ -17,7 +17,7 @@ from zsq.quantize.quantizers import ActivationQuantizer, quantizers, set_mode, s
 
 
 class Limited(nn.Module):
-    """Layers without bias, and every function that clips; the last one is read twice, and so stays."""
+    """Layers without bias, and all functions that quantizers take over."""
 
     def __init__(self) -> None:
         super().__init__()

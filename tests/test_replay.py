@@ -115,6 +115,20 @@ def test_replays_give_what_calls_give(fake_gpu: list[str]) -> None:
     assert replays._steps["step"] is not step  # another shape
 
 
+def test_what_passes_through_is_what_was_given(fake_gpu: list[str]) -> None:
+    replays = Replays(torch.device("cuda"))
+    FakeGraph.owner = replays
+    for value in range(2 * WARM_UP):
+        x = torch.full((2,), float(value), requires_grad=True)
+        batch = replays.call("step", lambda x: Batch(x, x.detach().long(), None, {"a": x.detach().sum()}), x)
+        assert batch.images is x
+        assert batch.losses["a"] == 2 * value
+    (held,) = replays._steps["step"].inputs
+    assert held is not None
+    assert held.tolist() == x.tolist()
+    assert held.is_leaf  # no history of the pixels before
+
+
 def test_a_step_that_waits_is_not_recorded(fake_gpu: list[str]) -> None:
     replays = Replays(torch.device("cuda"))
 

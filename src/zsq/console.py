@@ -60,7 +60,7 @@ class TerminalProgress:
         )
         self._tasks: dict[str, int] = {}
         self._shown = 0.0
-        self._begun: dict[str, tuple[float, int, int]] = {}
+        self._begun: dict[str, tuple[float, int, int, int]] = {}
 
     def __enter__(self) -> "TerminalProgress":
         if self._console.is_terminal:
@@ -77,10 +77,10 @@ class TerminalProgress:
         """Show that `done` of `total` steps of `phase` are finished, with the latest values."""
         losses = " ".join(f"{name} {value:.3g}" for name, value in values.items())
         now = time.monotonic()
-        start, first, latest = self._begun.get(phase, (now, done, -1))
-        if done < latest or done == latest == total:  # the next run's phase of the same name
+        start, first, latest, whole = self._begun.get(phase, (now, done, -1, total))
+        if done < latest or total != whole or done == latest == total:  # the next run's phase of the same name
             start, first = now, done
-        self._begun[phase] = (start, first, done)
+        self._begun[phase] = (start, first, done, total)
         if self._console.is_terminal:
             if phase not in self._tasks:
                 self._tasks[phase] = self._bars.add_task(phase, total=total, losses="")

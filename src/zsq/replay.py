@@ -50,7 +50,7 @@ class Replays:
         _all.add(self)
 
     def call(self, name: Hashable, work: Work, *inputs: Tensor | None) -> Batch:
-        """Return what `work` makes of the inputs; tensors of the caller's own.
+        """Return what `work` makes of the inputs; tensors of the caller's own, inputs that pass through among them.
 
         Args:
             name: of the step; calls of one name do the same work.
@@ -147,7 +147,7 @@ class _Step:
                 own[place] = torch.empty_like(tensor)
         for held, given in zip(self.inputs, inputs, strict=True):
             if held is not None and given is not None:
-                held.copy_(given)
+                held.copy_(given.detach())  # else its history would grow by a node a replay
         self.graph.replay()
         for mine, tensor in zip(own, made, strict=True):
             if mine is not None and tensor is not None and id(tensor) not in passed:

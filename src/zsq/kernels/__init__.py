@@ -1,7 +1,6 @@
 """Kernels for GPUs, in Triton, which this module imports: what a step does a value at a time, in one pass.
 
-PyTorch has no kernel for most of it, or one that reads scales back to the host, for which every layer would wait. With
-one kernel for each operation instead, a student's step took 1.3 to 1.7 times as long (H100, docs/performance.md).
+PyTorch has no kernel for most of it, or one that reads scales back to the host, for which every layer would wait.
 """
 
 from zsq.kernels.base import dense

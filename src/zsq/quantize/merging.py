@@ -1,7 +1,7 @@
 """A student's graph as it is trained: the same values and gradients in fewer passes over memory and fewer kernels.
 
-Activation functions that clip are left to the quantizers behind them. On a GPU, where a layer's weight is so small that
-starting kernels takes longer than they run, all weights and centred biases are rounded at once.
+ReLU, ReLU6 and hardtanh are left to the quantizers behind them. On a GPU, where a layer's weight is so small that
+starting kernels takes longer than they run, all weights are rounded and all biases centred at once.
 """
 
 import math
@@ -30,8 +30,7 @@ def merged(network: GraphModule) -> GraphModule:
     view = graphs.view_of(network)
     for node in list(view.graph.nodes):
         _merge_activation(view, node)
-    weights = [quantized_weight(view, layer)[1] for layer in prepared_layers(view)]
-    if (fused := kernels(weights[0])) is not None:
+    if (fused := kernels(next(view.parameters()))) is not None:
         _merge_weights(view, fused)
     view.graph.eliminate_dead_code()
     view.graph.lint()

@@ -143,7 +143,7 @@ class WeightQuantizer(nn.Module):
 
     Attributes:
         scale: [C] or [1].
-        smallest: least value of each scale, as scale; where scales follow the weight, of those first taken.
+        smallest: least value of each scale that is learnt, as scale.
     """
 
     scale: nn.Parameter
