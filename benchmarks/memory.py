@@ -29,6 +29,7 @@ from records import RESULTS, append
 from timing import hardware
 from torch import Tensor
 
+from zsq.allocator import kept_memory
 from zsq.replay import WARM_UP
 
 RUNS = {
@@ -127,8 +128,9 @@ def measure_step(network: str, kind: str, batch: int) -> dict[str, float]:
     step, weights = step_of(network, kind, batch, device)
     before = resident()
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    for _ in range(4):
-        step()
+    with kept_memory():
+        for _ in range(4):
+            step()
     status = Path("/proc/self/status").read_text()
     peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
     kept = kept_bytes(step, weights)

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from machine import load, processor
 
+from zsq.allocator import kept_memory
 from zsq.replay import WARM_UP
 
 Times = Mapping[str, list[float]]
@@ -18,17 +19,18 @@ def interleaved(
     actions: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warm_up: int = 2
 ) -> dict[str, list[float]]:
     """Call every action once a round and return its times; on a GPU each call is waited for, before and after."""
-    for _ in range(warm_up + (WARM_UP if device.type == "cuda" else 0)):
-        for action in actions.values():
-            action()
     times: dict[str, list[float]] = {name: [] for name in actions}
-    for _ in range(rounds):
-        for name, action in actions.items():
-            wait(device)
-            start = time.perf_counter()
-            action()
-            wait(device)
-            times[name].append(time.perf_counter() - start)
+    with kept_memory():  # as training does
+        for _ in range(warm_up + (WARM_UP if device.type == "cuda" else 0)):
+            for action in actions.values():
+                action()
+        for _ in range(rounds):
+            for name, action in actions.items():
+                wait(device)
+                start = time.perf_counter()
+                action()
+                wait(device)
+                times[name].append(time.perf_counter() - start)
     return times
 
 

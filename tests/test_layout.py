@@ -18,6 +18,7 @@ FLOORS = {
     "graphs": 1,
     "stems": 1,
     "parallel": 1,
+    "allocator": 1,
     "replay": 2,
     "kernels.base": 1,
     "kernels.biases": 2,

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from zsq import parallel
+from zsq.allocator import kept_memory
 from zsq.errors import InputError, NumericsError
 from zsq.replay import forgetting
 
@@ -217,7 +218,7 @@ class Run:
         first = self._resume(phase, learner)
         pending: list[tuple[int, dict[str, Tensor]]] = []
         saved, cost = time.monotonic(), 0.0
-        with forgetting(), held_signals() as received:
+        with forgetting(), kept_memory(), held_signals() as received:
             for step in range(first, steps):
                 try:
                     pending.append((step, self.take(learner, step)))

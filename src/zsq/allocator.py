@@ -1,0 +1,52 @@
+"""The C library's allocator, told to keep what one step frees for the next."""
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's `mallopt`: free bytes at the end of the heap, and bytes of a block, from which on the system
+gets them back as soon as they are free."""
+
+LARGEST_IN_HEAP = 32 * 2**20
+"""Bytes of a block; glibc takes no larger threshold, and comes to this one by itself."""
+
+KEPT = 2**31 - 1
+"""Most free bytes at the end of the heap that are kept."""
+
+GLIBC_KEEPS = 2 * LARGEST_IN_HEAP
+"""What glibc comes to by itself once blocks of that size have been freed."""
+
+
+@contextmanager
+def kept_memory() -> Iterator[None]:
+    """Keep freed memory for what is allocated next, and give it back at the end of the block.
+
+    Else glibc returns what a step has freed, and the system clears it anew, page by page, for the next: at 224x224,
+    80,000 pages and a tenth of each step's time (docs/performance.md). Nothing is done where the C library is another,
+    or where the environment sets these thresholds.
+    """
+    libc = _glibc()
+    if libc is None:
+        yield
+        return
+    libc.mallopt(MMAP_THRESHOLD, LARGEST_IN_HEAP)
+    libc.mallopt(TRIM_THRESHOLD, KEPT)
+    try:
+        yield
+    finally:
+        libc.mallopt(TRIM_THRESHOLD, GLIBC_KEEPS)
+        libc.malloc_trim(0)
+
+
+def _glibc() -> Any:
+    """Return the C library where it has these parameters and nobody else has set them, else None."""
+    if {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys():
+        return None
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:  # not Linux with glibc
+        return None
+    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None

@@ -1,0 +1,68 @@
+import ctypes
+import os
+import resource
+import sys
+
+import pytest
+import torch
+
+from zsq import allocator
+from zsq.allocator import kept_memory
+
+GLIBC = pytest.mark.skipif(not sys.platform.startswith("linux") or allocator._glibc() is None, reason="no glibc here")
+PAGE = os.sysconf("SC_PAGE_SIZE")
+BYTES = 16 * 2**20
+
+
+def work() -> None:
+    """Allocate 128 MiB in blocks that lie in the heap, write them, and free them."""
+    blocks = [torch.ones(BYTES // 4) for _ in range(8)]
+    del blocks
+
+
+def new_pages() -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    work()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@GLIBC
+def test_what_is_freed_is_used_again_within_the_block() -> None:
+    whole = 8 * BYTES / PAGE
+    with kept_memory():
+        for _ in range(2):
+            work()
+        assert new_pages() < whole / 4  # other tests leave gaps, where a block finds no place
+    assert new_pages() > whole / 2  # and given back after it
+
+
+@GLIBC
+@pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"])
+def test_what_the_environment_says_stays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "1")
+    assert allocator._glibc() is None
+    with kept_memory():
+        work()
+
+
+@GLIBC
+def test_the_usual_threshold_is_back_after_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    class Library:
+        mallopt = staticmethod(lambda parameter, value: asked.append((parameter, value)))
+        malloc_trim = staticmethod(lambda left: asked.append((0, left)))
+
+    monkeypatch.setattr(allocator, "_glibc", Library)
+    with pytest.raises(ValueError, match="fault"), kept_memory():
+        raise ValueError("fault")
+    assert asked[-2:] == [(allocator.TRIM_THRESHOLD, allocator.GLIBC_KEEPS), (0, 0)]
+
+
+def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    with kept_memory():
+        work()
