@@ -10,14 +10,14 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's `mallopt`: free bytes at the end of the heap, and bytes of a block, from which on the system
 gets them back as soon as they are free."""
 
-LARGEST_IN_HEAP = 32 * 2**20
-"""Bytes of a block; glibc takes no larger threshold, and comes to this one by itself."""
+LARGEST_IN_HEAP = 20 * 2**20
+"""Bytes of a block: 32 images of 224x224. glibc itself comes to 32 MiB, with which larger gaps are left in the heap."""
 
 KEPT = 2**31 - 1
 """Most free bytes at the end of the heap that are kept."""
 
 GLIBC_KEEPS = 2 * LARGEST_IN_HEAP
-"""What glibc comes to by itself once blocks of that size have been freed."""
+"""What glibc comes to by itself where blocks of that size have been freed."""
 
 
 @contextmanager
