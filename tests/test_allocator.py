@@ -13,11 +13,11 @@ from zsq.allocator import kept_memory
 
 GLIBC = pytest.mark.skipif(not sys.platform.startswith("linux") or allocator._glibc() is None, reason="no glibc here")
 PAGE = os.sysconf("SC_PAGE_SIZE")
-BYTES = 16 * 2**20
+BYTES = 8 * 2**20
 
 
 def work() -> None:
-    """Allocate 128 MiB in blocks that lie in the heap, write them, and free them."""
+    """Allocate 64 MiB in blocks that lie in the heap, write them, and free them."""
     blocks = [torch.ones(BYTES // 4) for _ in range(8)]
     del blocks
 

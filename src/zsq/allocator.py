@@ -10,8 +10,8 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's `mallopt`: free bytes at the end of the heap, and bytes of a block, from which on the system
 gets them back as soon as they are free."""
 
-LARGEST_IN_HEAP = 20 * 2**20
-"""Bytes of a block: 32 images of 224x224. glibc itself comes to 32 MiB, with which larger gaps are left in the heap."""
+LARGEST_IN_HEAP = 12 * 2**20
+"""Bytes of a block. glibc itself comes to 32 MiB, with which larger gaps are left in the heap (docs/performance.md)."""
 
 KEPT = 2**31 - 1
 """Most free bytes at the end of the heap that are kept."""
