@@ -105,7 +105,7 @@ def multiply_added(network: GraphModule) -> GraphModule:
 def norm_inputs(teacher: Teacher, images: Tensor) -> list[Tensor]:
     """Return what each batch norm reads, as leaves that take gradients."""
     network = graphs.copy_network(teacher.network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    view = graphs.with_outputs(network, [norm.node.args[0] for norm in batch_norms(network)])  # type: ignore[misc]
+    view = graphs.view_of(network, [norm.node.args[0] for norm in batch_norms(network)])  # type: ignore[misc]
     with torch.no_grad():
         return [x.detach().requires_grad_() for x in view(images)[1]]
 

@@ -76,5 +76,6 @@ def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
         raise OSError(name)
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
+    assert allocator._glibc() is None
     with kept_memory():
         work()

@@ -84,21 +84,16 @@ def finish(network: GraphModule) -> GraphModule:
     return network
 
 
-def view_of(network: GraphModule) -> GraphModule:
-    """Return a network with a graph of its own; tensors and submodules are the given one's, and so trained with it."""
-    graph = Graph()
-    graph.output(graph.graph_copy(network.graph, dict[Node, Node]()))
-    return GraphModule(network, graph)
+def view_of(network: GraphModule, nodes: Iterable[Node] | None = None) -> GraphModule:
+    """Return a network with a graph of its own, whose tensors and submodules are the given one's, and trained with it.
 
-
-def with_outputs(network: GraphModule, nodes: Iterable[Node]) -> GraphModule:
-    """Return a view of a network whose output is a pair: what the network gives, and the values of these nodes.
-
-    Tensors and submodules are the network's own, so that what trains or moves one moves the other.
+    Args:
+        network: which is left as it is.
+        nodes: their values are to be given, too: the view's output is then a pair of the network's and these.
     """
     graph, copied = Graph(), dict[Node, Node]()
     result = graph.graph_copy(network.graph, copied)
-    graph.output((result, tuple(copied[node] for node in nodes)))
+    graph.output(result if nodes is None else (result, tuple(copied[node] for node in nodes)))
     return GraphModule(network, graph)
 
 

@@ -64,6 +64,11 @@ class Tables:
         self.factors = torch.tensor(factors, device=device)
         self.channels, self.size, self.biases, self.scales = channels, write, bias, scale
 
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Numbers of weights and of biases."""
+        return len(self.layers), sum(layer.inputs is not None for layer in self.layers)
+
     def views(self, values: Tensor) -> list[Tensor]:
         """Return each layer's part of [size] values, of the shape and order of its weight."""
         return [values.as_strided(shape, stride, start) for shape, stride, start in self.shapes]
@@ -202,7 +207,6 @@ class RoundWeights(torch.autograd.Function):
         ctx: Any,
         tables: Tables,
         grid: tuple[float, float, float, bool],
-        counts: tuple[int, int],
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         """Round.
@@ -212,10 +216,9 @@ class RoundWeights(torch.autograd.Function):
             tables: of the layers.
             grid: the least scale over the largest one's, the least scale, half a step, and whether scales are to
                 follow the weights.
-            counts: numbers of weights and of biases.
-            tensors: weights, mean outputs, mean inputs, scales.
+            tensors: weights, and of the layers with a bias mean outputs and mean inputs, and all scales.
         """
-        layers, centred = counts
+        layers, centred = tables.counts
         weights, outputs = tensors[:layers], tensors[layers : layers + centred]
         means, scales = tensors[layers + centred : layers + 2 * centred], tensors[layers + 2 * centred :]
         dead, smallest, half_step, followed = grid
@@ -232,7 +235,7 @@ class RoundWeights(torch.autograd.Function):
         if followed:
             torch._foreach_copy_(list(scales), list(scale.split([layer.scales for layer in tables.layers])))
         ctx.save_for_backward(values, scale, mean, *weights)
-        ctx.tables, ctx.counts, ctx.half_step, ctx.trained = tables, counts, half_step, not followed
+        ctx.tables, ctx.half_step, ctx.trained = tables, half_step, not followed
         sizes = [len(bias) for bias in outputs]
         return *tables.views(rounded), *(biases.split(sizes) if sizes else ())
 
@@ -240,7 +243,7 @@ class RoundWeights(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of weights, mean outputs and scales."""
         values, scale, mean, *weights = ctx.saved_tensors
-        tables, (layers, centred) = ctx.tables, ctx.counts
+        tables, (layers, centred) = ctx.tables, ctx.tables.counts
         given = _flat([like(grad, dense(weight)) for grad, weight in zip(grads, weights, strict=False)])
         biases = grads[layers:]
         given_biases = _flat([grad.contiguous() for grad in biases]) if centred else values
@@ -254,4 +257,4 @@ class RoundWeights(torch.autograd.Function):
                 part if layer.scales > 1 or len(part) == 1 else part.sum(0, keepdim=True)
                 for part, layer in zip(parts, tables.layers, strict=True)
             ]
-        return None, None, None, *tables.views(passed), *biases, *[None] * centred, *of_scales
+        return None, None, *tables.views(passed), *biases, *[None] * centred, *of_scales

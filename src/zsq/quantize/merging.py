@@ -129,8 +129,7 @@ class RoundedWeights(nn.Module):
         follow = first.training and not first.learnable
         grid = (DEAD_CHANNEL, SMALLEST_SCALE, HALF_STEP, follow)
         scales = [q.scale for q in self.quantizers]
-        counts = (len(weights), len(outputs))
         found: tuple[Tensor, ...] = self.fused.RoundWeights.apply(
-            self.tables, grid, counts, *weights, *outputs, *means, *scales
+            self.tables, grid, *weights, *outputs, *means, *scales
         )
         return found

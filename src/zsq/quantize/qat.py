@@ -84,7 +84,7 @@ def layer_views(student: Student, teacher: GraphModule) -> tuple[GraphModule, Gr
         raise InputError("quantizer.intermediate_weight needs a network of at least 2 layers; 0 leaves the loss out.")
     named = {node.name: node for node in graphs.layers(folded)}
     pairs = [named[layer.name] for layer in layers]
-    return graphs.with_outputs(student.network, layers), graphs.with_outputs(folded, pairs)
+    return graphs.view_of(student.network, layers), graphs.view_of(folded, pairs)
 
 
 class Distiller:
