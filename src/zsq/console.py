@@ -91,6 +91,7 @@ class TerminalProgress:
         if done >= total and values:
             say_line(f"{phase}: {done}/{total}, done in {now - start:.0f} s {losses}")
         elif first < done < total and now - self._shown > LINE_EVERY:
-            self._shown = now
             left = (now - start) / (done - first) * (total - done)
-            say_line(f"{phase}: {done}/{total}, about {left:.0f} s left {losses}".rstrip())
+            if left >= 1:  # else it is over before the line is read
+                self._shown = now
+                say_line(f"{phase}: {done}/{total}, about {left:.0f} s left {losses}".rstrip())
