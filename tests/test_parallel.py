@@ -344,6 +344,12 @@ WAIT = "time.sleep(60)"
         ("pass", "print('unseen', file=sys.stderr)", 0, ""),
         (WAIT, "sys.exit('note\\nError: no such file')", 1, "Error: process 1: no such file\n"),
         (WAIT, "os.kill(os.getpid(), signal.SIGKILL)", 1, "Error: process 1 was killed by signal 9"),
+        (
+            WAIT,
+            "print('why', file=sys.stderr, flush=True); os.abort()",
+            1,
+            "Error: process 1 was killed by signal 6 (why)",
+        ),
         ("os.kill(os.getpid(), signal.SIGKILL)", WAIT, 1, "Error: process 0 was killed by signal 9"),
         (f"sys.exit({LOST})", "time.sleep(0.2); sys.exit('Error: the cause')", 1, "Error: process 1: the cause\n"),
         ("time.sleep(0.1); sys.exit(1)", "sys.exit('Error: as the first')", 1, ""),  # the first one says it itself

@@ -5,6 +5,7 @@ takes its share of a batch through the networks. What a loss needs of the whole 
 computes the loss of the whole batch, and the mean of their gradients is its gradient. Elsewhere each works as if alone.
 """
 
+import atexit
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -63,7 +64,14 @@ def start(kind: str) -> torch.device:
     )
     with _losses_named():
         fabric.launch()
+    atexit.register(_leave)
     return fabric.device
+
+
+def _leave() -> None:
+    """Close the connections before the interpreter goes: else their threads outlive it for a moment."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def check_devices(count: int, kind: str) -> None:

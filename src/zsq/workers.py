@@ -120,4 +120,6 @@ def _reason(rank: int, code: int, errors: IO[bytes]) -> str:
     if code > 0 and lines:
         return f"process {rank}: {lines[-1].removeprefix('Error: ')}"
     how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+    if code == -signal.SIGABRT and lines:  # a library has said why
+        how += f" ({lines[-1][:200]})"
     return f"process {rank} {how}, and the run with it; --resume continues."
