@@ -26,6 +26,7 @@ check: $(STAMP)  ## format, lint, types and the fast tests
 	$(BIN)/ruff format --check src tests examples benchmarks
 	$(BIN)/ruff check src tests examples benchmarks
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/python -m pytest -n 2 -m 'not slow and not real'
 
 bench: $(STAMP)  ## measure steps, growth, memory and the deployed file at small sizes; writes to benchmarks/results

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 import zsq
-from zsq.console import say_line
-from zsq.report import percent
-from zsq.runs import read_record
+from zsq.reports.pictures import percent
+from zsq.runs.console import say_line
+from zsq.runs.folder import read_record
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

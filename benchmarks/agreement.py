@@ -15,12 +15,12 @@ from records import append
 from timing import hardware
 
 from zsq import PTQ, load_teacher
-from zsq.datasets import open_dataset
-from zsq.evaluate import Predict, evaluate_many
-from zsq.quantize.ptq import quantize_ptq
-from zsq.runs import FittedRun
-from zsq.stages import AGREEMENT_IMAGES, FreshSamples
-from zsq.training import Run
+from zsq.data.datasets import open_dataset
+from zsq.evaluation.accuracy import Predict, evaluate_many
+from zsq.quantization.ptq import quantize_ptq
+from zsq.runs.folder import FittedRun
+from zsq.runs.pipeline import AGREEMENT_IMAGES, FreshSamples
+from zsq.training.loop import Run
 
 WIDTHS = ("8", "6", "5", "4", "3", "2")
 

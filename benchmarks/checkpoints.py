@@ -18,9 +18,9 @@ from records import append
 from timing import hardware
 
 from zsq.methods import ZeroQ
-from zsq.methods.inversion import InversionSource
-from zsq.teachers import Teacher
-from zsq.training import CHECKPOINT_SECONDS, CHECKPOINT_SHARE, Learner, Run, load_tensors, save_tensors
+from zsq.methods.image_optimization import InversionSource
+from zsq.models.teacher import Teacher
+from zsq.training.loop import CHECKPOINT_SECONDS, CHECKPOINT_SHARE, Learner, Run, load_tensors, save_tensors
 
 ROUNDS = 7
 

@@ -16,7 +16,7 @@ from parts import counted, random_teacher, source_of
 from timing import interleaved, milliseconds, ratio
 
 from zsq.methods.zscgan import ConditionalSource
-from zsq.teachers import Teacher
+from zsq.models.teacher import Teacher
 
 PAYS = 1.03
 """Least quotient of the times without and with a choice at which it is said to pay."""

@@ -27,13 +27,13 @@ from records import append
 from timing import Times, interleaved, milliseconds, ratio
 
 import zsq
-from zsq.export import write_onnx
+from zsq.export.onnx import write_onnx
 from zsq.methods import Noise
-from zsq.quantize import PTQ
-from zsq.quantize.convert import convert
-from zsq.quantize.ptq import quantize_ptq
-from zsq.teachers import Teacher, load_teacher
-from zsq.training import Run
+from zsq.models.teacher import Teacher, load_teacher
+from zsq.quantization import PTQ
+from zsq.quantization.convert import convert
+from zsq.quantization.ptq import quantize_ptq
+from zsq.training.loop import Run
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

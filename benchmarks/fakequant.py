@@ -12,7 +12,7 @@ from records import append
 from timing import hardware, interleaved, milliseconds, ratio
 from torch import Tensor
 
-from zsq.quantize.fakequant import fake_quantize, integer_range
+from zsq.quantization.fake_quantize import fake_quantize, integer_range
 
 SHAPE = (64, 16, 32, 32)
 WEIGHT = (64, 64, 3, 3)

@@ -11,8 +11,8 @@ import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from zsq.export import OPSET
-from zsq.teachers import Teacher
+from zsq.export.onnx import OPSET
+from zsq.models.teacher import Teacher
 
 
 def write_float(teacher: Teacher, path: Path) -> None:

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional
 
-from zsq import graphs
-from zsq.losses import squared_bns_distance
-from zsq.methods.inversion import Inversion, InversionSource
-from zsq.teachers import Teacher
-from zsq.training import Run, stream
+from zsq.graph import edit
+from zsq.methods.image_optimization import Inversion, InversionSource
+from zsq.models.teacher import Teacher
+from zsq.training.loop import Run, stream
+from zsq.training.losses import squared_bns_distance
 from zsq.types import ImageSpec
 
 LATENT_RATE = 0.1
@@ -183,7 +183,7 @@ def swing_convolutions(network: GraphModule) -> list[Swing]:
     """Put a `Swing` in front of every convolution with a stride, in place; return them in order."""
     swings: list[Swing] = []
     for node in list(network.graph.nodes):
-        stride = graphs.argument(node, 3, 1) if node.target in graphs.CONVOLUTIONS else 1
+        stride = edit.argument(node, 3, 1) if node.target in edit.CONVOLUTIONS else 1
         stride = (stride, stride) if isinstance(stride, int) else tuple(stride)
         stride = stride * 2 if len(stride) == 1 else stride
         if len(stride) != 2 or max(stride) < 2:
@@ -194,5 +194,5 @@ def swing_convolutions(network: GraphModule) -> list[Swing]:
         with network.graph.inserting_before(node):
             shifted = network.graph.call_module(name, (node.args[0],))
         node.args = (shifted, *node.args[1:])
-    graphs.finish(network)
+    edit.finish(network)
     return swings

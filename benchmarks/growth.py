@@ -36,8 +36,8 @@ from records import RESULTS, append
 from timing import hardware, interleaved, ratio
 
 from zsq.errors import MissingExtraError
-from zsq.runs import pick_device
-from zsq.teachers import Teacher, teacher_from_module
+from zsq.models.teacher import Teacher, teacher_from_module
+from zsq.runs.folder import pick_device
 
 sys.path.insert(0, str(EXAMPLES))
 from cifar10 import SPEC, CifarResNet

@@ -29,8 +29,8 @@ from records import RESULTS, append
 from timing import hardware
 from torch import Tensor
 
-from zsq.allocator import kept_memory
-from zsq.replay import WARM_UP
+from zsq.runtime.cuda_graphs import WARM_UP
+from zsq.runtime.memory import kept_memory
 
 RUNS = {
     "100 steps, 1000 images": ("100", "1000"),

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from zsq import graphs
-from zsq.batchnorm import batch_norms, fold, moments
-from zsq.losses import distillation_loss
+from zsq.graph import edit
+from zsq.graph.batchnorm import batch_norms, fold, moments
 from zsq.methods.zscgan import ZSCGAN, ConditionalSource
-from zsq.quantize.ptq import quantize_ptq
-from zsq.quantize.qat import QAT, Distiller
-from zsq.quantize.quantizers import quantizers
-from zsq.teachers import Teacher, load_teacher
-from zsq.training import Run
+from zsq.models.teacher import Teacher, load_teacher
+from zsq.quantization.ptq import quantize_ptq
+from zsq.quantization.qat import QAT, Distiller
+from zsq.quantization.quantizers import quantizers
+from zsq.training.loop import Run
+from zsq.training.losses import distillation_loss
 from zsq.types import Batch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -87,25 +87,25 @@ def distiller_of(teacher: Teacher, feed: Feed, device: torch.device, scales: str
 
 def multiply_added(network: GraphModule) -> GraphModule:
     """Return a copy whose batch norms are one multiply-add each: the quickest form that keeps what they read."""
-    network = graphs.copy_network(network)
+    network = edit.copy_network(network)
     for index, norm in enumerate(batch_norms(network)):
         x = norm.node.args[0]
         assert isinstance(x, torch.fx.Node)
         shape = (1, -1, *[1] * (x.meta["val"].dim() - 2))
         names = (f"bench_scale_{index}", f"bench_shift_{index}")
         for name, value in zip(names, (norm.scale, norm.shift), strict=True):
-            graphs.set_tensor(network, name, value.view(shape))
+            edit.set_tensor(network, name, value.view(shape))
         with network.graph.inserting_before(norm.node):
             stored = tuple(network.graph.get_attr(name) for name in names)
             norm.node.replace_all_uses_with(network.graph.call_function(torch.addcmul, (stored[1], x, stored[0])))
         network.graph.erase_node(norm.node)
-    return graphs.finish(network).requires_grad_(False)
+    return edit.finish(network).requires_grad_(False)
 
 
 def norm_inputs(teacher: Teacher, images: Tensor) -> list[Tensor]:
     """Return what each batch norm reads, as leaves that take gradients."""
-    network = graphs.copy_network(teacher.network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    view = graphs.view_of(network, [norm.node.args[0] for norm in batch_norms(network)])  # type: ignore[misc]
+    network = edit.copy_network(teacher.network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    view = edit.view_of(network, [norm.node.args[0] for norm in batch_norms(network)])  # type: ignore[misc]
     with torch.no_grad():
         return [x.detach().requires_grad_() for x in view(images)[1]]
 
@@ -183,12 +183,12 @@ def float_training(teacher: Teacher, batch: Batch, settings: QAT) -> tuple[Calla
     network, _ = fold(teacher.network)
     if batch.images.is_cuda:  # as the student
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    for layer in list(graphs.layers(network)):
+    for layer in list(edit.layers(network)):
         for read in layer.args[1:3]:
             if isinstance(read, torch.fx.Node):
-                value = graphs.tensor_of(network, read)
+                value = edit.tensor_of(network, read)
                 assert value is not None
-                graphs.set_tensor(network, str(read.target), value.clone(), trainable=True)
+                edit.set_tensor(network, str(read.target), value.clone(), trainable=True)
     parameters = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=settings.learning_rate, momentum=settings.momentum, nesterov=True)
 

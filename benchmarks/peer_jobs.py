@@ -20,19 +20,19 @@ import torch
 from floatfile import quantize_by_onnxruntime, write_float
 from genie import Genie
 
-from zsq.datasets import LabelledImages, open_dataset
-from zsq.evaluate import evaluate
-from zsq.export import OnnxClassifier, write_onnx
+from zsq.data.datasets import LabelledImages, open_dataset
+from zsq.evaluation.accuracy import evaluate
+from zsq.export.onnx import OnnxClassifier, write_onnx
 from zsq.methods import ZSCGAN, Noise, Real, ZeroQ
-from zsq.methods.inversion import Inversion
+from zsq.methods.image_optimization import Inversion
 from zsq.methods.pool import PoolSource, Stateless
-from zsq.quantize import PTQ, QAT
-from zsq.quantize.convert import convert
-from zsq.quantize.ptq import quantize_ptq
-from zsq.quantize.qat import distill
-from zsq.settings import resolve
-from zsq.teachers import Teacher, load_teacher
-from zsq.training import Learner, Run
+from zsq.models.teacher import Teacher, load_teacher
+from zsq.quantization import PTQ, QAT
+from zsq.quantization.convert import convert
+from zsq.quantization.ptq import quantize_ptq
+from zsq.quantization.qat import distill
+from zsq.runs.settings import resolve
+from zsq.training.loop import Learner, Run
 from zsq.types import Batch
 
 METHODS: dict[str, Any] = {"zscgan": ZSCGAN, "zeroq": ZeroQ, "genie": Genie}

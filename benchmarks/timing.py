@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from machine import load, processor
 
-from zsq.allocator import kept_memory
-from zsq.replay import WARM_UP
+from zsq.runtime.cuda_graphs import WARM_UP
+from zsq.runtime.memory import kept_memory
 
 Times = Mapping[str, list[float]]
 """Seconds by action, one value a round."""

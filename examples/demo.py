@@ -13,8 +13,8 @@ import torch
 from rich.console import Console
 
 import zsq
-from zsq.console import say_line
-from zsq.report import percent, table
+from zsq.reports.pictures import percent, table
+from zsq.runs.console import say_line
 
 FIT_STEPS, DISTILL_STEPS = 2000, 400
 

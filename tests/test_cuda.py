@@ -11,23 +11,23 @@ import torch
 from torch import Tensor
 
 import zsq
-from zsq.batchnorm import moments, observed_norm
-from zsq.cli import main
-from zsq.compare import compare
-from zsq.gpu import full_float32, kernels
+from zsq.cli.main import main
+from zsq.comparison.compare import compare
+from zsq.graph.batchnorm import moments, observed_norm
 from zsq.methods import METHODS, ZSCGAN, Adversarial, DeepInversion
-from zsq.methods.generator import GeneratorSource
-from zsq.optimizers import flatten_optimizer
-from zsq.quantize import QAT
-from zsq.quantize.centring import centred_bias
-from zsq.quantize.fakequant import HALF_STEP, UNCLIPPED, Clip, _FakeQuantize, fake_quantize, quantize_bias
-from zsq.quantize.merging import RoundedWeights
-from zsq.quantize.ptq import quantize_ptq
-from zsq.quantize.qat import Distiller
-from zsq.quantize.quantizers import ActivationQuantizer, WeightQuantizer, constrain
-from zsq.replay import WARM_UP, Replays
-from zsq.teachers import Teacher, load_teacher
-from zsq.training import Run
+from zsq.methods.generator_training import GeneratorSource
+from zsq.models.teacher import Teacher, load_teacher
+from zsq.quantization import QAT
+from zsq.quantization.bias_centring import centred_bias
+from zsq.quantization.fake_quantize import HALF_STEP, UNCLIPPED, Clip, _FakeQuantize, fake_quantize, quantize_bias
+from zsq.quantization.ptq import quantize_ptq
+from zsq.quantization.qat import Distiller
+from zsq.quantization.quantizers import ActivationQuantizer, WeightQuantizer, constrain
+from zsq.quantization.training_view import RoundedWeights
+from zsq.runtime.cuda_graphs import WARM_UP, Replays
+from zsq.runtime.gpu import full_float32, kernels
+from zsq.training.loop import Run
+from zsq.training.optim import flatten_optimizer
 from zsq.types import Batch
 
 pytestmark = [

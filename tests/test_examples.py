@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from zsq.datasets import open_dataset
-from zsq.evaluate import evaluate
-from zsq.teachers import load_teacher
+from zsq.data.datasets import open_dataset
+from zsq.evaluation.accuracy import evaluate
+from zsq.models.teacher import load_teacher
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from zsq import cli, load_teacher, quantize
+from zsq import load_teacher, quantize
+from zsq.cli import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -32,7 +33,7 @@ def test_there_are_commands_to_check() -> None:
 
 @pytest.mark.parametrize("command", commands())
 def test_command_parses(command: str) -> None:
-    assert cli.parse(shlex.split(command)[1:])
+    assert main.parse(shlex.split(command)[1:])
 
 
 def test_make_targets_exist() -> None:

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional as F
 
-from zsq.graphs import copy_network
-from zsq.quantize import PTQ
-from zsq.quantize.prepare import Student
-from zsq.quantize.ptq import quantize_ptq
-from zsq.tracing import trace
-from zsq.training import Run
+from zsq.graph.edit import copy_network
+from zsq.graph.trace import trace
+from zsq.quantization import PTQ
+from zsq.quantization.prepare import Student
+from zsq.quantization.ptq import quantize_ptq
+from zsq.training.loop import Run
 from zsq.types import Batch, ImageSpec
 
 SPEC = ImageSpec(channels=3, height=8, width=8, classes=5, mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -235,3 +235,15 @@ class ShutGate(Mobile):
         x = F.hardswish(self.norm(self.conv(x)))
         x = x * F.hardsigmoid(self.squeeze(torch.relu(self.before(F.adaptive_avg_pool2d(x, 1)))))
         return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+class Grouped(nn.Module):
+    """A grouped and a depthwise convolution with a multiplier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 3, groups=3), nn.Conv2d(6, 4, 3, groups=2)
+        self.head = nn.Linear(4, SPEC.classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.second(torch.relu(self.first(x)))).mean((2, 3)))

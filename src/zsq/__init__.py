@@ -2,16 +2,16 @@
 
 from importlib import metadata
 
-from zsq.allocation import allocate
 from zsq.errors import ExportError, InputError, MissingExtraError, NumericsError, TeacherError, ZsqError
-from zsq.evaluate import Evaluation, evaluate
-from zsq.experiment import Result, quantize
+from zsq.evaluation.accuracy import Evaluation, evaluate
+from zsq.export.verify import OnnxClassifier
 from zsq.methods import METHODS, ZSCGAN, Adversarial, BigGAN, DeepInversion, KnowledgeWithin, Noise, Real, ZeroQ
-from zsq.quantize import PTQ, QAT
-from zsq.samples import synthesize
-from zsq.teachers import Teacher, load_teacher, teacher_from_module
+from zsq.models.teacher import Teacher, load_teacher, teacher_from_module
+from zsq.quantization import PTQ, QAT
+from zsq.runs.allocate import allocate
+from zsq.runs.quantize import Result, quantize
+from zsq.runs.synthesize import synthesize
 from zsq.types import ImageSpec
-from zsq.verification import OnnxClassifier
 
 __version__ = metadata.version("zsq")
 

@@ -6,9 +6,9 @@ from zsq.methods.adversarial import Adversarial
 from zsq.methods.base import Method, Surrogate
 from zsq.methods.biggan import BigGAN
 from zsq.methods.deepinversion import DeepInversion
-from zsq.methods.equalization import DFQ
-from zsq.methods.given import Noise, Real
+from zsq.methods.dfq import DFQ
 from zsq.methods.knowledge_within import KnowledgeWithin
+from zsq.methods.noise_and_real import Noise, Real
 from zsq.methods.zeroq import ZeroQ
 from zsq.methods.zscgan import ZSCGAN
 

@@ -6,14 +6,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from zsq import parallel
 from zsq.errors import InputError
-from zsq.losses import batch_entropy, instance_entropy, kl_divergence
-from zsq.methods.generator import GeneratorSettings, GeneratorSource
+from zsq.methods.generator_training import GeneratorSettings, GeneratorSource
 from zsq.methods.pool import require_positive
-from zsq.quantize.quantizers import straight_through
-from zsq.teachers import Teacher
-from zsq.training import Run, stream
+from zsq.models.teacher import Teacher
+from zsq.quantization.quantizers import straight_through
+from zsq.runtime import distributed
+from zsq.training.loop import Run, stream
+from zsq.training.losses import batch_entropy, instance_entropy, kl_divergence
 from zsq.types import Batch
 
 WEIGHTS = ("bns_weight", "instance_entropy_weight", "batch_entropy_weight", "adversarial_weight")
@@ -82,9 +82,9 @@ class AdversarialSource(GeneratorSource):
         (noise,) = inputs
         generator = self.generators[turn]
         generator.train()
-        images = self._make(generator, parallel.share(noise))
+        images = self._make(generator, distributed.share(noise))
         logits, moments = self.teacher(images)
-        logits = parallel.whole(logits, len(noise))
+        logits = distributed.whole(logits, len(noise))
         losses = {
             "bns": self.bns(moments),
             "instance_entropy": instance_entropy(logits),
@@ -92,7 +92,7 @@ class AdversarialSource(GeneratorSource):
         }
         if student is not None:
             with straight_through(student):
-                losses["student_kl"] = kl_divergence(logits, parallel.whole(student(images), len(noise)))
+                losses["student_kl"] = kl_divergence(logits, distributed.whole(student(images), len(noise)))
         return Batch(images, logits.detach().argmax(1), logits.detach(), losses)
 
     def draw(self, name: str, index: int, count: int) -> Batch:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from zsq.batchnorm import ObservedTeacher
 from zsq.errors import InputError
-from zsq.teachers import Teacher
-from zsq.training import Run
+from zsq.graph.batchnorm import ObservedTeacher
+from zsq.models.teacher import Teacher
+from zsq.training.loop import Run
 from zsq.types import SampleSource, Statistics
 
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zsq import parallel
-from zsq.checkpoints import load_weights
 from zsq.errors import InputError, MissingExtraError
 from zsq.methods.base import Surrogate
-from zsq.methods.given import LabelledPool
+from zsq.methods.noise_and_real import LabelledPool
 from zsq.methods.pool import Stateless, require_positive
-from zsq.teachers import Teacher
-from zsq.training import Run, stream
+from zsq.models.teacher import Teacher
+from zsq.models.weights import load_weights
+from zsq.runtime import distributed
+from zsq.training.loop import Run, stream
 from zsq.types import Batch, ImageSpec
 
 LIBRARY, INSTALL = "pytorch-pretrained-biggan", "pip install 'zsq[biggan]'"
@@ -125,8 +125,8 @@ class BigGANSource(Stateless):
         return Batch(self._make(labels, random), labels)
 
     def _make(self, labels: Tensor, random: torch.Generator) -> Tensor:
-        noise = parallel.share(truncated_normal((len(labels), self.network.config.z_dim), self.truncation, random))
-        classes = F.one_hot(parallel.share(labels), self.spec.classes).float()
+        noise = distributed.share(truncated_normal((len(labels), self.network.config.z_dim), self.truncation, random))
+        classes = F.one_hot(distributed.share(labels), self.spec.classes).float()
         parts = zip(noise.split(CHUNK), classes.split(CHUNK), strict=True)
         return torch.cat([fit_images(self.network(z, y, self.truncation), self.spec) for z, y in parts])
 

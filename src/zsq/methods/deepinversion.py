@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zsq import parallel
 from zsq.errors import InputError
-from zsq.losses import competition, feature_norm, image_norm, label_cross_entropy, total_variation
-from zsq.methods.given import Noise, NoiseSource
-from zsq.methods.inversion import Inversion, InversionSource, is_large, require_weights
-from zsq.optimizers import cosine
-from zsq.quantize.prepare import Bits, Student
-from zsq.quantize.ptq import PTQ, quantize_ptq
-from zsq.quantize.quantizers import straight_through
-from zsq.teachers import Teacher
-from zsq.training import Run, stream
+from zsq.methods.image_optimization import Inversion, InversionSource, is_large, require_weights
+from zsq.methods.noise_and_real import Noise, NoiseSource
+from zsq.models.teacher import Teacher
+from zsq.quantization.prepare import Bits, Student
+from zsq.quantization.ptq import PTQ, quantize_ptq
+from zsq.quantization.quantizers import straight_through
+from zsq.runtime import distributed
+from zsq.training.loop import Run, stream
+from zsq.training.losses import competition, feature_norm, image_norm, label_cross_entropy, total_variation
+from zsq.training.optim import cosine
 from zsq.types import ImageSpec
 
 SMALL = {"learning_rate": 0.05, "feature_weight": 1.0, "tv_weight": 2.5e-5, "l2_weight": 3e-8, "jitter": 2}
@@ -129,7 +129,7 @@ class DeepInversionSource(InversionSource):
         }
         if self.student is not None:
             with straight_through(self.student):
-                answers = parallel.whole(self.student(parallel.share(images)), len(images))
+                answers = distributed.whole(self.student(distributed.share(images)), len(images))
             found["competition"] = competition(logits, answers)
         return found
 

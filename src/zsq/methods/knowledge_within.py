@@ -5,10 +5,10 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from zsq.losses import label_cross_entropy, reversed_bns_loss, smoothness
-from zsq.methods.inversion import Inversion, InversionSource, require_weights
-from zsq.teachers import Teacher
-from zsq.training import Run
+from zsq.methods.image_optimization import Inversion, InversionSource, require_weights
+from zsq.models.teacher import Teacher
+from zsq.training.loop import Run
+from zsq.training.losses import label_cross_entropy, reversed_bns_loss, smoothness
 
 LEARNING_RATE = 0.1
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from zsq import parallel
 from zsq.errors import InputError
-from zsq.training import Run, stream
+from zsq.runtime import distributed
+from zsq.training.loop import Run, stream
 from zsq.types import Batch
 
 
@@ -53,7 +53,7 @@ class PoolSource(ABC):
         """Return the images of these rows, int64 [n], as the network takes them: float [n, C, H, W]."""
 
     def _pick(self, rows: Tensor) -> Batch:
-        return Batch(self.images(parallel.share(rows)).to(self.device), self.labels[rows].to(self.device))
+        return Batch(self.images(distributed.share(rows)).to(self.device), self.labels[rows].to(self.device))
 
     def sample(self, count: int, batch_size: int = 100, name: str = "sample") -> Iterator[Batch]:
         """Stream `count` images in random order, each at most once; fewer where the set is smaller."""

@@ -8,12 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from zsq.batchnorm import moments as moments_of
-from zsq.losses import squared_bns_distance
-from zsq.methods.inversion import Inversion, InversionSource, require_weights
+from zsq.graph.batchnorm import moments as moments_of
+from zsq.methods.image_optimization import Inversion, InversionSource, require_weights
 from zsq.methods.pool import require_positive
-from zsq.teachers import Teacher
-from zsq.training import Run
+from zsq.models.teacher import Teacher
+from zsq.training.loop import Run
+from zsq.training.losses import squared_bns_distance
 
 LEARNING_RATE = 0.5
 

@@ -6,14 +6,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from zsq import graphs, parallel
 from zsq.errors import InputError
-from zsq.losses import label_cross_entropy
-from zsq.methods.generator import GeneratorSettings, GeneratorSource
+from zsq.graph import edit
+from zsq.methods.generator_training import GeneratorSettings, GeneratorSource
+from zsq.methods.generators import label_codes
 from zsq.methods.pool import require_positive
-from zsq.networks import label_codes
-from zsq.teachers import Teacher
-from zsq.training import Run, stream
+from zsq.models.teacher import Teacher
+from zsq.runtime import distributed
+from zsq.training.loop import Run, stream
+from zsq.training.losses import label_cross_entropy
 from zsq.types import Batch
 
 
@@ -58,7 +59,7 @@ class ConditionalSource(GeneratorSource):
     asks_labels = True
 
     def __init__(self, settings: ZSCGAN, teacher: Teacher, run: Run, distill_steps: int) -> None:
-        weight = graphs.classifier_weight(teacher.network, teacher.spec.classes)
+        weight = edit.classifier_weight(teacher.network, teacher.spec.classes)
         codes = label_codes(teacher.spec.classes, weight, settings.code_size, stream(run.seed, "codes", 0))
         generator = settings.build(teacher.spec, codes, run.seed)
         super().__init__(settings, generator, teacher, run, distill_steps)
@@ -75,9 +76,9 @@ class ConditionalSource(GeneratorSource):
         del turn, student
         labels, noise = inputs
         self.generator.train()
-        images = self.generator(parallel.share(noise), parallel.share(labels))
+        images = self.generator(distributed.share(noise), distributed.share(labels))
         logits, moments = self.teacher(images)
-        logits = parallel.whole(logits, len(labels))
+        logits = distributed.whole(logits, len(labels))
         losses = {"ce": label_cross_entropy(logits, labels)}
         if moments:
             losses["bns"] = self.bns(moments)

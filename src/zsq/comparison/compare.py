@@ -1,0 +1,137 @@
+"""Comparisons: run the cells of a grid that are missing, and write one line a cell and the tables."""
+
+import fnmatch
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from zsq.comparison.cell import Bench
+from zsq.comparison.grid import LINES, Comparison, Grid, read_lines, write_tables
+from zsq.comparison.recipe import Cell, Recipe, cells, read_recipe
+from zsq.comparison.submit import available, run_jobs
+from zsq.errors import InputError
+from zsq.runs.console import nothing, shown
+from zsq.runs.folder import claimed, pick_device
+from zsq.training.loop import Progress, Say, replacing
+
+FOLDERS = ("cells", "fits", "figures", "jobs")
+TABLES = ("table.md", "table.csv", "table.tex", "figures.csv")
+
+
+def list_cells(recipe: Recipe, only: str = "*") -> list[Cell]:
+    """Return the cells whose names match a pattern such as `digits/*/qat-4/*`.
+
+    Raises:
+        InputError: none does.
+    """
+    grid = cells(recipe)
+    chosen = [cell for cell in grid if fnmatch.fnmatchcase(cell.name, only)]
+    if not chosen:
+        raise InputError(f"--only '{only}' matches none of {len(grid)} cells, which have names such as {grid[0].name}.")
+    return chosen
+
+
+def check(recipe: str | Path, only: str = "*", data_root: str | Path | None = None) -> list[Cell]:
+    """Load the networks and open the data sets of the cells with such names, and return the cells.
+
+    Raises:
+        InputError: something does not fit.
+    """
+    read = read_recipe(Path(recipe))
+    chosen = list_cells(read, only)
+    root = None if data_root is None else Path(data_root)
+    bench = Bench(read, Path(), root, pick_device("cpu"), None, nothing)
+    bench.load([cell for cell in chosen if not cell.reason])
+    return chosen
+
+
+def compare(
+    recipe: str | Path,
+    *,
+    out: str | Path,
+    only: str = "*",
+    resume: bool = False,
+    overwrite: bool = False,
+    data_root: str | Path | None = None,
+    device: str = "auto",
+    jobs: int = 1,
+    job_options: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    say: Say | None = None,
+    quiet: bool = False,
+) -> Comparison:
+    """Run the cells of a recipe that are missing, and write `cells.jsonl`, `table.md`, `.csv` and `.tex` to a folder.
+
+    Args:
+        recipe: TOML file (see docs/compare.md).
+        out: folder of the comparison.
+        only: pattern of the names of the cells to run.
+        resume: continue the comparison that `out` holds: its finished cells stay unless the recipe changed them.
+        overwrite: discard the comparison that `out` holds.
+        data_root: folder below which the recipe's relative paths lie, where they exist there.
+        device: cpu, cuda or auto.
+        jobs: at a time, on a SLURM cluster where there is one, else processes of this machine; needs submitit (extra
+            `cluster`), without which cells run in order. Cells that share a fit stay in one job.
+        job_options: parameters of submitit's executor, such as `slurm_partition`.
+        progress, say, quiet: as for `zsq.quantize`.
+
+    Raises:
+        InputError: recipe, folder, teacher or data set does not fit; nothing has been run or changed then.
+    """
+    if jobs < 1:
+        raise InputError(f"--jobs is {jobs}; it must be at least 1.")
+    read = read_recipe(Path(recipe))
+    chosen = list_cells(read, only)
+    folder, root = Path(out), None if data_root is None else Path(data_root)
+    text = Path(recipe).read_bytes()
+    _check_folder(folder, resume=resume, overwrite=overwrite)
+    with shown(progress, say, quiet=quiet) as (where_shown, speak), claimed(folder):
+        bench = Bench(read, folder, root, pick_device(device), where_shown, speak)
+        bench.load([cell for cell in chosen if not cell.reason])
+        if overwrite:
+            _discard(folder)
+        with replacing(folder / "recipe.toml") as temporary:
+            temporary.write_bytes(text)
+        return _run(bench, chosen, root, jobs, job_options or {})
+
+
+def _run(bench: Bench, chosen: list[Cell], root: Path | None, jobs: int, options: Mapping[str, Any]) -> Comparison:
+    """Run the cells that are missing, here or as jobs."""
+    folder, say = bench.folder, bench.say
+    grid = Grid(bench, say, read_lines(folder))
+    if jobs > 1 and not available():
+        say("submitit is not installed (pip install 'zsq[cluster]'): the cells run in order")
+    missing = grid.missing(chosen)
+    if jobs > 1 and available() and missing:
+        run_jobs(
+            folder,
+            missing,
+            count=jobs,
+            root=root,
+            device=bench.device,
+            options=options,
+            progress=bench.progress,
+            say=say,
+        )
+        grid.lines = read_lines(folder)
+        write_tables(grid.comparison())
+    else:
+        grid.run(chosen)
+    return grid.comparison()
+
+
+def _check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise InputError("--resume continues a comparison and --overwrite discards it; give one of them.")
+    if any(path.is_file() for path in (folder, *folder.parents)):
+        raise InputError(f"{folder} is a file or lies below one; --out takes a folder.")
+    if (folder / "recipe.toml").exists() and not resume and not overwrite:
+        raise InputError(f"{folder} holds another comparison; --resume continues it, --overwrite discards it.")
+
+
+def _discard(folder: Path) -> None:
+    for name in FOLDERS:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in (LINES, *TABLES):
+        (folder / name).unlink(missing_ok=True)

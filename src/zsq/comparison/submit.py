@@ -1,0 +1,123 @@
+"""Comparisons spread over processes of this machine or over a cluster, by submitit (extra `cluster`)."""
+
+import importlib.util
+import itertools
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zsq.comparison.cell import Bench
+from zsq.comparison.grid import Grid, read_lines
+from zsq.comparison.recipe import Cell, cells, read_recipe
+from zsq.errors import InputError, ZsqError
+from zsq.training.loop import Progress, Say, Silent
+
+POLL_SECONDS = 2.0
+WEEK_MINUTES = 7 * 24 * 60
+"""Time that a job may take unless an option says otherwise."""
+
+
+def available() -> bool:
+    """Whether submitit is installed."""
+    return importlib.util.find_spec("submitit") is not None
+
+
+def share_out(grid: Sequence[Cell], count: int) -> list[list[Cell]]:
+    """Divide cells into at most `count` lists; cells that share a fit stay together, the longest groups first."""
+    groups = [list(group) for _, group in itertools.groupby(grid, key=lambda cell: cell.fit_name)]
+    shares: list[list[Cell]] = [[] for _ in range(min(count, len(groups)))]
+    for group in sorted(groups, key=len, reverse=True):
+        min(shares, key=len).extend(group)
+    return shares
+
+
+def run_share(
+    folder: Path, names: Sequence[str], root: Path | None, device: str, threads: int, gpu: str | None = None
+) -> None:
+    """Run some cells of the comparison that a folder holds, as one job, which sees the GPU of that name only."""
+    torch.set_num_threads(threads)
+    if gpu is not None:  # submitit hides them from jobs on this machine
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    recipe = read_recipe(folder / "recipe.toml")
+    chosen = [cell for cell in cells(recipe) if cell.name in set(names)]
+    bench = Bench(recipe, folder, root, torch.device(device), None, print)
+    bench.load([cell for cell in chosen if not cell.reason])
+    Grid(bench, print, read_lines(folder)).run(chosen)
+
+
+def visible_gpus() -> list[str]:
+    """Return the names by which this process sees its GPUs, as CUDA_VISIBLE_DEVICES has them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return [name.strip() for name in named.split(",") if name.strip()] or [
+        str(number) for number in range(torch.cuda.device_count())
+    ]
+
+
+def last_words(fault: str, log: str | None) -> str:
+    """Return the line that tells most of why a job failed: its fault's last, or its log's where it left none."""
+    text = log or fault if "not produced any output" in fault else fault
+    lines = [line.strip() for line in text.splitlines() if not line.startswith(("srun:", "slurmstepd:"))]
+    return next((line for line in reversed(lines) if line), "")
+
+
+def run_jobs(
+    folder: Path,
+    missing: Sequence[Cell],
+    *,
+    count: int,
+    root: Path | None,
+    device: torch.device,
+    options: Mapping[str, Any],
+    progress: Progress | None,
+    say: Say,
+) -> None:
+    """Run cells in `count` jobs and wait for them: on a SLURM cluster where there is one, else in processes here.
+
+    Args:
+        folder: of the comparison; its `recipe.toml` is written. Logs go to `jobs/` in it.
+        missing: the cells.
+        count: jobs at a time.
+        root: folder of the data.
+        device: where each job computes.
+        options: parameters of submitit's executor, such as `slurm_partition`.
+        progress, say: of the caller.
+
+    Raises:
+        InputError: an option is not known to submitit.
+        ZsqError: a job ended otherwise than by an expected fault; the text names its log.
+    """
+    import submitit
+
+    executor = submitit.AutoExecutor(folder=folder / "jobs")
+    here = executor.cluster in ("local", "debug")
+    try:
+        executor.update_parameters(**{"timeout_min": WEEK_MINUTES, "name": "zsq", **options})
+    except (NameError, TypeError, ValueError) as error:
+        raise InputError(f"--job-set: {str(error).splitlines()[0]}") from error
+    shares = share_out(missing, count)
+    threads = max(1, (os.cpu_count() or 1) // len(shares)) if here else torch.get_num_threads()
+    say(f"{len(missing)} cells in {len(shares)} jobs on {executor.cluster}, logs in {folder / 'jobs'}")
+    gpus = itertools.cycle(visible_gpus() if here and device.type == "cuda" else [None])
+    jobs = [
+        executor.submit(run_share, folder.resolve(), [cell.name for cell in share], root, device.type, threads, gpu)
+        for share, gpu in zip(shares, gpus, strict=False)
+    ]
+    shown = progress or Silent()
+    try:
+        while not all(job.done() for job in jobs):
+            lines = read_lines(folder)
+            shown.update("compare", sum(cell.name in lines for cell in missing), len(missing), {})
+            time.sleep(POLL_SECONDS)
+    except KeyboardInterrupt:
+        for job in jobs:
+            job.cancel()
+        raise
+    for job in jobs:
+        fault = job.exception()
+        if fault is not None:
+            last = last_words(str(fault), job.stderr()) or type(fault).__name__
+            raise ZsqError(f"job {job.job_id} failed: {last[:200]} Log: {job.paths.stderr}; --resume continues.")

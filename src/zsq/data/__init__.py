@@ -1,0 +1,1 @@
+"""Images from outside, and the network and digits that zsq brings."""

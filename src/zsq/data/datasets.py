@@ -1,0 +1,340 @@
+"""Labelled images, streamed: what accuracy is measured on, and what the data-dependent baselines calibrate with."""
+
+import contextlib
+import csv
+import zipfile
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from PIL import Image
+
+from zsq.data import digits
+from zsq.errors import InputError
+from zsq.types import Batch, ImageSpec
+
+IMAGE_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
+"""Endings by which a class folder's images are known, in either case."""
+
+PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+"""What an image file is converted to, by the channels that the teacher takes."""
+
+READ_FAULTS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What Pillow raises for a file that is no readable image."""
+
+ZIP_FAULTS = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+"""What reading a damaged npz raises."""
+
+KINDS = (
+    "'digits', 'digits:train', a .npz file (images uint8 [N,H,W,C], labels), a folder with metadata.csv "
+    "(file_name,label), or a folder with one folder a class"
+)
+
+
+class LabelledImages(ABC):
+    """A set of images with their classes, in a fixed order, read anew by each call of `batches`."""
+
+    def __init__(self, name: str, spec: ImageSpec, labels: np.ndarray, limit: int | None) -> None:
+        self.name = name
+        """The set as the user named it."""
+        if len(labels) == 0:
+            raise InputError(f"data set '{name}' holds no images.")
+        if limit is not None and limit < 1:
+            raise InputError(f"the limit of data set '{name}' is {limit}; it must be at least 1.")
+        labels = labels[:limit]
+        wrong = np.flatnonzero((labels < 0) | (labels >= spec.classes))
+        if len(wrong):
+            raise InputError(
+                f"data set '{name}': label {labels[wrong[0]]} of image {wrong[0]} is outside 0..{spec.classes - 1}, "
+                f"the teacher's {spec.classes} classes."
+            )
+        self.num_images = len(labels)
+        """Images that `batches` yields."""
+        self.notice = ""
+        """What the user should know of how the images are read; empty where nothing is lost of them."""
+        self._spec = spec
+        self._labels = labels.astype(np.int64)
+
+    def _note_crop(self, height: int, width: int) -> None:
+        """Note that images of this size lose a part of themselves."""
+        spec = self._spec
+        if spec.resize is None and (height, width) != (spec.height, spec.width):
+            self.notice = (
+                f"images of data set '{self.name}' are {height}x{width}, and only their centre, "
+                f"{spec.height}x{spec.width}, is used; --resize {min(spec.height, spec.width)} shrinks them first"
+            )
+
+    def batches(self, batch_size: int = 100) -> Iterator[Batch]:
+        """Yield all images as the network takes them, `batch_size` at a time; the last batch may be smaller.
+
+        Raises:
+            InputError: an image cannot be read or does not fit the teacher.
+        """
+        start = 0
+        for pixels in self._pixels(batch_size):
+            images = torch.from_numpy(np.array(pixels.transpose(0, 3, 1, 2), dtype=np.float32)) / 255
+            labels = torch.from_numpy(self._labels[start : start + len(pixels)])
+            start += len(pixels)
+            yield Batch(self._spec.normalize(images), labels)
+
+    @abstractmethod
+    def _pixels(self, batch_size: int) -> Iterator[np.ndarray]:
+        """Yield uint8 [n, height, width, channels] of the spec's size, `num_images` in all."""
+
+
+class _Array(LabelledImages):
+    """Images that are in memory, uint8 [N, H, W, C]."""
+
+    def __init__(self, name: str, spec: ImageSpec, images: np.ndarray, labels: np.ndarray, limit: int | None) -> None:
+        _check_array(name, images.shape[1:], spec)
+        super().__init__(name, spec, labels, limit)
+        self._images = images
+        self._note_crop(*images.shape[1:3])
+
+    def _pixels(self, batch_size: int) -> Iterator[np.ndarray]:
+        for start in range(0, self.num_images, batch_size):
+            chunk = self._images[start : min(start + batch_size, self.num_images)]
+            yield _fit_array(chunk, self._spec)
+
+
+class _Npz(LabelledImages):
+    """An npz file, of which one batch at a time is in memory, compressed or not."""
+
+    def __init__(self, name: str, path: Path, spec: ImageSpec, limit: int | None) -> None:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                _check_keys(name, archive)
+                with archive.open("images.npy") as stream:
+                    shape = _image_header(name, stream)
+                with archive.open("labels.npy") as stream:
+                    labels = np.lib.format.read_array(stream, allow_pickle=False)
+        except InputError:
+            raise
+        except ZIP_FAULTS as error:
+            raise InputError(f"data set '{name}' is not a readable npz file: {error}") from error
+        if labels.shape != shape[:1] or labels.dtype.kind not in "iu":
+            raise InputError(
+                f"data set '{name}': labels are {labels.dtype} {list(labels.shape)}; "
+                f"{shape[0]} images need integers [{shape[0]}]."
+            )
+        self._path = path
+        self._shape = shape[1:] if len(shape) == 4 else (*shape[1:], 1)
+        _check_array(name, self._shape, spec)
+        super().__init__(name, spec, labels, limit)
+        self._note_crop(*self._shape[:2])
+
+    def _pixels(self, batch_size: int) -> Iterator[np.ndarray]:
+        size = int(np.prod(self._shape))
+        try:
+            with zipfile.ZipFile(self._path) as archive, archive.open("images.npy") as stream:
+                _image_header(self.name, stream)
+                for start in range(0, self.num_images, batch_size):
+                    count = min(batch_size, self.num_images - start)
+                    data = stream.read(count * size)
+                    if len(data) < count * size:
+                        raise InputError(f"data set '{self.name}' ends within image {start + len(data) // size}.")
+                    yield _fit_array(np.frombuffer(data, np.uint8).reshape(count, *self._shape), self._spec)
+        except InputError:
+            raise
+        except ZIP_FAULTS as error:
+            raise InputError(f"data set '{self.name}' cannot be read: {error}") from error
+
+
+class _Files(LabelledImages):
+    """Image files, of which one batch at a time is in memory."""
+
+    def __init__(self, name: str, spec: ImageSpec, files: list[Path], labels: list[int], limit: int | None) -> None:
+        super().__init__(name, spec, np.array(labels, dtype=np.int64), limit)
+        if spec.channels not in PILLOW_MODES:
+            raise InputError(
+                f"data set '{name}' holds image files, which have 1, 3 or 4 channels; the teacher takes "
+                f"{spec.channels}. Give a .npz file."
+            )
+        self._files = files[:limit]
+        with contextlib.suppress(*READ_FAULTS), Image.open(files[0]) as first:  # damage is told when it is read
+            self._note_crop(first.height, first.width)
+
+    def _pixels(self, batch_size: int) -> Iterator[np.ndarray]:
+        for start in range(0, self.num_images, batch_size):
+            chunk = self._files[start : min(start + batch_size, self.num_images)]
+            yield np.stack([_read_image(path, self._spec) for path in chunk])
+
+
+def open_dataset(name: str, spec: ImageSpec, *, limit: int | None = None) -> LabelledImages:
+    """Return the labelled images that a name or path stands for.
+
+    Image files become grey or RGB, are resized to `spec.resize` (shorter side, bilinear with antialiasing) if that is
+    set, and cropped to the centre. Arrays of exactly the teacher's size are taken as they are.
+
+    Args:
+        name: `digits` (test half), `digits:train` (training half), a `.npz` file with `images` uint8 [N, H, W, C] or
+            [N, H, W] and `labels`, a folder with `metadata.csv` (`file_name,label`), or a folder with one folder a
+            class, whose sorted names stand for 0, 1, ... (in numeric order where all are numbers).
+        spec: what the teacher takes.
+        limit: use the first so many images only.
+
+    Raises:
+        InputError: there is no such set, it is empty or damaged, or its images or labels do not fit the teacher.
+    """
+    if name in ("digits", "digits:train"):
+        images, labels = digits.split(train=name == "digits:train")
+        return _Array(name, spec, images, labels, limit)
+    path = Path(name)
+    if path.is_file() and path.suffix == ".npz":
+        return _Npz(name, path, spec, limit)
+    if path.is_dir():
+        if (path / "metadata.csv").is_file():
+            files, numbers = _listed(path / "metadata.csv", name)
+        else:
+            files, numbers = _class_folders(path, name, spec)
+        return _Files(name, spec, files, numbers, limit)
+    if path.exists():
+        raise InputError(f"data set '{name}' is of no known kind. Known: {KINDS}.")
+    raise InputError(f"no such data set: '{name}'. Known: {KINDS}.")
+
+
+def _listed(table: Path, name: str) -> tuple[list[Path], list[int]]:
+    """Return the files and labels of a metadata.csv."""
+    files, labels = [], []
+    with table.open(newline="", encoding="utf-8-sig") as stream:
+        rows = csv.DictReader(stream)
+        try:
+            columns = rows.fieldnames or []
+            if not {"file_name", "label"} <= set(columns):
+                raise InputError(
+                    f"data set '{name}': metadata.csv has the columns {columns}; file_name,label are needed."
+                )
+            for row in rows:
+                label = (row["label"] or "").strip()
+                if not label.removeprefix("-").isdecimal():
+                    raise InputError(
+                        f"data set '{name}': line {rows.line_num} of metadata.csv has the label '{label}'."
+                    )
+                file = row["file_name"] or ""
+                path = table.parent / file
+                if not path.is_file():
+                    raise InputError(f"data set '{name}': line {rows.line_num} of metadata.csv: no such file: {file}")
+                files.append(path)
+                labels.append(int(label))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise InputError(f"data set '{name}': metadata.csv cannot be read: {error}") from error
+    return files, labels
+
+
+def _class_folders(path: Path, name: str, spec: ImageSpec) -> tuple[list[Path], list[int]]:
+    """Return the files and labels of a folder of class folders."""
+    folders = [folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith(".")]
+    if not folders:
+        raise InputError(f"data set '{name}' holds neither metadata.csv (file_name,label) nor one folder a class.")
+    if all(folder.name.isdecimal() for folder in folders):
+        folders.sort(key=lambda folder: int(folder.name))
+    else:
+        folders.sort(key=lambda folder: folder.name)
+    if len(folders) != spec.classes:
+        raise InputError(
+            f"data set '{name}' has {len(folders)} class folders; the teacher knows {spec.classes} classes. "
+            "Give one folder a class (an empty one counts), or a metadata.csv."
+        )
+    files, labels = [], []
+    for label, folder in enumerate(folders):
+        found = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        files += found
+        labels += [label] * len(found)
+    return files, labels
+
+
+def _check_keys(name: str, archive: zipfile.ZipFile) -> None:
+    keys = [entry.removesuffix(".npy") for entry in archive.namelist()]
+    missing = [key for key in ("images", "labels") if key not in keys]
+    if missing:
+        raise InputError(f"data set '{name}' lacks {' and '.join(missing)}; it holds: {', '.join(keys) or 'nothing'}.")
+
+
+def _image_header(name: str, stream: IO[bytes]) -> tuple[int, ...]:
+    """Read the header of images.npy and return its shape; the stream then stands at the first pixel."""
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, is_fortran, dtype = read(stream)
+    if dtype != np.uint8 or len(shape) not in (3, 4):
+        raise InputError(
+            f"data set '{name}': images are {dtype} {list(shape)}; uint8 [N, height, width, channels] is needed."
+        )
+    if is_fortran and len(shape) > 1:
+        raise InputError(
+            f"data set '{name}': images are stored column by column; save numpy.ascontiguousarray(images)."
+        )
+    return shape
+
+
+def _check_array(name: str, shape: tuple[int, ...], spec: ImageSpec) -> None:
+    height, width, channels = shape
+    if channels != spec.channels:
+        raise InputError(f"data set '{name}' has {channels}-channel images; the teacher takes {spec.channels}.")
+    if spec.resize is None and (height < spec.height or width < spec.width):
+        raise InputError(_too_small(f"data set '{name}' has images", height, width, spec))
+
+
+def _fit_array(images: np.ndarray, spec: ImageSpec) -> np.ndarray:
+    """Bring uint8 [n, H, W, C] to the spec's height and width."""
+    height, width = images.shape[1:3]
+    if (height, width) == (spec.height, spec.width):
+        return images
+    if spec.resize is not None and min(height, width) != spec.resize:
+        images = np.stack([_resized(image, spec.resize) for image in images])
+    return _cropped(images, spec)
+
+
+def _read_image(path: Path, spec: ImageSpec) -> np.ndarray:
+    """Return an image file as uint8 [height, width, channels] of the spec's size."""
+    try:
+        with Image.open(path) as file:
+            if file.mode.startswith(("I", "F")):
+                raise InputError(f"{path} has pixels of more than 8 bits (mode {file.mode}); save it with 8.")
+            image = file.convert(PILLOW_MODES[spec.channels])
+    except InputError:
+        raise
+    except READ_FAULTS as error:
+        raise InputError(f"{path} is not a readable image: {error}") from error
+    if spec.resize is not None:
+        image = image.resize(_shorter_side(image.height, image.width, spec.resize), Image.Resampling.BILINEAR)
+    elif image.height < spec.height or image.width < spec.width:
+        raise InputError(_too_small(f"{path} is", image.height, image.width, spec))
+    pixels = np.asarray(image, dtype=np.uint8).reshape(image.height, image.width, spec.channels)
+    return _cropped(pixels[None], spec)[0]
+
+
+def _resized(image: np.ndarray, resize: int) -> np.ndarray:
+    """Resize uint8 [H, W, C] channel by channel, as Pillow does for RGB, for any number of channels."""
+    size = _shorter_side(image.shape[0], image.shape[1], resize)
+    planes = [Image.fromarray(plane).resize(size, Image.Resampling.BILINEAR) for plane in np.moveaxis(image, 2, 0)]
+    return np.stack([np.asarray(plane) for plane in planes], axis=2)
+
+
+def _shorter_side(height: int, width: int, resize: int) -> tuple[int, int]:
+    """Return (width, height) with the shorter side at `resize`, the longer rounded down.
+
+    >>> _shorter_side(300, 400, 256)
+    (341, 256)
+    """
+    if width <= height:
+        return resize, int(resize * height / width)
+    return int(resize * width / height), resize
+
+
+def _cropped(images: np.ndarray, spec: ImageSpec) -> np.ndarray:
+    height, width = images.shape[1:3]
+    if height < spec.height or width < spec.width:
+        raise InputError(_too_small("images are, after resizing,", height, width, spec))
+    top, left = round((height - spec.height) / 2), round((width - spec.width) / 2)
+    return images[:, top : top + spec.height, left : left + spec.width]
+
+
+def _too_small(what: str, height: int, width: int, spec: ImageSpec) -> str:
+    return (
+        f"{what} {height}x{width}; the teacher takes {spec.height}x{spec.width}. "
+        f"Enlarge them with --resize {max(spec.height, spec.width)}."
+    )

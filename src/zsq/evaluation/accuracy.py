@@ -1,0 +1,251 @@
+"""Accuracy: top-1 and top-5 with their counts, a confidence interval, and agreement with the teacher."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from zsq.errors import InputError, NumericsError
+from zsq.runtime.gpu import full_float32
+from zsq.types import Batch
+
+Predict = Callable[[Tensor], Tensor]
+"""A network, simulation or runtime: normalised images [N, C, H, W] to logits [N, classes]."""
+
+CONFIDENCE_Z = 1.959963984540054
+"""Two-sided 95 % quantile of the standard normal."""
+
+TOP_K = 5
+
+
+class ImageSet(Protocol):
+    """Labelled images in batches, such as `LabelledImages`."""
+
+    @property
+    def num_images(self) -> int:
+        """Images that `batches` yields; for the progress that is shown."""
+        ...
+
+    def batches(self, batch_size: int = 100) -> Iterator[Batch]:
+        """Yield all of them, the same ones at each call."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What a network recognised of a data set; every share is in percent (0 to 100)."""
+
+    num_images: int
+    """Images evaluated."""
+    top1_correct: int
+    """Images whose largest logit is the label's."""
+    top5_correct: int | None
+    """Images whose label is among the five largest logits; None for fewer than five classes."""
+    agreement_count: int | None = None
+    """Images for which the network and the teacher name the same class; None without a teacher."""
+    predictions: np.ndarray | None = field(default=None, repr=False, compare=False)
+    """Class that the network names for each image, int32 [num_images]."""
+    labels: np.ndarray | None = field(default=None, repr=False, compare=False)
+    """True class of each image, int32 [num_images]."""
+
+    @property
+    def top1(self) -> float:
+        """Top-1 accuracy in percent."""
+        return 100 * self.top1_correct / self.num_images
+
+    @property
+    def top5(self) -> float | None:
+        """Top-5 accuracy in percent; None for fewer than five classes."""
+        return None if self.top5_correct is None else 100 * self.top5_correct / self.num_images
+
+    @property
+    def top1_interval(self) -> tuple[float, float]:
+        """95 % Wilson interval of the top-1 accuracy, in percent."""
+        return wilson_interval(self.top1_correct, self.num_images)
+
+    @property
+    def teacher_agreement(self) -> float | None:
+        """Share of images on which the network agrees with the teacher, in percent; None without a teacher."""
+        return None if self.agreement_count is None else 100 * self.agreement_count / self.num_images
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return counts and percentages as plain values, for a JSON record."""
+        return {
+            "num_images": self.num_images,
+            "top1_correct": self.top1_correct,
+            "top5_correct": self.top5_correct,
+            "agreement_count": self.agreement_count,
+            "top1": self.top1,
+            "top1_interval": list(self.top1_interval),
+            "top5": self.top5,
+            "teacher_agreement": self.teacher_agreement,
+        }
+
+
+def wilson_interval(correct: int, count: int) -> tuple[float, float]:
+    r"""95 % confidence interval of a share, in percent.
+
+    .. math:: \frac{\hat p + \frac{z^2}{2n} \pm z \sqrt{\frac{\hat p (1 - \hat p)}{n} + \frac{z^2}{4 n^2}}}{1 + z^2/n}
+
+    Args:
+        correct: successes, 0 to `count`.
+        count: trials, at least 1.
+    Source: Wilson, Probable inference, the law of succession, and statistical inference, 1927.
+
+    >>> [round(bound, 2) for bound in wilson_interval(8, 10)]
+    [49.02, 94.33]
+    """
+    share, z = correct / count, CONFIDENCE_Z
+    middle = share + z * z / (2 * count)
+    reach = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    low = 0.0 if correct == 0 else (middle - reach) / scale
+    high = 1.0 if correct == count else (middle + reach) / scale
+    return 100 * low, 100 * high
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How much more of the same images one network recognises than another, in percentage points."""
+
+    mean: float
+    """First minus second, from -100 to 100."""
+    low: float
+    high: float
+    """Ends of the 95 % interval."""
+
+
+def paired_difference(first: np.ndarray, second: np.ndarray) -> Difference:
+    r"""Return the mean of the per-image differences and its 95 % interval.
+
+    .. math:: \bar d \pm z \frac{s_d}{\sqrt n}, \quad d_i = a_i - b_i,
+        \quad s_d^2 = \frac{1}{n-1} \sum_i (d_i - \bar d)^2
+
+    Both networks saw the same images, so what makes an image easy for both cancels. Where a network was trained with
+    several seeds, each a_i is the mean over them; the interval is about other images, not about other seeds.
+
+    Args:
+        first, second: share of the seeds with which image i was recognised, from 0 to 1, each [n], n at least 2.
+    Raises:
+        InputError: the two are not of one length of at least 2.
+    Source: the normal interval of a mean of paired differences (McNemar's setting, with its variance estimated).
+
+    >>> paired_difference(np.array([1, 1, 1, 0]), np.array([1, 0, 1, 0])).mean
+    25.0
+    """
+    if first.shape != second.shape or first.ndim != 1 or len(first) < 2:
+        raise InputError(
+            f"results on {list(first.shape)} and {list(second.shape)} images; two on the same images, 2 at least, "
+            "can be compared."
+        )
+    differences = first.astype(np.float64) - second.astype(np.float64)
+    mean = float(differences.mean())
+    reach = CONFIDENCE_Z * float(differences.std(ddof=1)) / math.sqrt(len(differences))
+    return Difference(100 * mean, 100 * (mean - reach), 100 * (mean + reach))
+
+
+def evaluate(
+    predict: Predict,
+    data: ImageSet,
+    *,
+    teacher: Predict | None = None,
+    batch_size: int = 100,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Return the accuracy of one network on a data set, streamed in batches.
+
+    Args:
+        predict: images [N, C, H, W] to logits [N, classes]; a module gets its images on its own device.
+        data: the labelled images.
+        teacher: the float network, for the agreement.
+        batch_size: images a batch.
+        progress: called after each batch with the images done and the images in all.
+
+    Raises:
+        InputError: the logits are not one row an image.
+        NumericsError: a logit is not finite.
+    """
+    results = evaluate_many({"network": predict}, data, teacher=teacher, batch_size=batch_size, progress=progress)
+    return results["network"]
+
+
+def evaluate_many(
+    predictors: dict[str, Predict],
+    data: ImageSet,
+    *,
+    teacher: Predict | Evaluation | None = None,
+    batch_size: int = 100,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Evaluation]:
+    """Return the accuracy of several networks, by name, in one pass over the data; otherwise as `evaluate`.
+
+    A teacher that was evaluated on the same data before is given as its `Evaluation`.
+    """
+    counts = {name: _Counts() for name in predictors}
+    done = 0
+    with torch.no_grad():
+        for batch in data.batches(batch_size):
+            told = None
+            if isinstance(teacher, Evaluation):
+                assert teacher.predictions is not None
+                told = torch.from_numpy(teacher.predictions[done : done + len(batch.labels)])
+            elif teacher is not None:
+                told = _logits("teacher", teacher, batch.images).argmax(1)
+            for name, predict in predictors.items():
+                counts[name].add(_logits(name, predict, batch.images), batch.labels.cpu(), told)
+            done += len(batch.labels)
+            if progress is not None:
+                progress(done, data.num_images)
+    return {name: count.evaluation() for name, count in counts.items()}
+
+
+@dataclass(slots=True)
+class _Counts:
+    num_images: int = 0
+    top1: int = 0
+    top5: int | None = 0
+    agreement: int | None = 0
+    predictions: list[Tensor] = field(default_factory=list)
+    labels: list[Tensor] = field(default_factory=list)
+
+    def add(self, logits: Tensor, labels: Tensor, told: Tensor | None) -> None:
+        guess = logits.argmax(1)
+        self.num_images += len(labels)
+        self.predictions.append(guess)
+        self.labels.append(labels)
+        self.top1 += int((guess == labels).sum())
+        if self.top5 is not None and logits.shape[1] >= TOP_K:
+            self.top5 += int((logits.topk(TOP_K, dim=1).indices == labels[:, None]).sum())
+        else:
+            self.top5 = None
+        if self.agreement is not None and told is not None:
+            self.agreement += int((guess == told).sum())
+        else:
+            self.agreement = None
+
+    def evaluation(self) -> Evaluation:
+        return Evaluation(
+            num_images=self.num_images,
+            top1_correct=self.top1,
+            top5_correct=self.top5,
+            agreement_count=self.agreement,
+            predictions=torch.cat(self.predictions).int().numpy(),
+            labels=torch.cat(self.labels).int().numpy(),
+        )
+
+
+def _logits(name: str, predict: Predict, images: Tensor) -> Tensor:
+    if isinstance(predict, nn.Module):
+        first = next(predict.parameters(), None)
+        images = images if first is None else images.to(first.device)
+    with full_float32():
+        logits = torch.as_tensor(predict(images)).cpu()
+    if logits.dim() != 2 or len(logits) != len(images):
+        raise InputError(f"{name} gives {list(logits.shape)} for {len(images)} images; [N, classes] is needed.")
+    if not bool(torch.isfinite(logits).all()):
+        raise NumericsError(f"{name} gives logits that are not finite.")
+    return logits

@@ -1,0 +1,1 @@
+"""Files for runtimes, and their check against the simulation."""

@@ -1,0 +1,1 @@
+"""Exported graphs: made from a module, read, edited, their batch norms observed and folded."""

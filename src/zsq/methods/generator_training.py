@@ -1,0 +1,217 @@
+"""What the methods that train a generator share: its settings, its updates and its state."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from zsq.errors import InputError
+from zsq.methods.base import Arithmetic, Surrogate, restore
+from zsq.methods.generators import Generator, make_generator
+from zsq.methods.pool import require_positive
+from zsq.models.teacher import Teacher
+from zsq.runtime import distributed
+from zsq.runtime.cuda_graphs import Replays
+from zsq.training.loop import Run, part, stream, under
+from zsq.training.losses import bns_loss
+from zsq.training.optim import cosine, flatten_optimizer, rate_on, restore_optimizer, set_learning_rate
+from zsq.types import Batch, ImageSpec, joined
+
+LARGE_IMAGE = 96
+"""Shorter side in pixels from which images count as large: smaller batches are enough, and cost as much."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GeneratorSettings(Arithmetic, ABC):
+    """Settings of a generator and of its training."""
+
+    steps: int = 4000
+    """Generator updates before the first sample is taken."""
+    batch_size: int | None = None
+    """Images a step, in `fit` and in distillation; unset, 64, and 32 from 96 pixels on."""
+    learning_rate: float = 1e-3
+    """Adam's step size, annealed by a cosine over fit and distillation together."""
+    beta1: float = 0.5
+    """Adam's first momentum."""
+    beta2: float = 0.999
+    """Adam's second momentum."""
+    generator: Literal["unet", "light"] = "light"
+    """Network: the paper's U-Net or the light decoder, which costs a fraction of it."""
+    width: int = 32
+    """Channels of the generator's layers."""
+    levels: int = 5
+    """Most levels of the U-Net."""
+    skip: int = 4
+    """Channels of the U-Net's skip connections."""
+    noise_channels: int = 32
+    """Channels of the noise map: of the image's size for the U-Net, of the smallest map's for the light decoder."""
+    style_size: int = 16
+    """Length of the noise that every batch norm sees beside the label's code."""
+    bound_contrast: bool = True
+    """Keep brightness and contrast of each image near those learnt for all images."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "width", "levels", "skip", "noise_channels")
+        if self.steps < 0:
+            raise InputError(f"method.steps is {self.steps}; it must be at least 0.")
+        if self.batch_size is not None and self.batch_size < 2:
+            raise InputError(f"method.batch_size is {self.batch_size}; batch statistics need at least 2 images.")
+        if self.style_size < 0:
+            raise InputError(f"method.style_size is {self.style_size}; it must be at least 0.")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"method.{name} is {getattr(self, name)}; it must lie in [0, 1).")
+        if self.learning_rate <= 0:
+            raise InputError(f"method.learning_rate is {self.learning_rate}; it must be above 0.")
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether the method learns from batch norm; not where it can do with labels alone."""
+        return True
+
+    def build(self, spec: ImageSpec, codes: Tensor, seed: int, number: int = 0) -> Generator:
+        """Make generator `number`, untrained; a pure function of settings and arguments."""
+        settings = {"width": self.width, "noise_channels": self.noise_channels, "style_size": self.style_size}
+        settings["bound_contrast"] = self.bound_contrast
+        if self.generator == "unet":
+            settings |= {"levels": self.levels, "skip": self.skip}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream(seed, "generator", number).initial_seed())
+            return make_generator(self.generator, spec, codes, **settings)
+
+    @abstractmethod
+    def source(self, teacher: Teacher, run: Run, distill_steps: int) -> "GeneratorSource":
+        """Make the source, its generator untrained."""
+
+    def fit(
+        self, teacher: Teacher, run: Run, *, distill_steps: int = 0, fitted: dict[str, Tensor] | None = None
+    ) -> Surrogate:
+        """Train the generator.
+
+        Raises:
+            InputError: the teacher stores no batch-norm statistics, or `fitted` is of another generator.
+            NumericsError: a loss is not finite.
+        """
+        source = self.source(teacher, run, distill_steps)
+        if fitted is None:
+            run.train("fit", source, self.steps)
+        else:
+            restore(source, fitted)
+        return Surrogate(source, teacher.network)
+
+
+class GeneratorSource(ABC):
+    """Samples of a generator that goes on learning while it teaches.
+
+    Args:
+        settings: of the generator and its training.
+        generator: the untrained network, or several in a ModuleList.
+        teacher: the float network.
+        run: seed and device.
+        distill_steps: steps of distillation that will follow; the learning rate's cosine spans them, too.
+    """
+
+    data_free = True
+    true_labels = False
+    asks_labels: bool
+    weights: dict[str, float]
+    """Factor of each loss; what `losses` returns beside them is for the log."""
+    turns = 1
+    """Kinds of steps that follow each other in turn."""
+
+    def __init__(
+        self, settings: GeneratorSettings, generator: nn.Module, teacher: Teacher, run: Run, distill_steps: int
+    ) -> None:
+        self.first_distill_step, self.seed, self.device, self.spec = settings.steps, run.seed, run.device, teacher.spec
+        large = min(teacher.spec.height, teacher.spec.width) >= LARGE_IMAGE
+        self.batch_size = settings.batch_size or (32 if large else 64)
+        self.horizon = settings.steps + distill_steps
+        self.parts = 1
+        self.teacher = settings.observed(teacher, self.device, required=settings.needs_statistics)
+        self.generator = generator.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for network in self.generator.modules():
+            if isinstance(network, Generator):
+                network.low_precision = settings.precision == "bfloat16"
+        self.optimizer = torch.optim.Adam(
+            self.generator.parameters(),
+            lr=rate_on(self.device, settings.learning_rate),
+            betas=(settings.beta1, settings.beta2),
+            fused=True,
+            capturable=self.device.type == "cuda",
+        )
+        self.replays = Replays(self.device, self.optimizer)
+
+    @abstractmethod
+    def inputs(self, step: int) -> tuple[Tensor, ...]:
+        """Return what step `step` of fit and distillation together draws for its images, each [N, ...]."""
+
+    @abstractmethod
+    def learnt_from(self, turn: int, student: nn.Module | None, *inputs: Tensor) -> Batch:
+        """Return images made of the inputs, with the losses of the generator, through which gradients reach it.
+
+        Whatever the inputs, the same is computed in the same turn: a GPU replays it.
+        """
+
+    @abstractmethod
+    def draw(self, name: str, index: int, count: int) -> Batch:
+        """Return `count` images as when sampling; a pure function of the generator and of (seed, name, index)."""
+
+    def update(self, step: int, student: nn.Module | None) -> Batch:
+        """Update the generator once and return its images and losses; the batch goes through in `parts`."""
+        turn = step % self.turns
+        set_learning_rate(self.optimizer, cosine(1.0, step, self.horizon))
+
+        def learn(*drawn: Tensor) -> Batch:
+            self.optimizer.zero_grad(set_to_none=True)
+            made = []
+            for inputs in zip(*(values.tensor_split(self.parts) for values in drawn), strict=True):
+                batch = self.learnt_from(turn, student, *inputs)
+                terms = [self.weights[name] * value for name, value in batch.losses.items() if self.weights.get(name)]
+                (torch.stack(terms).sum() * (len(inputs[0]) / self.batch_size)).backward()
+                losses = {name: value.detach() for name, value in batch.losses.items()}
+                made.append(Batch(batch.images.detach(), batch.labels, batch.teacher_logits, losses))
+            distributed.reduce_gradients(self.generator.parameters())
+            self.optimizer.step()
+            return joined(made)
+
+        return self.replays.call((turn, student), learn, *self.inputs(step))
+
+    def halve(self) -> bool:
+        """Let the batch go through the networks in twice as many parts, where that leaves two images each."""
+        if self.batch_size < 4 * self.parts:
+            return False
+        self.parts *= 2
+        self.replays.forget()
+        return True
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        """Update the generator once and return its losses."""
+        return self.update(step, None).losses
+
+    def batch(self, step: int, student: nn.Module | None) -> Batch:
+        """Return a fresh batch and learn from it: one forward pass of generator and teacher serves both losses."""
+        return self.update(self.first_distill_step + step, student)
+
+    @torch.no_grad()
+    def sample(self, count: int, batch_size: int = 100, name: str = "sample") -> Iterator[Batch]:
+        """Stream `count` images, the generator's batch norms at their running statistics."""
+        for index, start in enumerate(range(0, count, batch_size)):
+            yield self.draw(name, index, min(batch_size, count - start))
+
+    def bns(self, moments: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Return the batch-norm statistics loss of what the teacher observed."""
+        return bns_loss(moments, self.teacher.target_mean, self.teacher.target_var, self.teacher.eps)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the generator's weights and Adam's moments."""
+        moments = flatten_optimizer(self.optimizer)
+        return under("generator", self.generator.state_dict()) | under("optimizer", moments)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` returned."""
+        self.generator.load_state_dict(part("generator", state))
+        restore_optimizer(self.optimizer, part("optimizer", state))
+        self.replays.forget()

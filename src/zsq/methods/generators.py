@@ -1,0 +1,336 @@
+"""Generators: label and noise in, valid image out."""
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zsq.errors import unknown_name
+from zsq.graph.batchnorm import moments
+from zsq.training.losses import blurred
+from zsq.types import ImageSpec
+
+LEAK = 0.2
+
+SMALL_IMAGE = 16
+"""Shorter side in pixels below which every pixel has its place: nothing goes round the edge, and nothing is blurred."""
+
+SMALL_MARGIN = 1
+"""Pixels by which a small image may lie to each side of its middle."""
+
+DETAIL = 0.2
+"""Size of the noise in the light decoder's first map, beside the label's layout of 0.6, before training."""
+
+
+BRIGHTNESS_BOUND = 0.7
+"""Most by which an image's mean before the sigmoid lies off that of all: about 0.17 in pixels of [0, 1]."""
+
+CONTRAST_BOUND = 0.3
+"""Most by which the logarithm of an image's contrast lies off that of all."""
+
+LEAST_VARIANCE = 1e-6
+"""Keeps an image of one colour from being amplified without bound."""
+
+
+class ConditionalNorm(nn.Module):
+    """Batch norm whose scale and shift are linear in the label's code (De Vries et al. 2017, section 4).
+
+    The code is fixed and differs between labels from the first step on, so that labels are told apart before they are
+    learnt, and what one label learns serves those alike.
+
+    Args:
+        channels: C.
+        code_size: length E of a label's code.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, code_size: int) -> None:
+        super().__init__()
+        self.affine = nn.Linear(code_size, 2 * channels)
+        nn.init.normal_(self.affine.weight, std=0.3 / math.sqrt(code_size))
+        nn.init.constant_(self.affine.bias[:channels], 1.0)
+        nn.init.constant_(self.affine.bias[channels:], 0.0)
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.eps, self.momentum = 1e-5, 0.1
+
+    def forward(self, x: Tensor, code: Tensor) -> Tensor:
+        """Normalise x [N, C, ...] by the statistics of the batch, else the running ones, and scale by code [N, E]."""
+        if self.training:
+            mean, var = moments(x)
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(var, self.momentum)
+        else:
+            mean, var = self.running_mean, self.running_var
+        gamma, beta = self.affine(code).chunk(2, dim=1)
+        scale = gamma * torch.rsqrt(var + self.eps)
+        shift = beta - mean * scale
+        shape = (*scale.shape, *[1] * (x.dim() - 2))
+        return torch.addcmul(shift.to(x.dtype).view(shape), x, scale.to(x.dtype).view(shape))
+
+
+class _Block(nn.Module):
+    """Convolution, conditional batch norm, LeakyReLU."""
+
+    def __init__(self, inputs: int, outputs: int, code_size: int, *, kernel: int = 3, stride: int = 1) -> None:
+        super().__init__()
+        mode: Literal["reflect", "zeros"] = "reflect" if kernel > 1 else "zeros"
+        self.convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, padding_mode=mode, bias=False)
+        self.norm = ConditionalNorm(outputs, code_size)
+
+    def forward(self, x: Tensor, code: Tensor) -> Tensor:
+        return F.leaky_relu(self.norm(self.convolution(x), code), LEAK)
+
+
+class _Level(nn.Module):
+    """One level of the U-Net: skip past, or go down, through the deeper levels and up again."""
+
+    def __init__(self, inputs: int, width: int, skip: int, code_size: int, deeper: nn.Module | None) -> None:
+        super().__init__()
+        self.skip = _Block(inputs, skip, code_size, kernel=1)
+        self.down = _Block(inputs, width, code_size, stride=2)
+        self.refine = _Block(width, width, code_size)
+        self.deeper = deeper
+        self.norm = ConditionalNorm(skip + width, code_size)
+        self.up = _Block(skip + width, width, code_size)
+        self.mix = _Block(width, width, code_size, kernel=1)
+
+    def forward(self, x: Tensor, code: Tensor) -> Tensor:
+        low = self.refine(self.down(x, code), code)
+        if self.deeper is not None:
+            low = self.deeper(low, code)
+        high = F.interpolate(low, scale_factor=2.0, mode="bilinear", align_corners=False)
+        x = self.norm(torch.cat([self.skip(x, code), high], dim=1), code)
+        return self.mix(self.up(x, code), code)
+
+
+class Exposure(nn.Module):
+    """Brightness and contrast of each image, within bounds of what is learnt for all images.
+
+    The statistics of a batch leave open how labels share them: without bounds, some labels become black-and-white
+    patterns of twice the contrast of real images, and others flat colours.
+
+    Args:
+        mean: of the pixels to start from, in (0, 1).
+        code_size: length of a label's code with its style.
+    """
+
+    def __init__(self, mean: float, code_size: int) -> None:
+        super().__init__()
+        self.brightness = nn.Parameter(torch.tensor(mean).logit())
+        self.log_contrast = nn.Parameter(torch.tensor(0.0))
+        self.variation = nn.Linear(code_size, 2, bias=False)
+        nn.init.zeros_(self.variation.weight)
+
+    def forward(self, x: Tensor, code: Tensor) -> Tensor:
+        """Give images before the sigmoid, [N, C, H, W], mean and deviation as codes [N, E] ask for, within bounds."""
+        brighter, sharper = torch.tanh(self.variation(code)).unsqueeze(2).unsqueeze(3).unbind(1)
+        brightness = self.brightness + BRIGHTNESS_BOUND * brighter
+        contrast = torch.exp(self.log_contrast + CONTRAST_BOUND * sharper)
+        return torch.addcmul(brightness[..., None], F.group_norm(x, 1, eps=LEAST_VARIANCE), contrast[..., None])
+
+
+class Generator(nn.Module, ABC):
+    """A conditional generator: standard-normal noise and a label to a normalised image.
+
+    The first `style_size` components of the noise join the label's code in every batch norm, so that images of one
+    label differ as a whole and not only in detail.
+
+    Args:
+        spec: shape and normalisation of the image.
+        codes: one fixed code a label, [classes, E].
+        style_size: length of the style.
+        bound_contrast: keep brightness and contrast of each image near those of all, see `Exposure`.
+
+    Attributes:
+        low_precision: compute the layers in bfloat16 in training.
+        noise_size: length of one image's noise, style included.
+    """
+
+    noise_size: int
+    codes: Tensor
+
+    def __init__(self, spec: ImageSpec, codes: Tensor, style_size: int, bound_contrast: bool) -> None:
+        super().__init__()
+        self.spec, self.style_size, self.low_precision = spec, style_size, False
+        self.code_size = codes.shape[1] + style_size
+        mean = min(max(sum(spec.mean) / len(spec.mean), 0.05), 0.95)
+        self.exposure = Exposure(mean, self.code_size) if bound_contrast else None
+        self.register_buffer("codes", codes.clone())
+
+    def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
+        """Map noise [N, noise_size] and labels int64 [N] to images, [N, C, H, W], as the teacher takes them."""
+        style, detail = noise.split([self.style_size, self.noise_size - self.style_size], dim=1)
+        code = torch.cat([self.codes[labels], style], dim=1)
+        with torch.autocast(noise.device.type, torch.bfloat16, enabled=self.low_precision and self.training):
+            x = self.synthesize(detail, code)
+        x = x[..., : self.spec.height, : self.spec.width].float()
+        if self.exposure is not None:
+            x = self.exposure(x, code)
+        return self.spec.normalize(torch.sigmoid(x))
+
+    @abstractmethod
+    def synthesize(self, noise: Tensor, code: Tensor) -> Tensor:
+        """Map the noise without the style, and codes with it, to the image before the sigmoid, at least H x W large."""
+
+
+class UNet(Generator):
+    """The U-Net of Deep Image Prior with every batch norm conditional on the label.
+
+    Stride-2 convolutions down, bilinear upsampling, reflection padding, LeakyReLU, 1x1 skip connections. Small images
+    take fewer levels, such that the deepest map keeps two pixels a side.
+
+    Source: Ulyanov, Vedaldi, Lempitsky 2018, figure 21 (width 128, five levels, skip 4, 32 noise channels).
+    """
+
+    def __init__(
+        self,
+        spec: ImageSpec,
+        codes: Tensor,
+        *,
+        width: int = 128,
+        levels: int = 5,
+        skip: int = 4,
+        noise_channels: int = 32,
+        style_size: int = 0,
+        bound_contrast: bool = True,
+    ) -> None:
+        super().__init__(spec, codes, style_size, bound_contrast)
+        levels = max(1, min(levels, int(math.log2(min(spec.height, spec.width))) - 1))
+        multiple = 2**levels
+        height, width_px = (math.ceil(side / multiple) * multiple for side in (spec.height, spec.width))
+        self.noise_map = (noise_channels, height, width_px)
+        self.noise_size = style_size + math.prod(self.noise_map)
+        body: _Level | None = None
+        for level in reversed(range(levels)):
+            body = _Level(noise_channels if level == 0 else width, width, skip, self.code_size, body)
+        self.body = body
+        self.to_pixels = nn.Conv2d(width, spec.channels, 1)
+
+    def synthesize(self, noise: Tensor, code: Tensor) -> Tensor:
+        """See `Generator.synthesize`."""
+        assert self.body is not None
+        return self.to_pixels(self.body(noise.unflatten(1, self.noise_map), code))
+
+
+class LightDecoder(Generator):
+    """Label code to a small map, shifted at random, with noise in it; upsampled, with a pixel shuffle at the end.
+
+    No layer but the last works at full resolution. The shift is circular, so that images of one label differ as a
+    whole; a blur takes out the pattern that the pixel shuffle leaves. A small image is made larger instead by a margin
+    all around, and a window of its size is cut out of it at random.
+    """
+
+    sides: Tensor
+
+    def __init__(
+        self,
+        spec: ImageSpec,
+        codes: Tensor,
+        *,
+        width: int = 64,
+        noise_channels: int = 32,
+        style_size: int = 0,
+        bound_contrast: bool = True,
+    ) -> None:
+        super().__init__(spec, codes, style_size, bound_contrast)
+        self.shuffle = 4 if min(spec.height, spec.width) >= 96 else 2
+        self.margin = SMALL_MARGIN if min(spec.height, spec.width) < SMALL_IMAGE else 0
+        sides = [math.ceil((side + 2 * self.margin) / self.shuffle) for side in (spec.height, spec.width)]
+        self.ups = max(0, math.ceil(math.log2(min(sides) / 7)))
+        self.start = tuple(math.ceil(side / 2**self.ups) for side in sides)
+        self.register_buffer("sides", torch.tensor(self.start, dtype=torch.float32), persistent=False)
+        self.noise_map = (noise_channels, *self.start)
+        self.noise_size = style_size + 2 + math.prod(self.noise_map)
+        code_size = self.code_size
+        widths = [width * 2 ** min(2, self.ups - level) for level in range(self.ups + 1)]
+        self.widths = widths
+        self.layout = nn.Linear(code_size, widths[0] * math.prod(self.start), bias=False)
+        self.detail = nn.Conv2d(noise_channels, widths[0], 3, padding=1, padding_mode="reflect", bias=False)
+        nn.init.normal_(self.detail.weight, std=DETAIL / math.sqrt(9 * noise_channels))
+        self.norm = ConditionalNorm(widths[0], code_size)
+        pairs = itertools.pairwise(widths)
+        self.blocks = nn.ModuleList(_Block(inputs, outputs, code_size) for inputs, outputs in pairs)
+        self.refine = _Block(widths[-1], widths[-1], code_size)
+        self.to_pixels = nn.Conv2d(widths[-1], spec.channels * self.shuffle**2, 3, padding=1, padding_mode="reflect")
+
+    def synthesize(self, noise: Tensor, code: Tensor) -> Tensor:
+        """See `Generator.synthesize`."""
+        drawn, detail = noise.split([2, noise.shape[1] - 2], dim=1)
+        share = torch.special.ndtr(drawn)  # from 0 to 1, its ends included
+        layout = self.layout(code).unflatten(1, (self.widths[0], *self.start))
+        if not self.margin:
+            layout = shifted(layout, (share * self.sides).long())
+        x = layout + self.detail(detail.unflatten(1, self.noise_map))
+        x = F.leaky_relu(self.norm(x, code), LEAK)
+        for block in self.blocks:
+            x = block(F.interpolate(x, scale_factor=2.0, mode="nearest"), code)
+        x = self.refine(x, code)
+        pixels = F.pixel_shuffle(self.to_pixels(x).contiguous(), self.shuffle)
+        if not self.margin:
+            return blurred(pixels)
+        return shifted(pixels, -(share * (2 * self.margin + 1)).long().clamp(max=2 * self.margin))
+
+
+def shifted(x: Tensor, steps: Tensor) -> Tensor:
+    """Shift each map circularly.
+
+    Args:
+        x: [N, C, H, W].
+        steps: down and to the right, int64 [N, 2].
+
+    Returns:
+        [N, C, H, W].
+    """
+    height, width = x.shape[2:]
+    down, right = steps.unbind(1)
+    rows = (torch.arange(height, device=x.device) - down[:, None]) % height
+    columns = (torch.arange(width, device=x.device) - right[:, None]) % width
+    images = torch.arange(len(x), device=x.device)
+    return x.movedim(1, 3)[images[:, None, None], rows[:, :, None], columns[:, None, :]].movedim(3, 1)
+
+
+GENERATORS = {"unet": UNet, "light": LightDecoder}
+
+
+def label_codes(classes: int, weight: Tensor | None, size: int, generator: torch.Generator) -> Tensor:
+    """Codes by which the generator tells labels apart, zero mean and unit variance in every component.
+
+    Where the teacher's last weight is known, a label's code is its row, centred and whitened: classes that the teacher
+    finds alike get codes alike, and no two start out the same.
+
+    Args:
+        classes: number of labels.
+        weight: of the layer that makes the logits, [classes, features], or None for random codes.
+        size: the longest code.
+        generator: for the random ones.
+
+    Returns:
+        [classes, E] with E = min(size, classes - 1, features) or, for random codes, min(size, classes).
+    """
+    if weight is None or classes < 2:
+        return torch.randn(classes, min(size, classes), generator=generator)
+    centred = (weight - weight.mean(0)).double().cpu()
+    vectors, values, _ = torch.linalg.svd(centred, full_matrices=False)
+    rank = max(1, int((values > 1e-6 * values[0]).sum()))
+    vectors = vectors[:, : min(size, rank)]
+    signs = torch.sign(vectors.gather(0, vectors.abs().argmax(0, keepdim=True)))  # fixes the sign the SVD leaves open
+    return (vectors * signs * math.sqrt(classes)).float()
+
+
+def make_generator(name: str, spec: ImageSpec, codes: Tensor, **settings: int) -> Generator:
+    """Build a generator by name.
+
+    Raises:
+        InputError: the name is not known.
+    """
+    if name not in GENERATORS:
+        raise unknown_name("generator", name, GENERATORS)
+    return GENERATORS[name](spec, codes, **settings)

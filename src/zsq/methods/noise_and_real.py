@@ -1,0 +1,190 @@
+"""Images that are given, not learnt: noise, the lower bound, and a labelled set, the upper bound."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from zsq.data.datasets import open_dataset
+from zsq.errors import InputError
+from zsq.methods.base import Surrogate
+from zsq.methods.pool import PoolSource, Stateless, require_positive
+from zsq.models.teacher import Teacher
+from zsq.runtime import distributed
+from zsq.training.loop import Run, stream
+from zsq.types import Batch, ImageSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Noise:
+    """Random pixels: what any method has to beat."""
+
+    name: ClassVar[str] = "noise"
+    summary: ClassVar[str] = "Gaussian or uniform noise, the lower bound"
+    quantizers: ClassVar[tuple[str, ...]] = ("ptq", "qat")
+    steps: ClassVar[int] = 0
+
+    distribution: Literal["gaussian", "uniform"] = "gaussian"
+    """Standard normal as the network takes it, or uniform pixels in [0, 1]."""
+    batch_size: int = 64
+    """Images a distillation step."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "batch_size")
+
+    def fit(
+        self, teacher: Teacher, run: Run, *, distill_steps: int = 0, fitted: dict[str, Tensor] | None = None
+    ) -> Surrogate:
+        """Return the source; nothing is learnt."""
+        del distill_steps, fitted
+        return Surrogate(NoiseSource(self, teacher.spec, run), teacher.network)
+
+
+class NoiseSource(Stateless):
+    """Streams noise with uniform labels."""
+
+    data_free = True
+    true_labels = False
+    asks_labels = True
+
+    def __init__(self, settings: Noise, spec: ImageSpec, run: Run) -> None:
+        self.settings, self.spec, self.seed, self.device = settings, spec, run.seed, run.device
+
+    def _draw(self, name: str, step: int, count: int) -> Batch:
+        random = stream(self.seed, name, step, self.device)
+        labels = torch.randint(0, self.spec.classes, (count,), generator=random, device=self.device)
+        shape = (count, self.spec.channels, self.spec.height, self.spec.width)
+        if self.settings.distribution == "gaussian":
+            return Batch(distributed.share(torch.randn(shape, generator=random, device=self.device)), labels)
+        pixels = distributed.share(torch.rand(shape, generator=random, device=self.device))
+        return Batch(self.spec.normalize(pixels), labels)
+
+    def sample(self, count: int, batch_size: int = 100, name: str = "sample") -> Iterator[Batch]:
+        """Stream `count` images."""
+        for index, start in enumerate(range(0, count, batch_size)):
+            yield self._draw(name, index, min(batch_size, count - start))
+
+    def batch(self, step: int, student: nn.Module | None) -> Batch:
+        """Return the batch of a distillation step."""
+        del student
+        return self._draw("distill", step, self.settings.batch_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Real:
+    """Real images with labels: what data-free methods are measured against."""
+
+    name: ClassVar[str] = "real"
+    summary: ClassVar[str] = "a labelled data set, the data-dependent upper bound"
+    quantizers: ClassVar[tuple[str, ...]] = ("ptq", "qat")
+    steps: ClassVar[int] = 0
+
+    data: str = ""
+    """Data set: `digits:train`, an .npz file, or a folder of images."""
+    batch_size: int = 64
+    """Images a distillation step."""
+    limit: int = 20_000
+    """Most images kept in memory, as bytes; drawn evenly from the set."""
+    augment: Literal["none", "crop-flip"] = "none"
+    """What is done to distillation batches: crop-flip shifts by up to an eighth and mirrors half, wrong for digits."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "batch_size", "limit")
+
+    def fit(
+        self, teacher: Teacher, run: Run, *, distill_steps: int = 0, fitted: dict[str, Tensor] | None = None
+    ) -> Surrogate:
+        """Read the images; nothing is learnt.
+
+        Raises:
+            InputError: no data set is named, or it does not fit the teacher.
+        """
+        del distill_steps, fitted
+        if not self.data:
+            raise InputError("method real needs images: --set method.data=SET (digits:train, an .npz or a folder).")
+        return Surrogate(RealSource(self, teacher.spec, run), teacher.network)
+
+
+class LabelledPool(PoolSource, Stateless):
+    """Draws from a labelled set that is held in memory as uint8.
+
+    Args:
+        data: name or path of the set.
+        limit: most images kept, taken evenly.
+        batch_size: images a distillation step.
+        spec: what the teacher takes.
+        run: seed and device.
+
+    Raises:
+        InputError: there is no such set, or it does not fit the teacher.
+    """
+
+    data_free = False
+
+    def __init__(self, data: str, limit: int, batch_size: int, spec: ImageSpec, run: Run) -> None:
+        super().__init__(run, batch_size)
+        self.spec = spec
+        images = open_dataset(data, spec)
+        if images.notice:
+            run.say(images.notice)
+        every = max(1, -(-images.num_images // limit))
+        pixels, labels, seen = [], [], 0
+        for batch in images.batches():
+            keep = slice(-seen % every, None, every)
+            seen += len(batch.labels)
+            pixels.append(spec.to_pixels(batch.images[keep]))
+            labels.append(batch.labels[keep])
+        self.pixels, self.labels = torch.cat(pixels), torch.cat(labels)
+
+    def images(self, rows: Tensor) -> Tensor:
+        """See `PoolSource.images`."""
+        return self.spec.normalize(self.pixels[rows].permute(0, 3, 1, 2).float() / 255)
+
+
+class RealSource(LabelledPool):
+    """Draws from a set whose labels are true."""
+
+    true_labels = True
+
+    def __init__(self, settings: Real, spec: ImageSpec, run: Run) -> None:
+        super().__init__(settings.data, settings.limit, settings.batch_size, spec, run)
+        self.augment = settings.augment
+
+    def batch(self, step: int, student: nn.Module | None) -> Batch:
+        """Return the batch of a distillation step, drawn with replacement and augmented."""
+        batch = super().batch(step, student)
+        if self.augment == "none":
+            return batch
+        black = self.spec.normalize(torch.zeros(1, self.spec.channels, 1, 1, device=self.device))
+        random = stream(self.seed, "augment", step)
+        return Batch(crop_flip(batch.images, black, random, len(batch.labels)), batch.labels)
+
+
+def crop_flip(images: Tensor, fill: Tensor, random: torch.Generator, drawn: int | None = None) -> Tensor:
+    """Shift images at random by up to an eighth of their sides and mirror half of them left to right.
+
+    Args:
+        images: [N, C, H, W].
+        fill: what moves in from outside, [1, C, 1, 1].
+        random: of the draws, on the CPU.
+        drawn: images of the whole batch, where processes share it; None: these are all.
+
+    Returns:
+        [N, C, H, W].
+    """
+    count, _, height, width = images.shape
+    pad_y, pad_x = height // 8, width // 8
+
+    def draw(below: int) -> list[int]:
+        return distributed.share(torch.randint(0, below, (drawn or count,), generator=random)).tolist()
+
+    tops, lefts, flips = draw(2 * pad_y + 1), draw(2 * pad_x + 1), draw(2)
+    padded = fill.expand(count, -1, height + 2 * pad_y, width + 2 * pad_x).clone()
+    padded[:, :, pad_y : pad_y + height, pad_x : pad_x + width] = images
+    crops = []
+    for image, top, left, flip in zip(padded, tops, lefts, flips, strict=True):
+        crop = image[:, top : top + height, left : left + width]
+        crops.append(crop.flip(2) if flip else crop)
+    return torch.stack(crops)

@@ -1,0 +1,314 @@
+"""Where a network comes from: a name, a file or a module in; its exported graph, image spec and hash out."""
+
+import contextlib
+import copy
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from zsq.data import digits
+from zsq.errors import InputError, TeacherError, unknown_name
+from zsq.graph.trace import FOREIGN_FAULTS, described, first_line, trace
+from zsq.models import zoo
+from zsq.models.weights import COUNTER, load_weights
+from zsq.models.zoo import IMPORT_FAULTS, ModelGroup, known_models
+from zsq.types import ImageSpec
+
+__all__ = ["ModelGroup", "Teacher", "known_models", "load_teacher", "teacher_from_module"]
+
+RANDOM_SEED = 0
+"""Seed of the weights of `--weights random`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Teacher:
+    """The float network that is to be quantized; everything after loading works on its exported graph."""
+
+    name: str
+    """The network as the user named it."""
+    spec: ImageSpec
+    """What images it takes and how many classes it knows."""
+    network: fx.GraphModule
+    """The `torch.export` graph in eval mode, called as `network(images)`: [N, C, H, W] to logits [N, classes].
+
+    ATen operators (none in place), any batch size, no dropout, parameters frozen under their original names, batch
+    norms as `aten.batch_norm` nodes. It is a plain `fx.GraphModule`: one placeholder, and an output node that returns
+    the logits' node itself (not a tuple); `deepcopy`, `train` and `eval` work.
+    """
+    weights_source: str
+    """`bundled`, the file's name, `zoo`, `factory`, `random` or `memory`."""
+    weights_sha256: str
+    """Hash over the sorted state dict (name, dtype, shape, bytes), whatever file it came from."""
+
+    def to(self, device: torch.device | str) -> "Teacher":
+        """Return the same teacher on another device; this one stays where it is."""
+        device = torch.device(device)
+        network = copy.deepcopy(self.network).to(device)
+        for node in network.graph.nodes:
+            if "device" in node.kwargs:
+                node.kwargs = {**node.kwargs, "device": device}
+            node.args = tuple(device if isinstance(value, torch.device) else value for value in node.args)
+        network.recompile()
+        return replace(self, network=network)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Flags:
+    """What the user says of the images; None (or "zoo") where the user says nothing."""
+
+    input: tuple[int, int, int] | None
+    classes: int | None
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    resize: int | Literal["zoo"] | None
+
+    def over(self, default: ImageSpec) -> ImageSpec:
+        """Return `default` with the user's values; a default resize grows or shrinks with the crop."""
+        channels, height, width = self.input or (default.channels, default.height, default.width)
+        resize = default.resize if self.resize == "zoo" else self.resize
+        if self.resize == "zoo" and default.resize is not None:
+            resize = round(default.resize * min(height, width) / min(default.height, default.width))
+        return ImageSpec(
+            channels=channels,
+            height=height,
+            width=width,
+            classes=self.classes or default.classes,
+            mean=tuple(self.mean or default.mean),
+            std=tuple(self.std or default.std),
+            resize=resize,
+        )
+
+    def alone(self, model: str) -> ImageSpec:
+        """Return the user's values where the model brings none: pixels in [0, 1] unless mean and std are given."""
+        missing = [
+            flag for flag, value in (("--input CxHxW", self.input), ("--classes N", self.classes)) if value is None
+        ]
+        if missing:
+            raise TeacherError(
+                f"'{model}' does not say what images it takes: give {' and '.join(missing)}, "
+                "with --mean and --std if it was trained on normalised pixels."
+            )
+        if (self.mean is None) != (self.std is None):
+            given, other = ("mean", "std") if self.std is None else ("std", "mean")
+            raise TeacherError(f"'{model}' gets --{given} and no --{other}; give both, or neither.")
+        assert self.input is not None
+        assert self.classes is not None
+        channels, height, width = self.input
+        default = ImageSpec(
+            channels=channels,
+            height=height,
+            width=width,
+            classes=self.classes,
+            mean=(0.0,) * channels,
+            std=(1.0,) * channels,
+        )
+        return self.over(default)
+
+
+def load_teacher(
+    model: str,
+    *,
+    weights: str | Path | None = None,
+    input: tuple[int, int, int] | None = None,
+    classes: int | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    resize: int | Literal["zoo"] | None = "zoo",
+) -> Teacher:
+    """Return the teacher that MODEL names.
+
+    Args:
+        model: `digits`, `pytorchcv:NAME`, `torchvision:NAME`, `timm:NAME`, `path/to/file.py:FACTORY` or
+            `package.module:FACTORY`. A factory is called without arguments and returns an `nn.Module`; its attribute
+            `image_spec`, an `ImageSpec`, stands in for silent flags.
+        weights: a safetensors file or a PyTorch checkpoint (a state dict, also under `state_dict`, `model` or
+            `model_state_dict`, also with the prefix `module.`); `random` for seeded initial weights; None for those
+            that the model brings: bundled, fetched by the zoo, or set by the factory.
+        input: channels, height and width. Required, like `classes`, where neither zoo nor factory knows them.
+        classes: number of classes.
+        mean, std: one value a channel on the scale of pixels in [0, 1]; without zoo or factory, 0 and 1.
+        resize: shorter side in pixels before the centre crop, None for none, "zoo" for what zoo or factory say.
+
+    Raises:
+        InputError: the name is unknown or the image spec does not fit together.
+        MissingExtraError: the zoo is not installed.
+        TeacherError: network or weights cannot serve; the text says why and what would work.
+    """
+    flags = _Flags(input=input, classes=classes, mean=mean, std=std, resize=resize)
+    is_random = str(weights) == "random"
+    pretrained = weights is None
+    net: nn.Module
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(RANDOM_SEED)
+        if model == "digits":
+            net, spec, source = digits.network(), flags.over(digits.SPEC), "bundled"
+            if pretrained:
+                load_weights(net, digits.weights_path(), digits.SPEC, {})
+        elif model.partition(":")[0] in zoo.INSTALL:
+            net, spec = _from_zoo(model, flags, pretrained)
+            source = "zoo"
+        else:
+            net, spec = _from_factory(model, flags)
+            source = "factory"
+            if is_random:
+                _initialise(net)
+    if is_random:
+        source = "random"
+    elif weights is not None:
+        path = Path(weights)
+        said = {"classes": classes, "channels": input[0] if input else None}
+        load_weights(net, path, spec, said)
+        source = path.name
+    return _teacher(net, spec, model, source)
+
+
+def teacher_from_module(
+    net: nn.Module, spec: ImageSpec, *, name: str = "network", weights_source: str = "memory"
+) -> Teacher:
+    """Return a network in memory as a teacher; the network itself is copied and stays as it is.
+
+    Raises:
+        TeacherError: its forward fails on the spec's images, does not give [N, classes], or cannot be exported.
+    """
+    try:
+        clone = copy.deepcopy(net)
+    except FOREIGN_FAULTS as error:
+        raise TeacherError(f"teacher '{name}' cannot be copied: {first_line(error)}") from error
+    return _teacher(clone, spec, name, weights_source)
+
+
+def state_sha256(state: dict[str, Tensor]) -> str:
+    """Return the sha256 over the sorted state dict: name, dtype, shape and bytes of each tensor.
+
+    Batch norm's step counter is left out: it changes no output, and only some files hold it.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        if name.endswith(COUNTER):
+            continue
+        value = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _from_zoo(model: str, flags: _Flags, pretrained: bool) -> tuple[nn.Module, ImageSpec]:
+    library, _, name = model.partition(":")
+    default = zoo.zoo_spec(library, name)
+    spec = flags.over(default)
+    if pretrained and (spec.classes, spec.channels) != (default.classes, default.channels):
+        raise TeacherError(
+            f"the zoo's weights of '{model}' are for {default.classes} classes and {default.channels} channels; the "
+            f"flags say {spec.classes} and {spec.channels}. Give your own with --weights FILE, or --weights random."
+        )
+    return zoo.build(library, name, spec, default, pretrained=pretrained), spec
+
+
+def _from_factory(model: str, flags: _Flags) -> tuple[nn.Module, ImageSpec]:
+    """Call the factory of `file.py:FACTORY` or `module:FACTORY`."""
+    place, colon, name = model.rpartition(":")
+    if not colon or not place or not name:
+        near = [f"{library}:{model}" for library in ("pytorchcv",) if _has(library, model)]
+        forms = ["digits", *(f"{library}:NAME" for library in zoo.INSTALL), "FILE.py:FACTORY", "MODULE:FACTORY"]
+        raise unknown_name("model", model, [*near, *forms])
+    module = _file_module(Path(place)) if place.endswith(".py") else _named_module(place)
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise unknown_name(f"factory of {place}", name, own)
+    default = getattr(factory, "image_spec", None)
+    spec = flags.over(default) if isinstance(default, ImageSpec) else flags.alone(model)
+    try:
+        net = factory()
+    except FOREIGN_FAULTS as error:
+        raise TeacherError(f"'{model}' fails: {described(error)}") from error
+    if not isinstance(net, nn.Module):
+        raise TeacherError(f"'{model}' returns a {type(net).__name__}; a factory returns a torch.nn.Module.")
+    return net, spec
+
+
+def _has(library: str, name: str) -> bool:
+    try:
+        return name in zoo.zoo_names(library)
+    except InputError:
+        return False
+    except ImportError:
+        return False
+
+
+def _file_module(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise TeacherError(f"no such file: {path}")
+    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
+    spec = importlib.util.spec_from_file_location(f"zsq_model_{path.stem}_{digest}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickles look their module up
+    loader = spec.loader
+    _import(lambda: loader.exec_module(module), str(path), path.resolve().parent)
+    return module
+
+
+def _named_module(name: str) -> ModuleType:
+    return _import(lambda: importlib.import_module(name), name, Path.cwd())
+
+
+def _import(load: Callable[[], Any], name: str, folder: Path) -> Any:
+    try:
+        with _importing_from(folder):
+            return load()
+    except (*IMPORT_FAULTS, LookupError, SyntaxError, AssertionError) as error:
+        raise TeacherError(f"{name} does not import: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _importing_from(folder: Path) -> Iterator[None]:
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(str(folder))
+
+
+def _unwrapped(net: nn.Module) -> nn.Module:
+    """Return the network inside of what spreads it over devices or compiles it."""
+    while True:
+        compiled = getattr(net, "_orig_mod", None)
+        if isinstance(net, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            net = net.module
+        elif isinstance(compiled, nn.Module):
+            net = compiled
+        else:
+            return net
+
+
+def _initialise(net: nn.Module) -> None:
+    """Give every layer its library's initial weights, whatever the factory had loaded."""
+    for module in net.modules():
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
+
+
+def _teacher(net: nn.Module, spec: ImageSpec, name: str, source: str) -> Teacher:
+    """Freeze, hash and export a network that nobody else holds."""
+    if isinstance(net, torch.jit.ScriptModule):
+        raise TeacherError(f"teacher '{name}' is a TorchScript module; give the torch.nn.Module that it was made of.")
+    net = _unwrapped(net).cpu().float().eval()
+    for parameter in net.parameters():
+        parameter.requires_grad_(False)
+    network = trace(net, spec, name)
+    return Teacher(
+        name=name, spec=spec, network=network, weights_source=source, weights_sha256=state_sha256(net.state_dict())
+    )

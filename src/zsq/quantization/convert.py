@@ -1,0 +1,173 @@
+"""Turn a student into the integers that are stored: the converted graph that both files are written from."""
+
+import torch
+import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from zsq.graph import edit
+from zsq.graph.edit import argument
+from zsq.quantization.fake_quantize import bias_integers, grid_integers, quantize_bias, saturated
+from zsq.quantization.integer_ops import (
+    HARD_REACH,
+    LARGEST_FACTOR,
+    factor_grid,
+    grid_hardsigmoid,
+    grid_hardswish,
+    grid_norm,
+    hardswish_steps,
+)
+from zsq.quantization.prepare import TRANSPARENT, Student, is_float, prepared_layers, weight_node
+from zsq.quantization.quantizers import ActivationQuantizer, WeightQuantizer
+
+_ops = torch.ops.quantized_decomposed
+
+
+@torch.no_grad()
+def convert(student: Student) -> GraphModule:
+    """Return the student's graph with integers stored and explicit quantize and dequantize operators, on the CPU.
+
+    Weights are int8 behind a dequantize operator, biases int32 at input scale x weight scale, activations pass through
+    quantize and dequantize. An operator that only moves values gets the grid of its input again, which changes no value
+    and lets a runtime keep it in integers.
+    """
+    network = edit.copy_network(student.network).cpu().eval()
+    for layer in prepared_layers(network):
+        _store_layer(network, layer)
+    grids: dict[Node, ActivationQuantizer] = {}
+    for node in list(network.graph.nodes):
+        module = network.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, ActivationQuantizer):
+            rounded = _round_behind(network, node.args[0], module, [node])
+            node.replace_all_uses_with(rounded)
+            network.graph.erase_node(node)
+            grids[rounded] = module
+        elif node.target is grid_hardswish:
+            _store_hardswish(network, node, grids[node.args[0]])
+        elif node.target is grid_norm:
+            _store_norm(network, node)
+        elif node.target in TRANSPARENT and node.args[0] in grids:
+            grid = grids[node.args[0]]
+            if _only_pads_layers(node) or _is_written(node):
+                continue  # runtimes make such padding part of the layer; what is written to must stay the same memory
+            if is_float(node):
+                grids[_round_behind(network, node, grid, list(node.users))] = grid
+            else:
+                grids[node] = grid
+    return edit.finish(network)
+
+
+def _only_pads_layers(node: Node) -> bool:
+    pads = node.target in (edit.aten.pad.default, edit.aten.constant_pad_nd.default)
+    return pads and all(user.target in edit.CONVOLUTIONS for user in node.users)
+
+
+def _is_written(node: Node) -> bool:
+    """Whether an operator writes to a node's value, or to a part of it."""
+    for user in node.users:
+        if not user.args or user.args[0] is not node:
+            continue
+        writes = isinstance(user.target, torch._ops.OpOverload) and user.target._schema.is_mutable
+        if writes or (user.target in TRANSPARENT and _is_written(user)):
+            return True
+    return False
+
+
+def _round_behind(network: GraphModule, node: Node, grid: ActivationQuantizer, readers: list[Node]) -> Node:
+    """Insert quantize and dequantize behind a node, and let the readers read the result.
+
+    `grid_hardsigmoid` is its layer, rounded on a grid six times as coarse and clipped; its bias holds the 3 already.
+    """
+    scale, zero = float(grid.scale), int(grid.zero_point.round())
+    ends = (zero, grid.quant_min, grid.quant_max, torch.int8)
+    gate = node.target is grid_hardsigmoid
+    source, coarse = (node.args[0], scale * 2 * HARD_REACH) if gate else (node, scale)
+    high = min(zero + round(1 / scale), grid.quant_max)
+    with network.graph.inserting_after(node):
+        rounded = network.graph.call_function(_ops.dequantize_per_tensor.default, (node, scale, *ends))
+    with network.graph.inserting_before(rounded):
+        integers = network.graph.call_function(_ops.quantize_per_tensor.default, (source, coarse, *ends))
+        if gate and (zero, high) != (grid.quant_min, grid.quant_max):
+            integers = network.graph.call_function(edit.aten.clamp.default, (integers, zero, high))
+    rounded.replace_input_with(node, integers)
+    rounded.meta["val"] = node.meta.get("val")
+    for reader in readers:
+        reader.replace_input_with(node, rounded)
+    return rounded
+
+
+def _store_hardswish(network: GraphModule, node: Node, grid: ActivationQuantizer) -> None:
+    """Write `grid_hardswish` as the product of its input and of the same integers, clipped and read on a finer grid."""
+    x, graph = node.args[0], network.graph
+    assert isinstance(x, Node)
+    three, six = (int(steps) for steps in hardswish_steps(grid.scale))
+    zero = int(grid.zero_point.round()) - three
+    low, high = max(zero, grid.quant_min), min(zero + six, grid.quant_max)
+    with graph.inserting_before(node):
+        clipped = graph.call_function(edit.aten.clamp.default, (x.args[0], low, high))
+        gate_grid = (float(grid.scale) / 6, zero, grid.quant_min, grid.quant_max, torch.int8)
+        gate = graph.call_function(_ops.dequantize_per_tensor.default, (clipped, *gate_grid))
+        product = graph.call_function(edit.aten.mul.Tensor, (x, gate))
+    product.meta.update(node.meta)
+    node.replace_all_uses_with(product)
+    graph.erase_node(node)
+
+
+def _store_norm(network: GraphModule, node: Node) -> None:
+    """Write `grid_norm` as the convolution of one integer a channel that it stands for."""
+    x, *read = node.args
+    factor, shift, activation_scale = (_read(network, tensor) for tensor in read)
+    integers, step = factor_grid(factor, shift, activation_scale)
+    product = activation_scale * step
+    name, bias_name = (str(tensor.target) for tensor in read[:2])  # type: ignore[union-attr]
+    edit.set_tensor(network, name, integers.to(torch.int8).view(-1, 1, 1, 1))
+    edit.set_tensor(network, bias_name, bias_integers(shift, product).to(torch.int32))
+    weight = _dequantize(network, node, name, step, -LARGEST_FACTOR, LARGEST_FACTOR, torch.int8)
+    bias = _dequantize(network, node, bias_name, product, -(2**31), 2**31 - 1, torch.int32)
+    node.target, node.args = edit.aten.conv2d.default, (x, weight, bias, [1, 1], [0, 0], [1, 1], len(integers))
+
+
+def _store_layer(network: GraphModule, layer: Node) -> None:
+    """Replace a layer's weight and bias by stored integers behind a dequantize operator."""
+    called, stored = weight_node(layer)
+    quantizer = network.get_submodule(str(called.target))
+    assert isinstance(quantizer, WeightQuantizer)
+    weight = edit.get_attribute(network, str(stored.target)).detach()
+    bias = argument(layer, 2)
+    scale = quantizer.scale.detach().clone()
+    name = str(stored.target)
+    if isinstance(bias, Node) and bias.target is quantize_bias:
+        value, activation_scale = (_read(network, node) for node in bias.args[:2])
+        product = activation_scale * scale
+        integers = bias_integers(value, product)
+        if any(user.target is grid_hardsigmoid for user in layer.users):
+            integers = saturated(integers + bias_integers(torch.full_like(product, HARD_REACH), product))
+        source = bias.args[0]
+        assert isinstance(source, Node)
+        edit.set_tensor(network, str(source.target), integers.to(torch.int32))
+        bias = _dequantize(network, layer, str(source.target), product, -(2**31), 2**31 - 1, torch.int32)
+    shape = (-1, *[1] * (weight.dim() - 1))
+    integers = grid_integers(weight, scale.view(shape), scale.new_zeros(1), quantizer.quant_min, quantizer.quant_max)
+    edit.set_tensor(network, name, integers.to(torch.int8).contiguous())
+    weight_read = _dequantize(network, layer, name, scale, quantizer.quant_min, quantizer.quant_max, torch.int8)
+    layer.args = (layer.args[0], weight_read, bias, *layer.args[3:])
+
+
+def _dequantize(
+    network: GraphModule, layer: Node, name: str, scale: Tensor, low: int, high: int, dtype: torch.dtype
+) -> Node:
+    """Read stored integers in front of a layer and dequantize them, per channel where `scale` has several values."""
+    graph = network.graph
+    with graph.inserting_before(layer):
+        stored = graph.get_attr(name)
+        if scale.numel() == 1:
+            return graph.call_function(_ops.dequantize_per_tensor.default, (stored, float(scale), 0, low, high, dtype))
+        edit.set_tensor(network, f"{name}_scale", scale)
+        edit.set_tensor(network, f"{name}_zero_point", torch.zeros(len(scale), dtype=torch.int64))
+        scales, zeros = graph.get_attr(f"{name}_scale"), graph.get_attr(f"{name}_zero_point")
+        return graph.call_function(_ops.dequantize_per_channel.default, (stored, scales, zeros, 0, low, high, dtype))
+
+
+def _read(network: GraphModule, node: object) -> Tensor:
+    assert isinstance(node, Node)
+    return edit.get_attribute(network, str(node.target)).detach()

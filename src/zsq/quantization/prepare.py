@@ -1,0 +1,338 @@
+"""Place quantizers in a folded graph: which tensors are rounded, and to how many bits."""
+
+import operator
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from zsq.errors import InputError, unknown_name
+from zsq.graph import edit
+from zsq.graph.batchnorm import batch_norms
+from zsq.graph.edit import argument, aten, tensor_of
+from zsq.quantization.fake_quantize import quantize_bias
+from zsq.quantization.integer_ops import HARD_REACH, grid_hardsigmoid, grid_hardswish, grid_norm
+from zsq.quantization.quantizers import ActivationQuantizer, WeightQuantizer
+
+ENDS_BITS = 8
+"""Bits of the network's input and of its logits, always."""
+
+FUSED = {getattr(aten, name).default for name in ("relu", "relu6", "hardtanh", "clamp", "clamp_min")} | {
+    aten.clamp.Tensor
+}
+"""Activations that the layer or addition in front of them computes before it rounds."""
+
+TRANSPARENT = {
+    aten.max_pool1d.default,
+    aten.max_pool2d.default,
+    aten.max_pool3d.default,
+    aten.flatten.using_ints,
+    aten.view.default,
+    aten.reshape.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.pad.default,
+    aten.constant_pad_nd.default,
+    aten.chunk.default,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    operator.getitem,
+}
+"""Operators that only move or choose values: their output lies on the grid of their input."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bits:
+    """Widths of weights and activations in bits, 2 to 8."""
+
+    weight: int
+    activation: int
+
+    @classmethod
+    def parse(cls, text: str | int) -> "Bits":
+        """Read `8`, `6`, `4` or `W4A8`.
+
+        Raises:
+            InputError: anything else, or a width outside 2 to 8.
+        """
+        match = re.fullmatch(r"(?i)\s*(?:w(\d+)a(\d+)|(?:int)?(\d+))\s*", str(text))
+        if not match:
+            raise InputError(f"bits is '{text}'; give one width such as 8, 6 or 4, or both such as W4A8.")
+        both = match[3]
+        bits = cls(int(both or match[1]), int(both or match[2]))
+        for width in (bits.weight, bits.activation):
+            if not 2 <= width <= 8:
+                raise InputError(f"bits is '{text}'; widths from 2 to 8 work, stored in int8.")
+        return bits
+
+    def __str__(self) -> str:
+        same = self.weight == self.activation
+        return str(self.weight) if same else f"W{self.weight}A{self.activation}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheme:
+    """What is quantized, and how."""
+
+    bits: Bits
+    per_channel: bool = True
+    all_activations: bool = True
+    """Quantize every activation between layers; False: only inputs of convolutions and linear layers, and the ends."""
+    first_last_bits: int | None = None
+    learnable: bool = True
+    weight_bits: Mapping[str, int] = field(default_factory=dict)
+    """Width of a weight by its name; it wins over `first_last_bits`, which wins over `bits`."""
+
+
+class Student(nn.Module):
+    """The network with quantizers in it.
+
+    Attributes:
+        network: the graph; activations and weights pass through `ActivationQuantizer` and `WeightQuantizer` modules.
+        output_name: name of the quantizer of the logits.
+        num_calibration_images: images from which its grids were chosen.
+    """
+
+    def __init__(self, network: GraphModule, output_name: str) -> None:
+        super().__init__()
+        self.network, self.output_name, self.num_calibration_images = network, output_name, 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images [N, C, H, W] to logits [N, classes]."""
+        return self.network(images)
+
+
+def is_float(node: Node) -> bool:
+    """Whether the node's value is one float tensor with a batch dimension."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2
+
+
+def prepare(folded: GraphModule, scheme: Scheme) -> Student:
+    """Return a copy of a folded network with quantizers in place, all of them off.
+
+    Raises:
+        InputError: the network has no convolution or linear layer, or none of a name to which the scheme gives a width.
+    """
+    network = edit.copy_network(folded)
+    every_layer = list(edit.layers(network))
+    if not every_layer:
+        raise InputError("the network has no convolution or linear layer whose weight could be quantized.")
+    check_weight_names(network, scheme.weight_bits)
+    placer = _Placer(network, scheme, every_layer)
+    placer.place_activations()
+    placer.put_hardswish_on_grids()
+    placer.put_norms_on_grids()
+    for layer in every_layer:
+        placer.place_weight(layer)
+    placer.put_hardsigmoid_on_grids()
+    return Student(edit.finish(network), placer.output_name)
+
+
+def weight_name(layer: Node) -> str:
+    """Return the name of the weight that a layer of a float graph reads: the one in the network's state."""
+    read = layer.args[1]
+    assert isinstance(read, Node)
+    return str(read.target)
+
+
+def check_weight_names(folded: GraphModule, names: Iterable[str]) -> None:
+    """Check that each name is that of a weight which is quantized.
+
+    Raises:
+        InputError: it is not; the text gives the nearest one.
+    """
+    known = {weight_name(layer) for layer in edit.layers(folded)}
+    for name in names:
+        if name not in known:
+            raise unknown_name("weight", name, known)
+
+
+class _Placer:
+    """Inserts the quantizers of one network."""
+
+    def __init__(self, network: GraphModule, scheme: Scheme, every_layer: list[Node]) -> None:
+        self.network, self.scheme, self.layers = network, scheme, every_layer
+        self.output = network.graph.output_node()
+        self.logits = self.origin(self.output.args[0])
+        self.inputs = [node for node in network.graph.nodes if node.op == "placeholder"]
+        self.gates = [node for node in network.graph.nodes if self.is_gate(node)]
+        self.placed: dict[Node, str] = {}
+        self.output_name = ""
+
+    def bits_of(self, node: Node) -> int:
+        """Width of an activation."""
+        if node in self.inputs or node is self.logits:
+            return ENDS_BITS
+        ends = self.scheme.first_last_bits
+        if ends and node is self.origin(self.layers[-1].args[0]):
+            return ends
+        return self.scheme.bits.activation
+
+    def origin(self, node: object) -> Node:
+        """Follow operators that only move values back to where the values were computed."""
+        assert isinstance(node, Node)
+        return self.origin(node.args[0]) if node.target in TRANSPARENT else node
+
+    def place_activations(self) -> None:
+        """Insert a quantizer behind each activation that the scheme rounds."""
+        if self.scheme.all_activations:
+            chosen = [node for node in self.network.graph.nodes if self.rounds(node)]
+        else:
+            chosen = list(dict.fromkeys([*self.inputs, *(self.origin(n.args[0]) for n in self.layers), self.logits]))
+        for node in chosen:
+            if self.scheme.all_activations or node in self.inputs or node is self.logits:
+                self.insert(node, self.bits_of(node), only_layers=False)
+                continue
+            for read in dict.fromkeys(n.args[0] for n in self.layers if self.origin(n.args[0]) is node):
+                self.insert(read, self.bits_of(node), only_layers=True)
+
+    def put_hardswish_on_grids(self) -> None:
+        """Let hard swish of 8-bit values be computed by integers; narrower grids are too coarse for its gate."""
+        for node in self.network.graph.nodes:
+            name = self.placed.get(node.args[0]) if node.target is aten.hardswish.default else None
+            quantizer = self.network.get_submodule(name) if name else None
+            if isinstance(quantizer, ActivationQuantizer) and quantizer.bits == ENDS_BITS:
+                quantizer.reach = -HARD_REACH
+                with self.network.graph.inserting_before(node):
+                    scale = self.network.graph.get_attr(f"{name}.scale")
+                node.target, node.args = grid_hardswish, (node.args[0], scale)
+
+    def put_norms_on_grids(self) -> None:
+        """Let each batch norm of maps that no layer could take be computed by integers."""
+        for norm in batch_norms(self.network) if self.scheme.all_activations else []:
+            node = norm.node
+            if node.meta["val"].dim() != 4:
+                continue
+            with self.network.graph.inserting_before(node):
+                read = []
+                for role, value in (("factor", norm.scale), ("shift", norm.shift)):
+                    edit.set_tensor(self.network, f"{node.name}_{role}", value)
+                    read.append(self.network.graph.get_attr(f"{node.name}_{role}"))
+                node.target, node.args = grid_norm, (node.args[0], *read, self.input_scale(node))
+
+    def is_gate(self, node: Node) -> bool:
+        """Whether a node is a hard sigmoid that the layer in front computes: its bias adds and its rounding clips."""
+        layer = node.args[0] if node.target is aten.hardsigmoid.default and self.scheme.all_activations else None
+        if not isinstance(layer, Node) or layer not in self.layers or len(layer.users) > 1:
+            return False
+        has_bias = isinstance(argument(layer, 2), Node)
+        return has_bias and (layer.target in edit.CONVOLUTIONS or layer.meta["val"].dim() == 2)
+
+    def put_hardsigmoid_on_grids(self) -> None:
+        """Let hard sigmoid of a layer's output be computed by the layer."""
+        for node in self.gates:
+            layer = node.args[0]
+            assert isinstance(layer, Node)
+            with self.network.graph.inserting_before(node):
+                weight_scale = self.network.graph.get_attr(f"weight_{self.layers.index(layer)}.scale")
+                node.target, node.args = grid_hardsigmoid, (layer, self.input_scale(layer), weight_scale)
+
+    def rounds(self, node: Node) -> bool:
+        """Whether an integer-only device would store the node's value."""
+        if node.op not in ("placeholder", "call_function") or not is_float(node):
+            return False
+        if node is self.logits:
+            return True
+        if node.target in TRANSPARENT:
+            return False
+        if len(node.users) != 1 or node.op != "call_function":
+            return True
+        (user,) = node.users
+        return (node in self.gates or user.target not in FUSED) and user not in self.gates
+
+    def insert(self, node: object, bits: int, *, only_layers: bool) -> None:
+        """Insert one activation quantizer behind a node, for all readers or for layers only."""
+        assert isinstance(node, Node)
+        name = f"activation_{len(self.placed)}"
+        self.network.add_submodule(name, ActivationQuantizer(bits, learnable=self.scheme.learnable))
+        with self.network.graph.inserting_after(node):
+            quantized = self.network.graph.call_module(name, (node,))
+        quantized.meta["val"] = node.meta.get("val")
+        readers = set(self.layers) if only_layers else set(node.users) - {quantized}
+        node.replace_all_uses_with(quantized, delete_user_cb=lambda user: user in readers)
+        self.placed[quantized] = name
+        if node is self.logits:
+            self.output_name = name
+
+    def weight_bits_of(self, layer: Node) -> int:
+        """Width of a layer's weight."""
+        ends = self.scheme.first_last_bits if layer in (self.layers[0], self.layers[-1]) else None
+        return self.scheme.weight_bits.get(weight_name(layer)) or ends or self.scheme.bits.weight
+
+    def place_weight(self, layer: Node) -> None:
+        """Insert the quantizers of a layer's weight and bias."""
+        bits = self.weight_bits_of(layer)
+        source, weight = self.own(layer, layer.args[1])
+        name = f"weight_{self.layers.index(layer)}"
+        quantizer = WeightQuantizer(weight, bits, per_channel=self.scheme.per_channel, learnable=self.scheme.learnable)
+        self.network.add_submodule(name, quantizer)
+        edit.set_tensor(self.network, str(source.target), weight, trainable=True)
+        graph = self.network.graph
+        with graph.inserting_before(layer):
+            quantized = graph.call_module(name, (source,))
+        bias = argument(layer, 2)
+        if isinstance(bias, Node):
+            bias, value = self.own(layer, bias)
+            edit.set_tensor(self.network, str(bias.target), value, trainable=True)
+            with graph.inserting_before(layer):
+                scales = (self.input_scale(layer), graph.get_attr(f"{name}.scale"))
+                bias = graph.call_function(quantize_bias, (bias, *scales))
+        layer.args = (layer.args[0], quantized, bias, *layer.args[3:])
+
+    def own(self, layer: Node, read: object) -> tuple[Node, Tensor]:
+        """Return the node that reads a layer's weight or bias, and its value; a shared one is copied for the layer."""
+        assert isinstance(read, Node)
+        value = tensor_of(self.network, read)
+        assert value is not None
+        if len(read.users) > 1:
+            name, value = f"{read.target}_{layer.name}", value.clone()
+            edit.set_tensor(self.network, name, value)
+            read = edit.read_attribute(self.network, name, layer)
+        return read, value
+
+    def input_scale(self, layer: Node) -> Node:
+        """Return a node that reads the scale of the grid on which the layer's input lies."""
+        node = layer.args[0]
+        while isinstance(node, Node) and node.op != "call_module":
+            node = node.args[0]
+        assert isinstance(node, Node)
+        return self.network.graph.get_attr(f"{self.placed[node]}.scale")
+
+
+def weight_node(layer: Node) -> tuple[Node, Node]:
+    """Return the quantizer call and the stored weight of a prepared layer."""
+    quantized = layer.args[1]
+    assert isinstance(quantized, Node)
+    stored = quantized.args[0]
+    assert isinstance(stored, Node)
+    return quantized, stored
+
+
+def prepared_layers(network: GraphModule) -> list[Node]:
+    """List the quantized layers of a student's graph."""
+    return [node for node in network.graph.nodes if node.target in edit.LAYERS]
+
+
+def quantized_weight(network: GraphModule, layer: Node) -> tuple[WeightQuantizer, torch.Tensor]:
+    """Return a prepared layer's weight quantizer and float weight."""
+    quantized, stored = weight_node(layer)
+    quantizer = network.get_submodule(str(quantized.target))
+    assert isinstance(quantizer, WeightQuantizer)
+    return quantizer, edit.get_attribute(network, str(stored.target))
+
+
+def mean_weight_bits(student: Student) -> float:
+    """Return the width of a student's weights, averaged over all of them."""
+    found = [quantized_weight(student.network, layer) for layer in prepared_layers(student.network)]
+    return sum(q.bits * weight.numel() for q, weight in found) / sum(weight.numel() for _, weight in found)

@@ -1,0 +1,164 @@
+"""Post-training quantization: choose every grid from calibration images (paper, section 3)."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch.fx import GraphModule
+
+from zsq.errors import InputError
+from zsq.graph.batchnorm import fold
+from zsq.quantization.bias_correction import correct_biases, correct_biases_by_means, first_images
+from zsq.quantization.prepare import ENDS_BITS, Bits, Scheme, Student, prepare, prepared_layers, quantized_weight
+from zsq.quantization.quantizers import ActivationQuantizer, quantizers, set_mode
+from zsq.quantization.range_rules import NEEDS_HISTOGRAM, RULES, minmax, weight_mse
+from zsq.training.loop import Run
+from zsq.types import Batch, Statistics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PTQ:
+    """Choose the grids from calibration images; nothing is trained (DF-PTQ)."""
+
+    name: ClassVar[str] = "ptq"
+
+    bits: str = "8"
+    """Widths: 8, 6, 4 or any from 2 to 8; W4A8 for weights and activations apart."""
+    num_samples: int = 2000
+    """Calibration images; the paper takes 10,000."""
+    range_rule: Literal["auto", "minmax", "moving-average", "percentile", "mse"] = "auto"
+    """How the range of an activation is chosen: auto is minmax at 8 bits and mse below; the paper takes minmax."""
+    weight_range_rule: Literal["minmax", "mse"] = "minmax"
+    """How the range of a weight is chosen."""
+    logit_headroom: float = 1.5
+    """Factor on the range of the logits, since synthetic images reach smaller ones than real ones; the paper: 1."""
+    bias_correction: bool = True
+    """Shift biases by what rounding adds to each layer's mean output; the paper does not."""
+    weight_granularity: Literal["channel", "tensor"] = "channel"
+    """One scale an output channel, or one a weight."""
+    activation_scope: Literal["all", "layers"] = "all"
+    """Round every activation between layers, or only the inputs of convolutions and linear layers."""
+    first_last_bits: int | None = None
+    """Width of the first and last layer, where it differs."""
+    weight_bits: dict[str, int] | None = None
+    """Width of each weight by its name, before all other widths; `--bits FILE` reads it as `zsq allocate` wrote it."""
+
+    def __post_init__(self) -> None:
+        Bits.parse(self.bits)
+        if self.num_samples < 1:
+            raise InputError(f"quantizer.num_samples is {self.num_samples}; at least 1 image is needed.")
+        if self.first_last_bits is not None and not 2 <= self.first_last_bits <= 8:
+            raise InputError(f"quantizer.first_last_bits is {self.first_last_bits}; widths from 2 to 8 work.")
+        for weight, width in (self.weight_bits or {}).items():
+            if not 2 <= width <= 8:
+                raise InputError(f"quantizer.weight_bits says {width} for '{weight}'; widths from 2 to 8 work.")
+        if self.logit_headroom < 1:
+            raise InputError(f"quantizer.logit_headroom is {self.logit_headroom}; it must be at least 1.")
+
+    @property
+    def resolved_range_rule(self) -> str:
+        """The rule that `auto` stands for."""
+        if self.range_rule != "auto":
+            return self.range_rule
+        return "minmax" if Bits.parse(self.bits).activation == ENDS_BITS else "mse"
+
+    def scheme(self, *, learnable: bool = False) -> Scheme:
+        """Return what is quantized, and how."""
+        return Scheme(
+            bits=Bits.parse(self.bits),
+            per_channel=self.weight_granularity == "channel",
+            all_activations=self.activation_scope == "all",
+            first_last_bits=self.first_last_bits,
+            learnable=learnable,
+            weight_bits=self.weight_bits or {},
+        )
+
+
+def quantize_ptq(
+    network: GraphModule,
+    images: Callable[[], Iterator[Batch]],
+    settings: PTQ,
+    run: Run,
+    *,
+    learnable: bool = False,
+    statistics: Statistics | None = None,
+) -> Student:
+    """Fold, place quantizers, and choose their grids.
+
+    Args:
+        network: the float graph.
+        images: starts a stream of calibration batches; called once or twice, each time giving the same images.
+        settings: scheme and range rules.
+        run: device and progress.
+        learnable: place quantizers that distillation can train.
+        statistics: take the place of images, which are not asked for, and of the range rule.
+
+    Returns:
+        The student, its quantizers on, on the run's device.
+
+    Raises:
+        InputError: the stream holds no image.
+    """
+    folded, _ = fold(network)
+    student = prepare(folded, settings.scheme(learnable=learnable)).to(run.device).eval()
+    if run.device.type == "cuda":  # where convolutions are quickest in this order; the float network's stays as it is
+        for layer in prepared_layers(student.network):
+            _, weight = quantized_weight(student.network, layer)
+            if weight.dim() == 4:
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    if settings.weight_range_rule == "mse":
+        for layer in prepared_layers(student.network):
+            quantizer, weight = quantized_weight(student.network, layer)
+            quantizer.set_scale(weight_mse(quantizer, weight.detach()))
+    if statistics is None:
+        calibrate(student, images, settings, run)
+    else:
+        take_ranges(student, statistics, settings)
+    set_mode(student, "quantize")
+    if settings.bias_correction and statistics is not None:
+        correct_biases_by_means(student, statistics.input_means)
+    elif settings.bias_correction:
+        correct_biases(student, folded.to(run.device), first_images(images(), run.device))
+    return student
+
+
+@torch.no_grad()
+def calibrate(student: Student, images: Callable[[], Iterator[Batch]], settings: PTQ, run: Run) -> None:
+    """Set the range of every activation quantizer; images stream, so memory does not grow with their number."""
+    rule = settings.resolved_range_rule
+    activations = [q for q in quantizers(student) if isinstance(q, ActivationQuantizer)]
+    for quantizer in activations:
+        quantizer.average_ranges = rule == "moving-average"
+    passes = ["observe", "histogram"] if rule in NEEDS_HISTOGRAM else ["observe"]
+    for number, mode in enumerate(passes, 1):
+        set_mode(student, mode)  # type: ignore[arg-type]
+        title = f"calibrate {number}/{len(passes)}"
+        seen = 0
+        for batch in run.each(title, images(), settings.num_samples, lambda batch: len(batch.images)):
+            student(batch.images.to(run.device))
+            seen += len(batch.images)
+        if not seen:
+            raise InputError("calibration was given no image.")
+        student.num_calibration_images = seen
+    logits = student.network.get_submodule(student.output_name)
+    for quantizer in activations:  # the largest logit decides the class, so none may be cut off
+        low, high = minmax(quantizer) if quantizer is logits else RULES[rule](quantizer)
+        if quantizer is logits:
+            low, high = low * settings.logit_headroom, high * settings.logit_headroom
+        if not bool(torch.isfinite(torch.cat([low.view(1), high.view(1)])).all()):
+            raise InputError(
+                f"calibration saw the range [{float(low)}, {float(high)}]; the images are not finite. Where a method "
+                "learns them, a lower learning rate (--set method.learning_rate) may help."
+            )
+        quantizer.choose_range(low, high)
+
+
+def take_ranges(student: Student, statistics: Statistics, settings: PTQ) -> None:
+    """Set the range of every activation quantizer to that of the value it rounds."""
+    for node in student.network.graph.nodes:
+        quantizer = student.network.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(quantizer, ActivationQuantizer):
+            headroom = settings.logit_headroom if node.target == student.output_name else 1.0
+            low, high = statistics.ranges[node.args[0].name]
+            quantizer.set_range(low * headroom, high * headroom)

@@ -1,0 +1,232 @@
+"""Quantization-aware training by distillation from the float teacher (paper, section 2.3)."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from zsq.errors import InputError
+from zsq.graph import edit
+from zsq.graph.batchnorm import fold
+from zsq.quantization.bias_centring import centre_biases, plain_biases
+from zsq.quantization.bias_correction import IMAGES, first_images
+from zsq.quantization.prepare import Student, prepared_layers
+from zsq.quantization.ptq import PTQ
+from zsq.quantization.quantizers import ActivationQuantizer, WeightQuantizer, constrain, quantizers
+from zsq.quantization.training_view import merged
+from zsq.runtime import distributed
+from zsq.runtime.cuda_graphs import Replays
+from zsq.training.loop import Run, part, under
+from zsq.training.losses import distillation_loss, intermediate_loss
+from zsq.training.optim import cosine, flatten_optimizer, rate_on, restore_optimizer, set_learning_rate
+from zsq.types import Batch, SampleSource, joined
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QAT(PTQ):
+    """Choose the grids, then train weights and grids to answer as the teacher does (DF-QAT)."""
+
+    name: ClassVar[str] = "qat"
+
+    num_samples: int = 512
+    """Calibration images before the first step."""
+    steps: int = 2000
+    """Distillation steps; the batch is the method's."""
+    learning_rate: float = 1e-3
+    """Nesterov's step size, annealed by a cosine; the paper takes 1e-4 over 50,000 steps."""
+    momentum: float = 0.9
+    """Nesterov momentum."""
+    scales: Literal["learnable", "moving-average"] = "learnable"
+    """Train the grids with the weights, or let them follow moving averages of the smallest and largest values."""
+    scale_learning_rate: float = 1e-4
+    """Step size of learnable grids."""
+    kd_weight: float | None = None
+    """Lambda of eq. (3), the teacher's share against the labels'; unset: 0 with true labels, 1 with synthetic ones."""
+    temperature: float = 1.0
+    """Divides both logits before the softmax."""
+    intermediate_weight: float = 0.0
+    """Factor on the distance of student and teacher in each layer's output, added to the loss; 0 leaves it out."""
+
+    def __post_init__(self) -> None:
+        super(QAT, self).__post_init__()
+        if self.steps < 0:
+            raise InputError(f"quantizer.steps is {self.steps}; it must be at least 0.")
+        for name in ("learning_rate", "scale_learning_rate", "temperature"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"quantizer.{name} is {getattr(self, name)}; it must be above 0.")
+        if not 0 <= self.momentum < 1:
+            raise InputError(f"quantizer.momentum is {self.momentum}; it must lie in [0, 1).")
+        if self.kd_weight is not None and not 0 <= self.kd_weight <= 1:
+            raise InputError(f"quantizer.kd_weight is {self.kd_weight}; it must lie in [0, 1].")
+        if self.intermediate_weight < 0:
+            raise InputError(f"quantizer.intermediate_weight is {self.intermediate_weight}; it must be at least 0.")
+
+    def resolved_kd_weight(self, source: SampleSource) -> float:
+        """Return the weight of the teacher's answers that is used with this source."""
+        if self.kd_weight is not None:
+            return self.kd_weight
+        return 0.0 if source.true_labels else 1.0
+
+
+def layer_views(student: Student, teacher: GraphModule) -> tuple[GraphModule, GraphModule]:
+    """Return views of student and folded teacher that also give the outputs of all layers but the last, in pairs.
+
+    The teacher is folded, so that a layer's output is the same value in both: what batch norm made of it, before the
+    activation. The last layer makes the logits, which have a loss of their own.
+
+    Raises:
+        InputError: the network has one layer only.
+    """
+    folded, _ = fold(teacher)
+    layers = prepared_layers(student.network)[:-1]
+    if not layers:
+        raise InputError("quantizer.intermediate_weight needs a network of at least 2 layers; 0 leaves the loss out.")
+    named = {node.name: node for node in edit.layers(folded)}
+    pairs = [named[layer.name] for layer in layers]
+    return edit.view_of(student.network, layers), edit.view_of(folded, pairs)
+
+
+class Distiller:
+    """Trains a student on a source's batches, and keeps the source learning."""
+
+    def __init__(
+        self, student: Student, teacher: nn.Module, source: SampleSource, settings: QAT, device: torch.device
+    ) -> None:
+        self.student, self.teacher, self.source, self.settings = student, teacher, source, settings
+        self.device, self.parts = device, 1
+        self.batch: Batch | None = None
+        self.kd_weight = settings.resolved_kd_weight(source)
+        centre_biases(student, first_images(source.sample(IMAGES), device))
+        self.folded: GraphModule | None = None
+        self.merged = self.trained = merged(student.network)
+        if settings.intermediate_weight:
+            assert isinstance(teacher, GraphModule)
+            view, self.folded = layer_views(student, teacher)
+            self.trained = merged(view)
+        grids = {
+            id(tensor)
+            for q in quantizers(student)
+            if isinstance(q, (ActivationQuantizer, WeightQuantizer))
+            for tensor in q.parameters()
+        }
+        trainable = [p for p in student.parameters() if p.requires_grad]
+        weights = [p for p in trainable if id(p) not in grids]
+        self.optimizer = torch.optim.SGD(
+            [
+                {"params": weights, "lr": rate_on(device, settings.learning_rate)},
+                {
+                    "params": [p for p in trainable if id(p) in grids],
+                    "lr": rate_on(device, settings.scale_learning_rate),
+                },
+            ],
+            momentum=settings.momentum,
+            nesterov=settings.momentum > 0,
+            fused=device.type == "cuda" or None,
+        )
+        self.replays = Replays(device, self.optimizer)
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        """Do one distillation step by eq. (3) and return its losses."""
+        if self.batch is None:  # else the step is taken again, in smaller parts
+            self.batch = self.source.batch(step, self.merged)
+        batch = self.batch
+        set_learning_rate(self.optimizer, cosine(1.0, step, self.settings.steps))
+        images, labels = batch.images.to(self.device), batch.labels.to(self.device)
+        losses = self.replays.call("learn", self._learn, images, labels, batch.teacher_logits).losses
+        self.batch = None
+        return losses | batch.losses
+
+    def _learn(self, images: Tensor, labels: Tensor, logits: Tensor | None) -> Batch:
+        """Update the student once; the batch goes through in `parts`."""
+        self.student.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        made = [self._add_gradient(part, len(labels)) for part in Batch(images, labels, logits).split(self.parts)]
+        distributed.reduce_gradients(self.student.parameters())
+        self.optimizer.step()
+        constrain(self.student)
+        return joined(made)
+
+    def _add_gradient(self, batch: Batch, whole: int) -> Batch:
+        """Add the gradient of a part of a batch of `whole` images; return it with its losses."""
+        images, labels = batch.images, batch.labels
+        answers, logits, distances = self._answers(images, batch.teacher_logits, len(labels))
+        loss = distillation_loss(
+            answers,
+            logits,
+            labels,
+            kd_weight=self.kd_weight,
+            temperature=self.settings.temperature,
+        )
+        total = loss + self.settings.intermediate_weight * distances["intermediate"] if distances else loss
+        (total * (len(labels) / whole)).backward()
+        agreement = (answers.detach().argmax(1) == logits.argmax(1)).float().mean() * 100
+        terms = {name: term.detach() for name, term in {"kd": loss, **distances}.items()}
+        return Batch(batch.images, batch.labels, None, terms | {"agreement": agreement})
+
+    def halve(self) -> bool:
+        """Let the batch go through what cannot hold it in twice as many parts, where it has as many images."""
+        if self.batch is None:  # it is the source
+            halve = getattr(self.source, "halve", None)
+            return halve is not None and halve()
+        if 2 * self.parts > len(self.batch.labels):
+            return False
+        self.parts *= 2
+        self.replays.forget()
+        return True
+
+    def _answers(self, images: Tensor, known: Tensor | None, count: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the student's logits, the teacher's, and the distance between their layers where that is a loss.
+
+        Args:
+            images: [n, C, H, W] on the device, this process's share of the batch.
+            known: the teacher's logits where the source has computed them; its layers' outputs need another forward.
+            count: images of the whole batch, for which logits are returned.
+        """
+        if self.folded is None:
+            with torch.no_grad():
+                logits = distributed.whole(self.teacher(images), count) if known is None else known
+            return distributed.whole(self.trained(images), count), logits, {}
+        with torch.no_grad():
+            logits, wanted = self.folded(images)
+        answers, found = self.trained(images)
+        distances = {"intermediate": intermediate_loss(found, wanted)}
+        return (
+            distributed.whole(answers, count),
+            distributed.whole(logits, count) if known is None else known,
+            distances,
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return student, momentum and source."""
+        return (
+            under("student", self.student.state_dict())
+            | under("optimizer", flatten_optimizer(self.optimizer))
+            | under("source", self.source.state_dict())
+        )
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` returned."""
+        self.student.load_state_dict(part("student", state))
+        restore_optimizer(self.optimizer, part("optimizer", state))
+        self.replays.forget()
+        self.source.load_state_dict(part("source", state))
+
+
+def distill(student: Student, teacher: nn.Module, source: SampleSource, settings: QAT, run: Run) -> None:
+    """Train the student in place, from the run's checkpoint where there is one.
+
+    Args:
+        student: calibrated, its quantizers on.
+        teacher: gives logits for images [N, C, H, W].
+        source: of the batches.
+        settings: of the distillation.
+        run: device, folder, progress.
+
+    Raises:
+        NumericsError: the loss is not finite.
+    """
+    run.train("distill", Distiller(student, teacher, source, settings, run.device), settings.steps)
+    student.eval()
+    plain_biases(student)

@@ -1,0 +1,139 @@
+"""Pictures and tables of what a run recorded; nothing here runs a network but a generator."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.table import Table
+from torch import Tensor
+
+from zsq.training.loop import replacing
+from zsq.types import Batch, ImageSpec
+
+GRID_ROWS, GRID_COLUMNS = 10, 10
+SMALLEST_TILE, LARGEST_TILE = 48, 112
+"""Pixels a side of a tile: smaller images are enlarged by a whole factor, larger ones averaged over whole blocks."""
+
+SEARCHED = 2000
+"""Images looked through for those of the wanted labels, where a source cannot be asked for a label."""
+
+
+class _Sampler(Protocol):
+    def sample(self, count: int, batch_size: int = 100) -> Iterator[Batch]: ...
+
+
+def grid_labels(classes: int) -> Tensor:
+    """Return the labels of a grid's rows: all of them up to ten, else ten spread evenly."""
+    rows = min(classes, GRID_ROWS)
+    return (torch.arange(rows) * classes) // rows
+
+
+def rows_of_images(
+    source: _Sampler, spec: ImageSpec, labels: Tensor | None = None, columns: int = GRID_COLUMNS
+) -> Tensor:
+    """Return images, uint8 [rows, columns, H, W, C], one row a label; places without an image are black.
+
+    Args:
+        source: of the images; asked for labels where it can be.
+        spec: what the images are.
+        labels: of the rows, int64 [rows], each once; None takes those of `grid_labels`.
+        columns: images a row.
+    """
+    labels = grid_labels(spec.classes) if labels is None else labels
+    ask = getattr(source, "sample_labels", None)
+    if ask is not None:
+        pixels = spec.to_pixels(ask(labels.repeat_interleave(columns)).cpu())
+        return pixels.unflatten(0, (len(labels), columns))
+    grid = torch.zeros(len(labels), columns, spec.height, spec.width, spec.channels, dtype=torch.uint8)
+    filled = [0] * len(labels)
+    row_of = {int(label): row for row, label in enumerate(labels)}
+    for batch in source.sample(SEARCHED):
+        for pixels, label in zip(spec.to_pixels(batch.images.cpu()), batch.labels.tolist(), strict=True):
+            row = row_of.get(label)
+            if row is not None and filled[row] < columns:
+                grid[row, filled[row]] = pixels
+                filled[row] += 1
+        if min(filled) == columns:
+            break
+    return grid
+
+
+def save_grid(source: _Sampler, spec: ImageSpec, path: Path) -> None:
+    """Write a PNG with one row a class; more than ten classes show ten spread evenly."""
+    write_grid(rows_of_images(source, spec).numpy(), path)
+
+
+def write_grid(images: np.ndarray, path: Path) -> None:
+    """Write uint8 [rows, columns, H, W, C] as one PNG; other than 3 channels show the first as grey."""
+    if images.shape[-1] != 3:
+        images = images[..., :1].repeat(3, axis=-1)
+    block = min(-(-max(images.shape[2:4]) // LARGEST_TILE), *images.shape[2:4])
+    if block > 1:
+        rows, columns, height, width = (
+            side // block if axis > 1 else side for axis, side in enumerate(images.shape[:4])
+        )
+        whole = images[:, :, : height * block, : width * block]
+        images = whole.reshape(rows, columns, height, block, width, block, 3).mean((3, 5)).round().astype(np.uint8)
+    factor = max(1, SMALLEST_TILE // min(images.shape[2:4]))
+    images = images.repeat(factor, axis=2).repeat(factor, axis=3)
+    images = np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+    rows, columns, height, width, channels = images.shape
+    canvas = images.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
+    with replacing(path) as temporary:
+        Image.fromarray(canvas).save(temporary, format="PNG")
+
+
+def percent(value: float | None, digits: int = 2) -> str:
+    """Return a percentage for a table; a dash where it was not measured."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def summary_rows(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield name and text of what a user wants to know of a run."""
+    yield "network", f"{record['model']} (weights: {record['weights']}, sha256 {record['weights_sha256'][:12]})"
+    kind = "data-free" if record["data_free"] else "uses real images"
+    scheme = f"{record['quantizer']}, bits {record['bits']}, activation scope {record['activation_scope']}"
+    yield "method", f"{record['method']} ({kind}), {scheme}"
+    if record["num_eval_images"]:
+        low, high = record["evaluation"]["quantized"]["top1_interval"]
+        yield (
+            "float top-1",
+            f"{percent(record['float_top1'])} % of {record['num_eval_images']} images of {record['data']}",
+        )
+        yield (
+            "quantized top-1",
+            f"{percent(record['quantized_top1'])} % (95 % interval {low:.2f} to {high:.2f}), model.onnx",
+        )
+        yield "simulated top-1", f"{percent(record['simulated_top1'])} %"
+        yield "agreement with teacher", f"{percent(record['teacher_agreement'])} %"
+    check = record["verification"]
+    yield (
+        "file against simulation",
+        f"{percent(check['decided_agreement'])} % of {check['num_decided']} clear images, "
+        f"{percent(check['agreement_literal'])} % of all {check['num_images']} "
+        f"({percent(check['agreement_optimized'])} % with the runtime's optimisations)",
+    )
+    if (samples := record["samples"]) is not None:
+        share, seen = samples["teacher_agreement"], f"in which the float network sees {samples['num_classes']} classes"
+        known = "not known" if share is None else f"{share:.1f} %"
+        yield "agreement on samples", f"{known} ({samples['num_images']} samples, {seen})"
+    if record["label_recognition"] is not None:
+        yield "label recognition", f"{percent(record['label_recognition'], 1)} % of the samples' labels"
+    size = record["artifacts"]["model.onnx"]["bytes"]
+    yield "file", f"model.onnx, {size / 1024:.0f} KiB"
+    if set(record["bits"]) & set("234567"):
+        yield "note", "widths below 8 bits are stored one value a byte"
+    yield "time", f"{record['seconds']:.0f} s"
+
+
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
+    """Return a table to print; the first column is text, the others are figures."""
+    result = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        result.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        result.add_row(*row)
+    return result

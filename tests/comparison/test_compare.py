@@ -1,0 +1,593 @@
+"""Comparisons: cells, lines, shared fits, resume, tables and claims; most with a stand-in for what follows the fit."""
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from zsq.cli import main
+from zsq.comparison import cell as cells_module
+from zsq.comparison.analysis import Outcomes
+from zsq.comparison.compare import Comparison, check, compare, list_cells, read_lines
+from zsq.comparison.recipe import cells, read_recipe
+from zsq.comparison.submit import last_words, share_out, visible_gpus
+from zsq.errors import ExportError, InputError
+from zsq.methods import METHODS
+from zsq.models.teacher import Teacher, load_teacher
+from zsq.runs.folder import FittedRun
+from zsq.runs.pipeline import Job, Result
+from zsq.runs.quantize import quantize
+
+RECIPE = """
+title = "Small grid"
+seeds = [0, 1]
+[[teachers]]
+model = "digits"
+data = "digits"
+real = "digits:train"
+[[methods]]
+name = "zscgan"
+title = "ZS-CGAN"
+steps = 4
+batch_size = 8
+width = 8
+[[methods]]
+name = "noise"
+[[methods]]
+name = "real"
+[[quantizers]]
+name = "ptq"
+bits = ["8", "4"]
+num_samples = 32
+[[quantizers]]
+name = "qat"
+bits = ["4"]
+num_samples = 32
+steps = 2
+[[claims]]
+label = "DF-QAT above DF-PTQ"
+above = "zscgan/qat"
+below = "zscgan/ptq"
+[[claims]]
+label = "DF above noise"
+above = "zscgan/ptq"
+below = "noise/ptq"
+[[claims]]
+label = "noise not worse than real by more than 60"
+above = "noise/qat"
+below = "real/qat"
+margin = 60
+"""
+
+RIGHT = {  # images recognised, of 400, by method, quantizer and seed
+    ("zscgan", "ptq", 0): 320,
+    ("zscgan", "ptq", 1): 340,
+    ("zscgan", "qat", 0): 380,
+    ("zscgan", "qat", 1): 380,
+    ("noise", "ptq", 0): 200,
+    ("noise", "ptq", 1): 200,
+    ("noise", "qat", 0): 380,
+    ("noise", "qat", 1): 380,
+    ("real", "ptq", 0): 360,
+    ("real", "ptq", 1): 360,
+    ("real", "qat", 0): 380,
+    ("real", "qat", 1): 380,
+}
+
+
+class Ran:
+    """What was really done: fits by method, and cells."""
+
+    def __init__(self) -> None:
+        self.fits: list[str] = []
+        self.cells: list[str] = []
+        self.first_weights: list[float] = []
+        self.stop_before: str | None = None
+        self.fail: str | None = None
+
+
+@pytest.fixture(scope="module")
+def digits() -> Teacher:
+    return load_teacher("digits")
+
+
+@pytest.fixture
+def ran(monkeypatch, digits) -> Ran:
+    """Replace what follows the fit by a record with known figures."""
+    seen = Ran()
+    monkeypatch.setattr(
+        "zsq.comparison.recipe.load_teacher",
+        lambda model, **rest: digits if model == "digits" else load_teacher(model, **rest),
+    )
+    honest = Job.fit
+
+    def fit(self, settings):
+        if self.reused is None:
+            seen.fits.append(f"{settings.method.name}/{self.run.seed}")
+        return honest(self, settings)
+
+    def finish(self, settings, surrogate, recognition, fit_seconds, begin):
+        method, quantizer, seed = settings.method.name, settings.quantizer, self.run.seed
+        name = f"{method}/{quantizer.name}-{quantizer.bits}/{seed}"
+        if name == seen.stop_before:
+            raise KeyboardInterrupt
+        if name == seen.fail:
+            raise ExportError("the file disagrees\nwith the simulation")
+        seen.cells.append(name)
+        if method == "zscgan":
+            weight = next(iter(surrogate.source.state_dict().values()))
+            seen.first_weights.append(float(weight.flatten()[0]))
+            surrogate.source.batch(0, None)  # as distillation does: the generator goes on learning
+        right = RIGHT[method, quantizer.name, seed]
+        labels = np.zeros(400, np.int32)
+        np.savez(self.folder / "predictions.npz", predictions=(np.arange(400) >= right).astype(np.int32), labels=labels)
+        top1 = right / 4
+        record = dict.fromkeys(cells_module.KEPT, 0) | {
+            "weights_sha256": self.teacher.weights_sha256,
+            "data_free": method != "real",
+            "float_top1": 98.5,
+            "quantized_top1": top1,
+            "label_recognition": recognition,
+            "num_eval_images": 400,
+            "num_calibration_images": 32,
+            "seconds": 2.0 + seed,
+            "evaluation": {"quantized": {"top1_interval": [top1 - 1, top1 + 1]}},
+            "artifacts": {"model.onnx": {"bytes": 2048}},
+        }
+        return Result(record, self.folder)
+
+    monkeypatch.setattr(Job, "fit", fit)
+    monkeypatch.setattr(Job, "finish", finish)
+    return seen
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    path = tmp_path / "grid.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+def lines_of(folder: Path) -> list[dict]:
+    return [json.loads(text) for text in (folder / "cells.jsonl").read_text().splitlines()]
+
+
+def test_every_cell_has_a_line_and_every_fit_is_made_once(ran, recipe, tmp_path):
+    done = compare(recipe, out=tmp_path / "out")
+    lines = lines_of(tmp_path / "out")
+    assert len(lines) == len(done.lines) == len(ran.cells) == 18
+    assert [line["cell"] for line in lines[:3]] == [
+        "digits/zscgan/ptq-8/seed0",
+        "digits/zscgan/ptq-4/seed0",
+        "digits/zscgan/qat-4/seed0",
+    ]
+    assert {line["status"] for line in lines} == {"finished"}
+    assert lines[0].keys() >= {"seconds", "fit_seconds", "num_calibration_images", "quantized_top1", "digest"}
+    assert sorted(ran.fits) == sorted(f"{name}/{seed}" for name in ("zscgan", "noise", "real") for seed in (0, 1))
+
+
+def test_every_cell_starts_from_the_fitted_generator(ran, recipe, tmp_path):
+    compare(recipe, out=tmp_path / "out", only="*/zscgan/*/seed0")
+    assert len(ran.first_weights) == 3
+    assert len(set(ran.first_weights)) == 1
+    settings = (tmp_path / "out" / "fits" / "digits" / "zscgan" / "seed0" / "settings.toml").read_text()
+    assert 'name = "qat"' in settings  # whose two steps the schedule spans, also for ptq
+    assert (tmp_path / "out" / "fits" / "digits" / "zscgan" / "seed0" / "samples.png").exists()
+
+
+def test_a_fit_serves_other_runs_by_from(ran, recipe, tmp_path):
+    compare(recipe, out=tmp_path / "out", only="*/zscgan/ptq-8/seed1")
+    found = FittedRun.open(tmp_path / "out" / "fits" / "digits" / "zscgan" / "seed1", load_teacher("digits"))
+    assert found.method.steps == 4
+
+
+def test_a_stopped_comparison_continues_with_the_missing_cells(ran, recipe, tmp_path):
+    ran.stop_before = "zscgan/qat-4/0"
+    with pytest.raises(KeyboardInterrupt):
+        compare(recipe, out=tmp_path / "out")
+    assert [line["cell"] for line in lines_of(tmp_path / "out")] == [
+        "digits/zscgan/ptq-8/seed0",
+        "digits/zscgan/ptq-4/seed0",
+    ]
+    assert "16 of 18 cells have not been run" in (tmp_path / "out" / "table.md").read_text()
+    with open(tmp_path / "out" / "cells.jsonl", "a") as file:
+        file.write('{"cell": "digits/zscgan/qat-4/seed0", "sta')  # a kill in the middle of a line
+    ran.stop_before = None
+    ran.cells.clear()
+    done = compare(recipe, out=tmp_path / "out", resume=True)
+    assert len(ran.cells) == 16
+    assert len(done.lines) == 18
+    assert ran.fits.count("zscgan/0") == 1
+    assert len(read_lines(tmp_path / "out")) == 18
+    ran.cells.clear()
+    compare(recipe, out=tmp_path / "out", resume=True)
+    assert ran.cells == []
+
+
+def test_cells_are_run_again_only_where_the_recipe_changed_them(ran, recipe, tmp_path):
+    compare(recipe, out=tmp_path / "out")
+    ran.cells.clear()
+    recipe.write_text(
+        RECIPE.replace('title = "ZS-CGAN"', 'title = "ours"').replace('bits = ["8", "4"]', 'bits = ["4"]')
+    )
+    assert len(compare(recipe, out=tmp_path / "out", resume=True).lines) == 12
+    assert ran.cells == []
+    recipe.write_text(RECIPE.replace("num_samples = 32\nsteps = 2", "num_samples = 31\nsteps = 2"))
+    compare(recipe, out=tmp_path / "out", resume=True)
+    assert sorted(ran.cells) == sorted(f"{m}/qat-4/{s}" for m in ("zscgan", "noise", "real") for s in (0, 1))
+    ran.cells.clear()
+    recipe.write_text(RECIPE.replace("steps = 4", "steps = 3"))
+    compare(recipe, out=tmp_path / "out", resume=True, only="*/seed0")
+    assert sorted(ran.cells) == [
+        *("noise/qat-4/0", "real/qat-4/0"),  # of which the latest line has 31 images
+        *("zscgan/ptq-4/0", "zscgan/ptq-8/0", "zscgan/qat-4/0"),
+    ]
+
+
+def test_a_folder_that_holds_another_comparison(ran, recipe, tmp_path):
+    compare(recipe, out=tmp_path / "out", only="*/noise/ptq-8/seed0")
+    before = (tmp_path / "out" / "cells.jsonl").read_bytes()
+    with pytest.raises(InputError, match="holds another comparison; --resume continues it, --overwrite discards it"):
+        compare(recipe, out=tmp_path / "out")
+    with pytest.raises(InputError, match="give one of them"):
+        compare(recipe, out=tmp_path / "out", resume=True, overwrite=True)
+    with pytest.raises(InputError, match="--out takes a folder"):
+        compare(recipe, out=recipe)
+    recipe.write_text(RECIPE.replace('real = "digits:train"', 'real = "nowhere"'))
+    with pytest.raises(InputError, match="no such data set: 'nowhere'"):
+        compare(recipe, out=tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "cells.jsonl").read_bytes() == before  # finished cells are kept
+    recipe.write_text(RECIPE)
+    compare(recipe, out=tmp_path / "out", overwrite=True, only="*/noise/ptq-4/seed0")
+    assert list(read_lines(tmp_path / "out")) == ["digits/noise/ptq-4/seed0"]
+
+
+def test_real_images_of_other_classes_are_found_before_the_first_cell(ran, recipe, tmp_path):
+    np.savez(tmp_path / "other.npz", images=np.zeros((2, 8, 8, 1), np.uint8), labels=np.array([3, 10]))
+    recipe.write_text(RECIPE.replace("digits:train", "other.npz"))
+    with pytest.raises(InputError, match=r"label 10 of image 1 is outside 0\.\.9"):
+        compare(recipe, out=tmp_path / "out", data_root=tmp_path)
+    assert ran.cells == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_of_weights_are_checked_before_the_first_cell(ran, recipe, tmp_path):
+    recipe.write_text(RECIPE.replace("steps = 2\n", "steps = 2\nweight_bits = {nope = 4}\n"))
+    with pytest.raises(InputError, match="Unknown weight 'nope'"):
+        compare(recipe, out=tmp_path / "out")
+    assert ran.cells == []
+
+
+def test_only_picks_cells_by_name(ran, recipe, tmp_path):
+    assert len(list_cells(read_recipe(recipe), "digits/*/qat-4/*")) == 6
+    compare(recipe, out=tmp_path / "out", only="digits/*/qat-4/seed1")
+    assert sorted(ran.cells) == ["noise/qat-4/1", "real/qat-4/1", "zscgan/qat-4/1"]
+    with pytest.raises(InputError, match=r"--only 'x\*' matches none of 18 cells, which have names such as digits/"):
+        compare(recipe, out=tmp_path / "out", only="x*", resume=True)
+
+
+def test_a_pair_that_does_not_work_is_skipped_with_its_reason(ran, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(METHODS["noise"], "quantizers", ("ptq",))
+    done = compare(recipe, out=tmp_path / "out", only="*/noise/*/seed0")
+    line = done.lines["digits/noise/qat-4/seed0"]
+    assert (line["status"], "it works with: ptq" in line["reason"]) == ("skipped", True)
+    assert ran.cells == ["noise/ptq-8/0", "noise/ptq-4/0"]
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert f"- `digits/noise/qat-4/seed0`: {line['reason']}" in text
+    assert "noise DF-QAT" not in text
+
+
+PLAIN = """
+from torch import nn
+
+def plain():
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
+"""
+
+
+def test_a_method_that_needs_what_the_teacher_lacks_is_skipped_and_the_rest_goes_on(ran, recipe, tmp_path):
+    (tmp_path / "plain.py").write_text(PLAIN)
+    teacher = 'model = "plain.py:plain"\ninput = [1, 8, 8]\nclasses = 10\n'
+    recipe.write_text(RECIPE.replace('model = "digits"\n', teacher))
+    done = compare(recipe, out=tmp_path / "out", only="*/ptq-8/seed0", data_root=tmp_path)
+    assert {name: line["status"] for name, line in done.lines.items()} == {
+        "plain/zscgan/ptq-8/seed0": "skipped",
+        "plain/noise/ptq-8/seed0": "finished",
+        "plain/real/ptq-8/seed0": "finished",
+    }
+    assert "has no batch norm" in done.lines["plain/zscgan/ptq-8/seed0"]["reason"]
+
+
+def test_a_cell_that_fails_is_skipped_and_tried_again_on_resume(ran, recipe, tmp_path):
+    ran.fail = "noise/ptq-4/0"
+    done = compare(recipe, out=tmp_path / "out", only="*/noise/ptq-*/seed0")
+    assert done.lines["digits/noise/ptq-4/seed0"]["reason"] == "the file disagrees with the simulation"
+    assert ran.cells == ["noise/ptq-8/0"]
+    ran.fail = None
+    done = compare(recipe, out=tmp_path / "out", only="*/noise/ptq-*/seed0", resume=True)
+    assert ran.cells == ["noise/ptq-8/0", "noise/ptq-4/0"]
+    assert {line["status"] for line in done.lines.values()} == {"finished"}
+
+
+def test_a_cell_without_room_in_memory_is_skipped_and_the_rest_goes_on(ran, recipe, tmp_path, monkeypatch):
+    finish = Job.finish
+
+    def full(self, settings, *rest):
+        if settings.method.name == "noise":
+            raise torch.OutOfMemoryError("CUDA out of memory.\nMore of it")
+        return finish(self, settings, *rest)
+
+    monkeypatch.setattr(Job, "finish", full)
+    done = compare(recipe, out=tmp_path / "out", only="*/ptq-8/seed0")
+    assert "too little memory" in done.lines["digits/noise/ptq-8/seed0"]["reason"]
+    assert ran.cells == ["zscgan/ptq-8/0", "real/ptq-8/0"]
+
+
+# Tables
+
+
+@pytest.fixture
+def outcomes(ran, recipe, tmp_path) -> Outcomes:
+    return compare(recipe, out=tmp_path / "out").outcomes
+
+
+def test_the_table_in_columns(outcomes, tmp_path):
+    table = outcomes.table()
+    heads = ["ZS-CGAN DF-PTQ", "ZS-CGAN DF-QAT", "noise DF-PTQ", "noise DF-QAT", "real DD-PTQ", "real DD-QAT"]
+    assert list(table.header) == ["network", "bits", "float", *heads]
+    eight, four = table.rows
+    # seeds 80 and 85 %: mean 82.5, deviation 5 / sqrt 2 = 3.54 (2.50 with n in the denominator)
+    assert [entry.text for entry in four] == [
+        *("digits", "INT4", "98.50", "82.50 ± 3.54", "95.00 ± 0.00"),
+        *("50.00 ± 0.00", "95.00 ± 0.00", "90.00 ± 0.00", "95.00 ± 0.00"),
+    ]
+    bold = [head for head, entry in zip(heads, four[3:], strict=True) if entry.bold]
+    assert bold == ["ZS-CGAN DF-QAT", "noise DF-QAT"]  # as good in print; real images are not data-free
+    assert [entry.bold for entry in eight[3:]] == [True, False, False, False, False, False]
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "| digits | INT4 | 98.50 | 82.50 ± 3.54 | **95.00 ± 0.00** |" in text
+    assert "\\textbf{95.00 $\\pm$ 0.00}" in (tmp_path / "out" / "table.tex").read_text()
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "out" / "table.csv").read_text())))
+    assert rows[0]["ZS-CGAN DF-QAT"] == ""
+    assert rows[1]["ZS-CGAN DF-PTQ"] == "82.50 ± 3.54"
+
+
+def test_the_table_in_rows(ran, recipe, tmp_path):
+    recipe.write_text('layout = "rows"\n' + RECIPE.replace("seeds = [0, 1]", "seeds = [1]"))
+    table = compare(recipe, out=tmp_path / "out").outcomes.table()
+    assert list(table.header) == ["data", "weights", "activations", "digits"]
+    rows = [[entry.text for entry in row] for row in table.rows]
+    assert rows[0] == ["pretrained", "FL32", "FL32", "98.50"]
+    assert ["ZS-CGAN DF-PTQ", "INT4", "INT4", "85.00"] in rows
+    assert len(rows) == 1 + 2 * 6
+
+
+def test_claims_by_paired_intervals(outcomes):
+    found = {(v.claim.label, v.bits): v for v in outcomes.verdicts()}
+    assert set(found) == {
+        ("DF-QAT above DF-PTQ", "4"),
+        ("DF above noise", "8"),
+        ("DF above noise", "4"),
+        ("noise not worse than real by more than 60", "4"),
+    }
+    first = found["DF-QAT above DF-PTQ", "4"]
+    # of 400 images: 320 right always, 20 with one seed more, 40 with both: d = 0, 1/2, 1 and 20 never
+    d = np.array([0.0] * 320 + [0.5] * 20 + [1.0] * 40 + [0.0] * 20)
+    reach = 1.959964 * 100 * d.std(ddof=1) / 20
+    assert first.difference.mean == pytest.approx(12.5)
+    assert first.difference.high - 12.5 == pytest.approx(reach, rel=1e-5)
+    assert (first.word, first.num_seeds) == ("holds", 2)
+    last = found["noise not worse than real by more than 60", "4"]
+    assert (last.difference.mean, last.difference.low, last.word) == (0, 0, "holds")
+
+
+def test_a_claim_without_doubt_either_way_is_open_and_the_opposite_is_contradicted(ran, recipe, tmp_path):
+    text = RECIPE.partition("[[claims]]")[0]
+    text += '[[claims]]\nabove = "noise/qat"\nbelow = "real/qat"\n[[claims]]\nabove = "noise/ptq"\nbelow = "real/ptq"\n'
+    recipe.write_text(text)
+    done = compare(recipe, out=tmp_path / "out")
+    assert [(v.bits, v.word) for v in done.outcomes.verdicts()] == [
+        ("4", "open"),
+        ("8", "contradicted"),
+        ("4", "contradicted"),
+    ]
+    claims = done.as_dict()["claims"]
+    assert claims[1]["difference"] == pytest.approx(-40)
+    assert claims[1]["interval"][0] < -40 < claims[1]["interval"][1] < 0
+    assert "| noise/ptq above real/ptq | digits | INT8 |" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_the_share_of_the_gap_is_shown_only_where_there_is_a_gap(outcomes):
+    table = outcomes.gaps()
+    assert list(table.header) == ["network", "quantizer", "bits", "real minus noise (95 %)", "ZS-CGAN"]
+    rows = {(row[1].text, row[2].text): [entry.text for entry in row[3:]] for row in table.rows}
+    assert rows["ptq", "INT4"][1] == "81 %"  # (82.5 - 50) / (90 - 50)
+    assert rows["qat", "INT4"] == ["+0.00 (+0.00 to +0.00)", "no gap"]
+
+
+def test_costs_stand_beside_accuracy(outcomes, tmp_path):
+    rows = {row[0].text: [entry.text for entry in row] for row in outcomes.costs().rows}
+    assert rows["digits/zscgan/ptq-4"][3:5] == ["2.5", "32"]
+    assert rows["digits/zscgan/ptq-4"][6] == "2"
+    figures = list(csv.DictReader(io.StringIO((tmp_path / "out" / "figures.csv").read_text())))
+    assert len(figures) == 9
+    assert figures[1]["top1_mean"] == "82.5000"
+    assert figures[1]["cell_seconds"] == "2.50"
+    assert float(figures[1]["fit_seconds"]) > 0
+    assert figures[1]["calibration_images"] == "32"
+
+
+def test_figures_show_samples_with_the_names_of_their_classes(ran, recipe, tmp_path):
+    text = RECIPE.partition("[[quantizers]]")[0].replace("seeds = [0, 1]", "") + "[figure]\nshow = [3, 7]\nrows = 2\n"
+    recipe.write_text(text)
+    done = compare(recipe, out=tmp_path / "out")
+    assert [line["figure"] for line in done.lines.values()] == [
+        f"figures/digits-{name}-seed0.png" for name in ("zscgan", "noise", "real")
+    ]
+    for line in done.lines.values():
+        with Image.open(tmp_path / "out" / line["figure"]) as picture:
+            assert picture.size == (2 * 116 + 4, 20 + 2 * 116 + 4)
+    assert ran.cells == []
+    assert "![digits/zscgan/figure/seed0](figures/digits-zscgan-seed0.png)" in (tmp_path / "out/table.md").read_text()
+    assert not (tmp_path / "out" / "table.csv").exists()
+
+
+# The command line
+
+
+def zsq(*arguments: object) -> None:
+    main.main([str(argument) for argument in arguments])
+
+
+def test_a_dry_run_lists_the_cells_and_writes_nothing(recipe, tmp_path, capsys):
+    zsq("compare", recipe, "--out", tmp_path / "out", "--dry-run", "--only", "*/qat-4/seed1")
+    assert capsys.readouterr().out.splitlines() == [
+        f"digits/{name}/qat-4/seed1" for name in ("zscgan", "noise", "real")
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+def test_progress_goes_to_stderr_and_json_to_stdout(ran, recipe, tmp_path, capsys):
+    zsq("compare", recipe, "--out", tmp_path / "out", "--only", "*/noise/ptq-*/seed0", "--json")
+    out, err = capsys.readouterr()
+    record = json.loads(out)
+    assert [line["cell"] for line in record["cells"]] == ["digits/noise/ptq-8/seed0", "digits/noise/ptq-4/seed0"]
+    assert "== cell 1 of 2: digits/noise/ptq-8/seed0\n" in err
+    assert re.search(r"== cell 2 of 2: digits/noise/ptq-4/seed0, about \d+ s left\n", err)
+
+
+def test_a_mistake_in_a_recipe_is_one_line(recipe, tmp_path, capsys):
+    recipe.write_text(RECIPE.replace("[[quantizers]]", "[[quantisers]]"))
+    with pytest.raises(SystemExit):
+        zsq("compare", recipe, "--out", tmp_path / "out")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "grid.toml: Unknown recipe key 'quantisers'. Did you mean 'quantizers'?" in err
+
+
+# The real thing
+
+
+@pytest.mark.slow
+def test_a_small_grid_of_verified_files(recipe, tmp_path):
+    recipe.write_text(RECIPE.replace('bits = ["8", "4"]', 'bits = ["4"]').replace("seeds = [0, 1]", "seeds = [0]"))
+    done: Comparison = compare(recipe, out=tmp_path / "out", only="*/[zn]*")
+    assert {line["status"] for line in done.lines.values()} == {"finished"}
+    folder = tmp_path / "out" / "cells" / "digits" / "zscgan" / "qat-4" / "seed0"
+    assert {path.name for path in folder.iterdir()} == {
+        *("model.onnx", "predictions.npz", "result.json", "settings.toml", "metrics.jsonl")
+    }
+    line = done.lines["digits/zscgan/qat-4/seed0"]
+    record = json.loads((folder / "result.json").read_text())
+    assert record["artifacts"].keys() == {"model.onnx"}
+    assert record["verification"]["num_images"] == 500 + 899
+    assert line["quantized_top1"] == record["quantized_top1"]
+    with np.load(folder / "predictions.npz") as arrays:
+        hits = arrays["predictions"] == arrays["labels"]
+    assert 100 * hits.mean() == pytest.approx(line["quantized_top1"])
+    assert line["float_top1"] > 95
+    fitted = tmp_path / "out" / "fits" / "digits" / "zscgan" / "seed0"
+    alone = quantize(
+        load_teacher("digits"),
+        out=tmp_path / "alone",
+        from_run=fitted,
+        settings=("quantizer.num_samples=32",),
+        bits=4,
+        data="digits",
+    )
+    same = done.lines["digits/zscgan/ptq-4/seed0"]
+    assert alone.record["quantized_top1"] == same["quantized_top1"]
+    assert alone.record["teacher_agreement"] == same["teacher_agreement"]
+
+
+def test_rows_without_a_finished_cell_are_left_out(ran, recipe, tmp_path):
+    compare(recipe, out=tmp_path / "out", only="*/ptq-8/*")
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "out" / "table.csv").read_text())))
+    assert [row["bits"] for row in rows] == ["INT8"]
+
+
+def test_jobs_divide_the_cells_and_keep_fits_together(recipe: Path, tmp_path: Path) -> None:
+    grid = cells(read_recipe(recipe))
+    shares = share_out(grid, 2)
+    assert sorted(cell.name for share in shares for cell in share) == sorted(cell.name for cell in grid)
+    fits = [{cell.fit_name for cell in share} for share in shares]
+    assert not fits[0] & fits[1]
+    assert abs(len(shares[0]) - len(shares[1])) <= 3  # a fit's cells
+    assert len(share_out(grid, 100)) == len({cell.fit_name for cell in grid})
+
+
+@pytest.mark.slow
+def test_two_jobs_run_the_cells_of_a_comparison(recipe: Path, tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    said: list[str] = []
+    done = compare(recipe, out=tmp_path / "out", only="*/ptq-8/seed0", jobs=2, say=said.append)
+    assert {line["cell"] for line in done.lines.values()} == {
+        f"digits/{method}/ptq-8/seed0" for method in ("zscgan", "noise", "real")
+    }
+    assert all(line["status"] == "finished" for line in done.lines.values())
+    assert any("3 cells in 2 jobs on local" in text for text in said)
+    assert "98." in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_without_the_engine_the_cells_run_in_order(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zsq.comparison.compare.available", lambda: False)
+    said: list[str] = []
+    compare(recipe, out=tmp_path / "out", only="*/noise/ptq-8/seed0", jobs=3, say=said.append)
+    assert said[0] == "submitit is not installed (pip install 'zsq[cluster]'): the cells run in order"
+    assert len(read_lines(tmp_path / "out")) == 1
+
+
+def test_wrong_jobs_are_refused(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--jobs is 0; it must be at least 1"):
+        compare(recipe, out=tmp_path / "out", jobs=0)
+    pytest.importorskip("submitit")
+    with pytest.raises(InputError, match="--job-set"):
+        compare(recipe, out=tmp_path / "out", jobs=2, job_options={"colour": 3}, only="*/noise/*")
+
+
+def test_a_cell_that_failed_is_told_by_the_exit_code(ran, recipe, tmp_path, capsys):
+    ran.fail = "noise/ptq-4/0"
+    arguments = ["compare", str(recipe), "--only", "*/noise/ptq-4/*", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as ended:
+        main.main(arguments)
+    out, err = capsys.readouterr()
+    assert ended.value.code == 1
+    assert "Small grid" in out
+    assert err.splitlines()[-1] == (
+        "Error: 1 of 2 cells failed, such as digits/noise/ptq-4/seed0: the file disagrees with the "
+        "simulation. --resume tries them again."
+    )
+    ran.fail = None
+    main.main([*arguments, "--resume"])
+
+
+def test_a_dry_run_checks_networks_and_data(recipe, tmp_path):
+    recipe.write_text(recipe.read_text().replace('data = "digits"', 'data = "gone.npz"'))
+    with pytest.raises(InputError, match=r"no such data set: 'gone.npz'"):
+        check(recipe)
+
+
+def test_a_failed_job_is_told_by_its_fault_or_its_log() -> None:
+    from_job = "Job (task=0) failed during processing with trace:\n----\nTraceback\nzsq.errors.ZsqError: no room\n"
+    assert last_words(from_job, "srun: error: task 0: Exited with exit code 1\n") == "zsq.errors.ZsqError: no room"
+    silent = "Job 3 has not produced any output (state: FAILED)\nCheck: - jobs/3_0_log.out"
+    assert last_words(silent, "Killed\nsrun: error: vm: task 0: Killed\n") == "Killed"
+    assert last_words(silent, None) == "Check: - jobs/3_0_log.out"
+    assert last_words("", None) == ""
+
+
+def test_jobs_on_this_machine_see_one_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-5")
+    assert visible_gpus() == ["3", "GPU-5"]

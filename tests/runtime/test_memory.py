@@ -1,0 +1,81 @@
+import ctypes
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from zsq.runtime import memory
+from zsq.runtime.memory import kept_memory
+
+GLIBC = pytest.mark.skipif(not sys.platform.startswith("linux") or memory._glibc() is None, reason="no glibc here")
+PAGE = os.sysconf("SC_PAGE_SIZE")
+BYTES = 8 * 2**20
+
+
+def work() -> None:
+    """Allocate 64 MiB in blocks that lie in the heap, write them, and free them."""
+    blocks = [torch.ones(BYTES // 4) for _ in range(8)]
+    del blocks
+
+
+CHILD = """
+from test_memory import new_pages
+from zsq.runtime.memory import kept_memory
+with kept_memory():
+    inside = [new_pages() for _ in range(4)]
+print(inside[-1], new_pages())
+"""
+
+
+def new_pages() -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    work()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@GLIBC
+def test_what_is_freed_is_used_again_within_the_block() -> None:
+    """In a process of its own, whose heap has no gaps of other tests."""
+    run = subprocess.run(
+        [sys.executable, "-c", CHILD], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+    )
+    inside, after = map(int, run.stdout.split())
+    assert inside < 8 * BYTES / PAGE / 10
+    assert after > 8 * BYTES / PAGE / 2  # given back after it
+
+
+@GLIBC
+@pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"])
+def test_what_the_environment_says_stays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "1")
+    assert memory._glibc() is None
+    with kept_memory():
+        work()
+
+
+@GLIBC
+def test_the_usual_threshold_is_back_after_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    class Library:
+        mallopt = staticmethod(lambda parameter, value: asked.append((parameter, value)))
+        malloc_trim = staticmethod(lambda left: asked.append((0, left)))
+
+    monkeypatch.setattr(memory, "_glibc", Library)
+    with pytest.raises(ValueError, match="fault"), kept_memory():
+        raise ValueError("fault")
+    assert asked[-2:] == [(memory.TRIM_THRESHOLD, memory.GLIBC_KEEPS), (0, 0)]
+
+
+def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    assert memory._glibc() is None
+    with kept_memory():
+        work()
