@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 import zsq
-from zsq.reports.pictures import percent
+from zsq.reports.text_tables import percent
 from zsq.runs.console import say_line
-from zsq.runs.folder import read_record
+from zsq.runs.record import Record
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -128,27 +128,28 @@ class Bench:
 
     def report(self, folder: Path, key: str) -> None:
         """Add a row to the table and a line to the results."""
-        record = read_record(folder)
+        record = Record.read(folder)
         bar = self.network.bars.get(key)
-        top1 = record["quantized_top1"]
-        low, high = record["evaluation"]["quantized"]["top1_interval"]
+        top1 = record.quantized_top1
+        assert top1 is not None
+        low, high = record.evaluation["quantized"].top1_interval
         verdict = "" if bar is None else f"{bar:.2f} {'reached' if top1 >= bar else 'MISSED'}"
         self.rows.append(
             [
-                f"INT{record['bits']} {record['quantizer'].upper()}, {record['activation_scope']}",
-                record["method"],
-                record["range_rule"],
+                f"INT{record.bits} {record.quantizer.upper()}, {record.activation_scope}",
+                record.method,
+                record.range_rule,
                 f"{top1:.2f} ({low:.1f} to {high:.1f})",
-                f"{record['simulated_top1']:.2f}",
-                f"{record['verification']['decided_agreement']:.2f}",
-                percent(record["label_recognition"], 0),
-                f"{record['seconds']:.0f}",
+                f"{record.simulated_top1:.2f}",
+                f"{record.verification.decided_agreement:.2f}",
+                percent(record.label_recognition, 0),
+                f"{record.seconds:.0f}",
                 verdict,
             ]
         )
         line: dict[str, Any] = {"date": datetime.now(UTC).date().isoformat(), "network": self.name, "bar": bar}
         line |= {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-        line |= {key: value for key, value in record.items() if key not in ("evaluation", "model", "data")}
+        line |= {key: value for key, value in record.as_dict().items() if key not in ("evaluation", "model", "data")}
         line["settings"]["method"].pop("data", None)
         results = Path(__file__).parent / "results" / "accuracy.jsonl"
         with open(results, "a") as file:
@@ -165,8 +166,8 @@ class Bench:
                 for rule in ("auto", "minmax"):
                     if rule == "auto" or bits != "8":
                         self.cell("ptq", bits, "all", method, rule=rule)
-        record = read_record(self.main_folder())
-        print(f"\n{self.name}: float {record['float_top1']:.2f} on {record['num_eval_images']} images\n")
+        record = Record.read(self.main_folder())
+        print(f"\n{self.name}: float {record.float_top1:.2f} on {record.num_eval_images} images\n")
         head = ["cell", "images", "range rule", "top-1 (95 %)", "simulated", "clear %", "labels %", "s", "bar"]
         for row in [head, ["---"] * len(head), *self.rows]:
             print("| " + " | ".join(row) + " |")

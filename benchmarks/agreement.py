@@ -18,8 +18,8 @@ from zsq import PTQ, load_teacher
 from zsq.data.datasets import open_dataset
 from zsq.evaluation.accuracy import Predict, evaluate_many
 from zsq.quantization.ptq import quantize_ptq
-from zsq.runs.folder import FittedRun
-from zsq.runs.pipeline import AGREEMENT_IMAGES, FreshSamples
+from zsq.runs.fitted import FittedRun
+from zsq.runs.stages import AGREEMENT_IMAGES, FreshSamples
 from zsq.training.loop import Run
 
 WIDTHS = ("8", "6", "5", "4", "3", "2")

@@ -37,7 +37,7 @@ from timing import hardware, interleaved, ratio
 
 from zsq.errors import MissingExtraError
 from zsq.models.teacher import Teacher, teacher_from_module
-from zsq.runs.folder import pick_device
+from zsq.runtime.device import pick_device
 
 sys.path.insert(0, str(EXAMPLES))
 from cifar10 import SPEC, CifarResNet

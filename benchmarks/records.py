@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from zsq.runs.folder import versions
+from zsq.runtime.versions import versions
 
 RESULTS = Path(__file__).parent / "results"
 

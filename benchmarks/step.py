@@ -38,7 +38,7 @@ from timing import hardware, interleaved, milliseconds, ratio, recorded, wait
 from torch.utils.flop_counter import FlopCounterMode
 
 from zsq.models.teacher import Teacher
-from zsq.runs.folder import pick_device
+from zsq.runtime.device import pick_device
 from zsq.types import Batch
 
 BARS = {"zscgan": 1.10, "distillation": 1.15, "student moving-average": 1.5, "student learnable": 1.8}

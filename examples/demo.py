@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 import zsq
-from zsq.reports.pictures import percent, table
+from zsq.reports.text_tables import percent, table
 from zsq.runs.console import say_line
 
 FIT_STEPS, DISTILL_STEPS = 2000, 400
@@ -69,10 +69,10 @@ def main() -> None:
             rows.append(
                 [
                     f"INT{bits} {'DF-PTQ' if quantizer == 'ptq' else 'DF-QAT'}",
-                    f"{ours['float_top1']:.2f}",
-                    *(percent(found.get(m, {}).get("quantized_top1")) for m in ("zscgan", "noise", "real")),
-                    f"{ours['artifacts']['model.onnx']['bytes'] / 1024:.0f}",
-                    f"{ours['seconds']:.0f}",
+                    f"{ours.float_top1:.2f}",
+                    *(percent(found[m].quantized_top1 if m in found else None) for m in ("zscgan", "noise", "real")),
+                    f"{ours.artifacts['model.onnx'].bytes / 1024:.0f}",
+                    f"{ours.seconds:.0f}",
                 ]
             )
     columns = ("digits, 899 test images", "float", "zscgan", "noise", "real", "KiB", "s")

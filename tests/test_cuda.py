@@ -71,8 +71,8 @@ def test_every_method_gives_a_file_on_a_gpu(name: str, quantizer: str, tmp_path:
         settings=settings,
         quiet=True,
     )
-    assert result.record["runtime_agreement"] > 99
-    assert result.record["quantized_top1"] > 60
+    assert result.record.runtime_agreement > 99
+    assert result.record.quantized_top1 > 60
 
 
 def source_of(teacher: Teacher, method: object, *, replayed: bool) -> GeneratorSource:
@@ -421,7 +421,7 @@ def test_a_stopped_run_continues_on_a_gpu(quantizer: str, tmp_path: Path) -> Non
     with pytest.raises(StoppedError):
         run(observer=StopAt10())
     assert (tmp_path / "run" / "checkpoints" / "fit.safetensors").exists()
-    assert run(resume=True, quiet=True).record["runtime_agreement"] > 99
+    assert run(resume=True, quiet=True).record.runtime_agreement > 99
 
 
 def test_the_command_line_takes_the_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,7 +60,7 @@ def test_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (code,) = blocks(README, "python")
     exec(code.replace('budget="10m"', 'settings=("method.steps=5", "quantizer.num_samples=50")'), names)
     assert names["logits"].shape == (2, 10)
-    assert names["result"].record["bits"] == "8"
+    assert names["result"].record.bits == "8"
 
 
 @pytest.mark.slow

@@ -282,7 +282,7 @@ def test_set_may_be_repeated(monkeypatch):
     taken = []
     monkeypatch.setattr(main.Quantize, "run", lambda self, console: taken.append(self))
     zsq("quantize", "digits", "--out", "x", "--set", "method.steps=3", "--set", "quantizer.range_rule=mse")
-    assert taken[0].set == ("method.steps=3", "quantizer.range_rule=mse")
+    assert taken[0].request.settings == ("method.steps=3", "quantizer.range_rule=mse")
 
 
 @pytest.mark.parametrize(
@@ -513,7 +513,7 @@ def test_a_full_disk_is_one_line(place, monkeypatch):
     def full(*_, **__) -> None:
         raise OSError(28, "No space left on device", "run/model.onnx")
 
-    monkeypatch.setattr(main, "quantize", full)
+    monkeypatch.setattr("zsq.cli.quantize.quantize_request", full)
     assert error_of(zsq("quantize", "digits", "--out", "run")) == "run/model.onnx: No space left on device."
 
 
@@ -521,7 +521,7 @@ def test_an_interrupt_says_how_to_go_on(place, monkeypatch):
     def interrupt(*_, **__) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(main, "quantize", interrupt)
+    monkeypatch.setattr("zsq.cli.quantize.quantize_request", interrupt)
     found = zsq("quantize", "digits", "--out", "run")
     assert (found.code, found.err) == (130, "Stopped; a run continues with --resume.\n")
 

@@ -12,17 +12,22 @@ import torch
 from PIL import Image
 
 from zsq.cli import main
-from zsq.comparison import cell as cells_module
+from zsq.comparison import cell as cell_module
 from zsq.comparison.analysis import Outcomes
 from zsq.comparison.compare import Comparison, check, compare, list_cells, read_lines
 from zsq.comparison.recipe import cells, read_recipe
 from zsq.comparison.submit import last_words, share_out, visible_gpus
 from zsq.errors import ExportError, InputError
-from zsq.methods import METHODS
-from zsq.models.teacher import Teacher, load_teacher
-from zsq.runs.folder import FittedRun
-from zsq.runs.pipeline import Job, Result
+from zsq.evaluation.accuracy import Evaluation
+from zsq.export.verify import Verification
+from zsq.methods import METHODS, Surrogate
+from zsq.models.teacher import Teacher, load, load_teacher
+from zsq.runs.fitted import FittedRun
+from zsq.runs.job import Job
+from zsq.runs.pipeline import Result, Stopwatch
 from zsq.runs.quantize import quantize
+from zsq.runs.record import Artifact, Record
+from zsq.runs.stages import fit
 
 RECIPE = """
 title = "Small grid"
@@ -81,6 +86,19 @@ RIGHT = {  # images recognised, of 400, by method, quantizer and seed
 }
 
 
+CHECK = Verification(
+    num_images=10,
+    num_decided=10,
+    agreement_literal=100.0,
+    agreement_optimized=100.0,
+    decided_agreement=100.0,
+    max_logit_difference_steps=0.0,
+    decided_self_agreement=100.0,
+    only_from_simulation=0,
+    only_from_itself=0,
+)
+
+
 class Ran:
     """What was really done: fits by method, and cells."""
 
@@ -102,18 +120,17 @@ def ran(monkeypatch, digits) -> Ran:
     """Replace what follows the fit by a record with known figures."""
     seen = Ran()
     monkeypatch.setattr(
-        "zsq.comparison.recipe.load_teacher",
-        lambda model, **rest: digits if model == "digits" else load_teacher(model, **rest),
+        "zsq.comparison.recipe.load", lambda network: digits if network.model == "digits" else load(network)
     )
-    honest = Job.fit
 
-    def fit(self, settings):
-        if self.reused is None:
-            seen.fits.append(f"{settings.method.name}/{self.run.seed}")
-        return honest(self, settings)
+    def counted_fit(job: Job) -> Surrogate:
+        if job.fitted is None:
+            seen.fits.append(f"{job.settings.method.name}/{job.run.seed}")
+        return fit(job)
 
-    def finish(self, settings, surrogate, recognition, fit_seconds, begin):
-        method, quantizer, seed = settings.method.name, settings.quantizer, self.run.seed
+    def figures(job: Job, surrogate: Surrogate, recognition: float | None, watch: Stopwatch) -> Result:
+        del watch
+        method, quantizer, seed = job.settings.method.name, job.settings.quantizer, job.run.seed
         name = f"{method}/{quantizer.name}-{quantizer.bits}/{seed}"
         if name == seen.stop_before:
             raise KeyboardInterrupt
@@ -126,24 +143,34 @@ def ran(monkeypatch, digits) -> Ran:
             surrogate.source.batch(0, None)  # as distillation does: the generator goes on learning
         right = RIGHT[method, quantizer.name, seed]
         labels = np.zeros(400, np.int32)
-        np.savez(self.folder / "predictions.npz", predictions=(np.arange(400) >= right).astype(np.int32), labels=labels)
-        top1 = right / 4
-        record = dict.fromkeys(cells_module.KEPT, 0) | {
-            "weights_sha256": self.teacher.weights_sha256,
-            "data_free": method != "real",
-            "float_top1": 98.5,
-            "quantized_top1": top1,
-            "label_recognition": recognition,
-            "num_eval_images": 400,
-            "num_calibration_images": 32,
-            "seconds": 2.0 + seed,
-            "evaluation": {"quantized": {"top1_interval": [top1 - 1, top1 + 1]}},
-            "artifacts": {"model.onnx": {"bytes": 2048}},
-        }
-        return Result(record, self.folder)
+        predictions = (np.arange(400) >= right).astype(np.int32)
+        np.savez(job.folder / "predictions.npz", predictions=predictions, labels=labels)
+        record = Record(
+            model="digits",
+            weights="bundled",
+            weights_sha256=job.teacher.weights_sha256,
+            method=method,
+            data_free=method != "real",
+            quantizer=quantizer.name,
+            bits=quantizer.bits,
+            activation_scope="all",
+            range_rule="minmax",
+            seed=seed,
+            verification=CHECK,
+            num_eval_images=400,
+            evaluation={
+                "float": Evaluation(num_images=400, top1_correct=394, top5_correct=400),
+                "quantized": Evaluation(num_images=400, top1_correct=right, top5_correct=400),
+            },
+            artifacts={"model.onnx": Artifact(bytes=2048, sha256="0" * 64)},
+            label_recognition=recognition,
+            num_calibration_images=32,
+            seconds=2.0 + seed,
+        )
+        return Result(record, job.folder)
 
-    monkeypatch.setattr(Job, "fit", fit)
-    monkeypatch.setattr(Job, "finish", finish)
+    monkeypatch.setattr("zsq.comparison.cell.fit", counted_fit)
+    monkeypatch.setattr("zsq.comparison.cell.finish", figures)
     return seen
 
 
@@ -316,14 +343,14 @@ def test_a_cell_that_fails_is_skipped_and_tried_again_on_resume(ran, recipe, tmp
 
 
 def test_a_cell_without_room_in_memory_is_skipped_and_the_rest_goes_on(ran, recipe, tmp_path, monkeypatch):
-    finish = Job.finish
+    finish = cell_module.finish
 
     def full(self, settings, *rest):
         if settings.method.name == "noise":
             raise torch.OutOfMemoryError("CUDA out of memory.\nMore of it")
         return finish(self, settings, *rest)
 
-    monkeypatch.setattr(Job, "finish", full)
+    monkeypatch.setattr(cell_module, "finish", full)
     done = compare(recipe, out=tmp_path / "out", only="*/ptq-8/seed0")
     assert "too little memory" in done.lines["digits/noise/ptq-8/seed0"]["reason"]
     assert ran.cells == ["zscgan/ptq-8/0", "real/ptq-8/0"]
@@ -503,8 +530,8 @@ def test_a_small_grid_of_verified_files(recipe, tmp_path):
         data="digits",
     )
     same = done.lines["digits/zscgan/ptq-4/seed0"]
-    assert alone.record["quantized_top1"] == same["quantized_top1"]
-    assert alone.record["teacher_agreement"] == same["teacher_agreement"]
+    assert alone.record.quantized_top1 == same["quantized_top1"]
+    assert alone.record.teacher_agreement == same["teacher_agreement"]
 
 
 def test_rows_without_a_finished_cell_are_left_out(ran, recipe, tmp_path):

@@ -15,8 +15,8 @@ from zsq.quantization.prepare import Student
 from zsq.quantization.ptq import quantize_ptq
 from zsq.quantization.qat import Distiller
 from zsq.quantization.quantizers import set_mode
-from zsq.reports.pictures import summary_rows
 from zsq.runs.quantize import quantize
+from zsq.runs.summary import summary_rows
 from zsq.runtime.files import load_tensors, save_tensors
 from zsq.training.loop import Run
 from zsq.training.losses import kl_divergence
@@ -242,8 +242,8 @@ def test_a_whole_run_claims_no_recognition(teacher, tmp_path, said):
         quantizer="qat",
         settings=(*settings, "quantizer.steps=3"),
     )
-    assert result.record["label_recognition"] is None
-    assert result.record["kd_weight"] == 1.0
-    assert result.record["data_free"] is True
+    assert result.record.label_recognition is None
+    assert result.record.kd_weight == 1.0
+    assert result.record.data_free is True
     assert "label recognition" not in dict(summary_rows(result.record))
     assert not [text for text in said if "recognises" in text]

@@ -304,11 +304,11 @@ def test_clipped_channels_are_rounded_once_and_converted() -> None:
 def test_a_run_has_no_images_to_show_and_no_labels_to_recognise(tmp_path: Path, said: list[str]) -> None:
     teacher = zsq.load_teacher("digits")
     result = zsq.quantize(teacher, out=tmp_path / "run", method="dfq", data="digits", device="cpu")
-    assert result.record["label_recognition"] is None
-    assert result.record["num_calibration_images"] == 0
-    assert result.record["range_rule"] == "batch-norm"
-    assert result.record["data_free"]
-    assert result.record["quantized_top1"] > result.record["float_top1"] - 1
+    assert result.record.label_recognition is None
+    assert result.record.num_calibration_images == 0
+    assert result.record.range_rule == "batch-norm"
+    assert result.record.data_free
+    assert result.record.quantized_top1 > result.record.float_top1 - 1
     assert not any("WARNING" in line for line in said)
     assert not (tmp_path / "run" / "samples.png").exists()
     assert not (tmp_path / "run" / "generator.safetensors").exists()

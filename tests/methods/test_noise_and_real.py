@@ -130,9 +130,9 @@ def test_a_set_that_does_not_fit_is_one_line_on_the_command_line(tmp_path, monke
 def test_the_record_says_what_was_trained_on(teacher, tmp_path):
     settings = ("method.data=digits:train", "method.limit=200", "quantizer.num_samples=40", "quantizer.steps=3")
     record = quantize(teacher, out=tmp_path / "run", method="real", quantizer="qat", settings=settings).record
-    assert record["kd_weight"] == 0.0
-    assert record["data_free"] is False
-    assert record["label_recognition"] > 90
+    assert record.kd_weight == 0.0
+    assert record.data_free is False
+    assert record.label_recognition > 90
 
 
 def test_noise_and_real_ask_for_labels(teacher):

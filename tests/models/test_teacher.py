@@ -197,7 +197,7 @@ def test_weights_from_a_file(factories, tmp_path) -> None:
 def test_factory_with_and_without_an_image_spec(factories) -> None:
     told = load_teacher(f"{factories}:told")
     assert (told.spec, told.weights_source) == (SPEC, "factory")
-    changed = load_teacher(f"{factories}:told", mean=(0.1, 0.2), resize=None)
+    changed = load_teacher(f"{factories}:told", mean=(0.1, 0.2), resize="none")
     assert (changed.spec.mean, changed.spec.std, changed.spec.resize) == ((0.1, 0.2), (0.25, 0.25), None)
     flagged = load_teacher(f"{factories}:small", input=(2, 6, 6), classes=4)
     assert (flagged.spec.mean, flagged.spec.std, flagged.spec.resize) == ((0.0, 0.0), (1.0, 1.0), None)

@@ -117,11 +117,11 @@ def test_the_widths_are_those_of_the_file(mixed, teacher, tmp_path):
         assert values.dtype == np.int8
         assert -(2 ** (bits - 1)) <= values.min()
         assert values.max() == 2 ** (bits - 1) - 1  # the largest is rounded to the end of its range
-    assert re.fullmatch(r"mixed W3\.[345]\dA6", result.record["bits"])
-    assert result.record["settings"]["quantizer"]["weight_bits"] == widths
-    assert result.record["quantized_top1"] > 90
+    assert re.fullmatch(r"mixed W3\.[345]\dA6", result.record.bits)
+    assert result.record.settings["quantizer"]["weight_bits"] == widths
+    assert result.record.quantized_top1 > 90
     again = quantize(teacher, out=tmp_path / "again", recipe=tmp_path / "run/settings.toml")
-    assert again.record["artifacts"]["model.onnx"] == result.record["artifacts"]["model.onnx"]
+    assert again.record.artifacts["model.onnx"] == result.record.artifacts["model.onnx"]
     with pytest.raises(InputError, match=r"quantizer.weight_bits is \{'conv1"):
         quantize(teacher, out=tmp_path / "run", bits="W8A6", resume=True, **REAL)
 

@@ -1,5 +1,4 @@
 import dataclasses
-import json
 from dataclasses import replace
 
 import pytest
@@ -9,32 +8,29 @@ from zsq.errors import InputError
 from zsq.methods import ZSCGAN, Noise
 from zsq.models.teacher import Teacher, load_teacher
 from zsq.quantization import PTQ, QAT
-from zsq.runs import folder
-from zsq.runs.folder import (
-    ARTIFACTS,
-    FittedRun,
-    check_recipe,
-    choose_schedule,
-    chosen_seed,
-    claimed,
-    clear_folder,
-    open_folder,
-    pick_device,
-    read_record,
-    resolve_settings,
-    stored_settings,
-    stored_spec,
-    teacher_table,
-    versions,
-)
-from zsq.runs.settings import resolve, write_settings
+from zsq.runs import budget as budget_module
+from zsq.runs.budget import choose_schedule
+from zsq.runs.fitted import FittedRun
+from zsq.runs.folder import ARTIFACTS, claimed, clear_folder, open_folder
+from zsq.runs.request import QuantizeRequest
+from zsq.runs.resume import chosen_seed, resumed_settings, warn_of_recipe
+from zsq.runs.settings import resolve
+from zsq.runs.settings_file import stored_spec, teacher_table, write_settings
+from zsq.runs.start import wanted_settings
+from zsq.runtime.device import pick_device
 from zsq.runtime.files import save_tensors
+from zsq.runtime.versions import versions
 from zsq.training.loop import Run
 
 
 @pytest.fixture(scope="module")
 def teacher() -> Teacher:
     return load_teacher("digits")
+
+
+def resolve_settings(method, quantizer, bits, *, source_run=None, recipe=None, assignments=()):
+    request = QuantizeRequest("digits", out="run", method=method, recipe=recipe, settings=tuple(assignments))
+    return wanted_settings(request, quantizer, bits, source_run)
 
 
 @pytest.fixture
@@ -226,9 +222,9 @@ def test_a_reused_generator_cannot_be_changed(run_folder, teacher, tmp_path, arg
 
 
 def test_stored_settings_are_those_of_the_run(run_folder, teacher):
-    assert stored_settings(run_folder, resolve(), teacher, 0).method == ZSCGAN(steps=5)
+    assert resumed_settings(run_folder, resolve(), teacher, 0).method == ZSCGAN(steps=5)
     same = resolve(assignments=["method.steps=5"], bits="8", method="zscgan", quantizer="ptq")
-    assert stored_settings(run_folder, same, teacher, 0).quantizer == PTQ()
+    assert resumed_settings(run_folder, same, teacher, 0).quantizer == PTQ()
 
 
 @pytest.mark.parametrize(
@@ -243,31 +239,31 @@ def test_stored_settings_are_those_of_the_run(run_folder, teacher):
 )
 def test_a_resumed_run_cannot_be_changed(run_folder, teacher, arguments, message):
     with pytest.raises(InputError, match=f"holds a run that differs: {message}.*--overwrite starts anew"):
-        stored_settings(run_folder, resolve(**arguments), teacher, 0)
+        resumed_settings(run_folder, resolve(**arguments), teacher, 0)
 
 
 def test_a_resumed_run_keeps_network_images_and_seed(run_folder, teacher):
     with pytest.raises(InputError, match="its seed is 0, not 1"):
-        stored_settings(run_folder, resolve(), teacher, 1)
+        resumed_settings(run_folder, resolve(), teacher, 1)
     with pytest.raises(InputError, match="its network 'digits' had other weights"):
-        stored_settings(run_folder, resolve(), replace(teacher, weights_sha256="f" * 64), 0)
+        resumed_settings(run_folder, resolve(), replace(teacher, weights_sha256="f" * 64), 0)
     with pytest.raises(InputError, match=r"its images were 1x8x8 .*, not 1x8x8 .*0.9"):
-        stored_settings(run_folder, resolve(), replace(teacher, spec=replace(teacher.spec, std=(0.9,))), 0)
+        resumed_settings(run_folder, resolve(), replace(teacher, spec=replace(teacher.spec, std=(0.9,))), 0)
 
 
 def test_a_resumed_run_keeps_its_generator(run_folder, teacher, tmp_path):
     fitted = FittedRun.open(run_folder, teacher)
     wanted = resolve_settings(None, None, None, source_run=fitted)
     with pytest.raises(InputError, match="it was started without --from"):
-        stored_settings(run_folder, wanted, teacher, 0, fitted)
+        resumed_settings(run_folder, wanted, teacher, 0, fitted)
     second = tmp_path / "second"
     facts = {"seed": 0, "generator_sha256": fitted.sha256}
     write_settings(second / "settings.toml", wanted, teacher_table(teacher), facts)
-    assert stored_settings(second, wanted, teacher, 0, fitted).method == ZSCGAN(steps=5)
+    assert resumed_settings(second, wanted, teacher, 0, fitted).method == ZSCGAN(steps=5)
     with pytest.raises(InputError, match="it was started with --from; give it again"):
-        stored_settings(second, wanted, teacher, 0)
+        resumed_settings(second, wanted, teacher, 0)
     with pytest.raises(InputError, match="it was started with --from another folder"):
-        stored_settings(second, wanted, teacher, 0, replace(fitted, sha256="0"))
+        resumed_settings(second, wanted, teacher, 0, replace(fitted, sha256="0"))
 
 
 def test_the_image_spec_comes_back(run_folder, teacher):
@@ -279,16 +275,6 @@ def test_settings_without_a_teacher_are_refused(tmp_path, text):
     (tmp_path / "settings.toml").write_text(text)
     with pytest.raises(InputError, match=r"settings\.toml names no teacher"):
         stored_spec(tmp_path)
-
-
-def test_a_record_is_read(tmp_path):
-    with pytest.raises(InputError, match=r"holds no result\.json; the run has not finished: --resume continues it"):
-        read_record(tmp_path)
-    (tmp_path / "result.json").write_text(json.dumps({"bits": "8"}))
-    assert read_record(tmp_path) == {"bits": "8"}
-    (tmp_path / "result.json").write_text('{"bits"')
-    with pytest.raises(InputError, match=r"result\.json is not JSON"):
-        read_record(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -308,9 +294,9 @@ def test_a_budget_is_the_default_where_steps_are_open(monkeypatch, teacher, argu
 
     def fake(settings, teacher, run, seconds, **rest):
         asked.append(seconds)
-        return folder.Plan(settings.with_steps(), 0.25, 0.0, 3.0)
+        return budget_module.Plan(settings.with_steps(), 0.25, 0.0, 3.0)
 
-    monkeypatch.setattr(folder, "plan", fake)
+    monkeypatch.setattr(budget_module, "plan", fake)
     wanted = resolve(**arguments)
     chosen, facts = choose_schedule(wanted, teacher, Run(), budget, recipe=recipe, num_eval_images=0, fitted=False)
     assert chosen == wanted
@@ -323,14 +309,14 @@ def test_a_resumed_run_on_other_versions_says_so(run_folder, teacher, said):
     facts = {"seed": 0, "threads": torch.get_num_threads()} | versions()
     settings = resolve(assignments=["method.steps=5"])
     write_settings(run_folder / "settings.toml", settings, teacher_table(teacher), facts)
-    stored_settings(run_folder, resolve(), teacher, 0)
+    resumed_settings(run_folder, resolve(), teacher, 0)
     assert said == []
     write_settings(run_folder / "settings.toml", settings, teacher_table(teacher), facts | {"torch": "1.0"})
-    stored_settings(run_folder, resolve(), teacher, 0)
+    resumed_settings(run_folder, resolve(), teacher, 0)
     assert len(said) == 1
     assert "started with torch 1.0, now" in said[0]
     write_settings(run_folder / "settings.toml", settings, teacher_table(teacher), facts | {"device": "cuda"})
-    stored_settings(run_folder, resolve(), teacher, 0)
+    resumed_settings(run_folder, resolve(), teacher, 0)
     assert "started with device cuda, now cpu" in said[1]
 
 
@@ -357,14 +343,14 @@ def test_a_folder_is_kept_to_one_process(tmp_path):
 
 def test_a_recipe_of_another_network_or_of_a_reused_generator_is_named(run_folder, teacher, said):
     path = run_folder / "settings.toml"
-    check_recipe(path, teacher, reuses=False)
+    warn_of_recipe(path, teacher, reuses=False)
     assert said == []
-    check_recipe(path, dataclasses.replace(teacher, weights_sha256="0" * 64), reuses=False)
+    warn_of_recipe(path, dataclasses.replace(teacher, weights_sha256="0" * 64), reuses=False)
     assert "is of a run of 'digits' with other weights; its settings are taken" in said.pop()
     write_settings(path, resolve(), teacher_table(teacher), {"seed": 0, "generator_sha256": "1" * 64})
-    check_recipe(path, teacher, reuses=True)
+    warn_of_recipe(path, teacher, reuses=True)
     assert said == []
-    check_recipe(path, teacher, reuses=False)
+    warn_of_recipe(path, teacher, reuses=False)
     assert "took its generator from another run; --from DIR repeats that" in said.pop()
 
 

@@ -26,11 +26,12 @@ from zsq.export.verify import OnnxClassifier
 from zsq.methods import ZSCGAN
 from zsq.models.teacher import Teacher, load_teacher
 from zsq.quantization import QAT
-from zsq.runs import folder, pipeline
+from zsq.runs import budget, stages
 from zsq.runs.budget import Plan
 from zsq.runs.folder import ARTIFACTS
 from zsq.runs.pipeline import HASHED
 from zsq.runs.quantize import Result, quantize
+from zsq.runs.record import SCHEMA
 from zsq.runs.settings import resolve
 from zsq.runtime.files import load_tensors
 from zsq.training.loop import Run
@@ -84,7 +85,8 @@ def test_all_files_of_the_run_exist(ptq, qat):
 
 def test_result_has_the_promised_fields(ptq):
     record = json.loads((ptq.folder / "result.json").read_text())
-    assert record == ptq.record
+    assert record == json.loads(json.dumps(ptq.record.as_dict()))
+    assert record["schema"] == SCHEMA
     assert record.keys() >= ISSUE_FIELDS
     assert (record["model"], record["method"], record["quantizer"], record["bits"]) == ("digits", "zscgan", "ptq", "8")
     assert (record["seed"], record["num_eval_images"], record["num_calibration_images"]) == (0, 899, 64)
@@ -97,38 +99,37 @@ def test_result_has_the_promised_fields(ptq):
 
 @pytest.mark.parametrize("name", [*PERCENTAGES, "label_recognition"])
 def test_percentages_run_from_0_to_100(ptq, name):
-    assert isinstance(ptq.record[name], float)
-    assert 0 <= ptq.record[name] <= 100
-    if name == "float_top1":
-        assert ptq.record[name] > 95  # a share would be below 1
-    if name == "runtime_agreement":
-        assert ptq.record[name] > 95
+    value = getattr(ptq.record, name)
+    assert isinstance(value, float)
+    assert 0 <= value <= 100
+    if name in ("float_top1", "runtime_agreement"):
+        assert value > 95  # a share would be below 1
 
 
 def test_artifacts_are_listed_with_size_and_hash(ptq):
-    assert ptq.record["artifacts"].keys() == set(HASHED)
-    for name, artifact in ptq.record["artifacts"].items():
-        assert artifact["bytes"] == (ptq.folder / name).stat().st_size
-        assert artifact["sha256"] == canonical_sha256(ptq.folder / name)
+    assert ptq.record.artifacts.keys() == set(HASHED)
+    for name, artifact in ptq.record.artifacts.items():
+        assert artifact.bytes == (ptq.folder / name).stat().st_size
+        assert artifact.sha256 == canonical_sha256(ptq.folder / name)
 
 
 def test_recorded_accuracy_is_that_of_the_file(ptq, teacher):
     data = open_dataset("digits", teacher.spec)
     file = evaluate(OnnxClassifier(ptq.folder / "model.onnx"), data, teacher=teacher.network)
-    assert ptq.record["evaluation"]["quantized"] == json.loads(json.dumps(file.as_dict()))
-    assert ptq.record["quantized_top1"] == file.top1
-    assert ptq.record["teacher_agreement"] == file.teacher_agreement
+    assert ptq.record.evaluation["quantized"] == file
+    assert ptq.record.quantized_top1 == file.top1
+    assert ptq.record.teacher_agreement == file.teacher_agreement
     float_ = evaluate(teacher.network, data)
-    assert ptq.record["float_top1"] == float_.top1
-    assert ptq.record["evaluation"]["float"]["teacher_agreement"] == 100
+    assert ptq.record.float_top1 == float_.top1
+    assert ptq.record.evaluation["float"].teacher_agreement == 100
 
 
 def test_without_data_no_accuracy_is_claimed(qat):
     for name in ("float_top1", "quantized_top1", "simulated_top1", "teacher_agreement", "data"):
-        assert qat.record[name] is None
-    assert qat.record["num_eval_images"] == 0
-    assert qat.record["evaluation"] == {}
-    assert qat.record["verification"]["num_images"] == 500
+        assert getattr(qat.record, name) is None
+    assert qat.record.num_eval_images == 0
+    assert qat.record.evaluation == {}
+    assert qat.record.verification.num_images == 500
 
 
 def test_settings_are_resolved_and_facts_are_written(qat, teacher):
@@ -148,7 +149,7 @@ def test_metrics_tell_each_loss_of_both_phases(qat):
 
 
 def test_low_recognition_is_a_loud_warning(teacher, tmp_path, monkeypatch, said):
-    monkeypatch.setattr(pipeline, "write_onnx", _stop)
+    monkeypatch.setattr(stages, "write_onnx", _stop)
     with pytest.raises(InputError, match="far enough"):
         quantize(teacher, out=tmp_path, settings=PTQ)
     assert [text for text in said if text.startswith("WARNING: the teacher recognises ")]
@@ -166,20 +167,20 @@ def test_two_repetitions_give_the_same_hashes(request, teacher, tmp_path, name):
     torch.manual_seed(12345)
     again = quantize(teacher, out=tmp_path / "again", recipe=first.folder / "settings.toml", checkpoint_every=2)
     assert hashes(again.folder) == hashes(first.folder)
-    assert again.record["artifacts"] == first.record["artifacts"]
+    assert again.record.artifacts == first.record.artifacts
     assert (again.folder / "model.onnx").read_bytes() == (first.folder / "model.onnx").read_bytes()
     assert (again.folder / "samples.png").read_bytes() == (first.folder / "samples.png").read_bytes()
 
 
 def test_another_seed_gives_another_generator(ptq, teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "write_onnx", _stop)
+    monkeypatch.setattr(stages, "write_onnx", _stop)
     with pytest.raises(InputError, match="far enough"):
         quantize(teacher, out=tmp_path, settings=PTQ, seed=1)
     assert hashes(tmp_path)["generator.safetensors"] != hashes(ptq.folder)["generator.safetensors"]
 
 
 def test_the_teacher_is_left_alone(qat, teacher):
-    assert load_teacher("digits").weights_sha256 == teacher.weights_sha256 == qat.record["weights_sha256"]
+    assert load_teacher("digits").weights_sha256 == teacher.weights_sha256 == qat.record.weights_sha256
     fresh = load_teacher("digits").network.state_dict()
     assert all(value.equal(fresh[name]) for name, value in teacher.network.state_dict().items())
 
@@ -201,9 +202,9 @@ def test_several_widths_take_one_fit(ptq, teacher, tmp_path):
         )
         assert hashes(result.folder)["generator.safetensors"] == hashes(ptq.folder)["generator.safetensors"]
         assert not (result.folder / "checkpoints" / "fit.safetensors").exists()
-        assert result.record["settings"]["method"] == ptq.record["settings"]["method"]
-        assert result.record["bits"] == bits
-        assert result.record["label_recognition"] == ptq.record["label_recognition"]
+        assert result.record.settings["method"] == ptq.record.settings["method"]
+        assert result.record.bits == bits
+        assert result.record.label_recognition == ptq.record.label_recognition
         models.add(hashes(result.folder)["model.onnx"])
     assert len(models) == 2
     assert contents(ptq.folder) == before
@@ -253,7 +254,7 @@ def test_a_module_in_memory_with_4_channels_and_7_classes(tmp_path):
     result = zsq.quantize(net, SPEC, bits="W4A8", settings=PTQ, out=tmp_path / "run")
     logits = result.model(torch.randn(5, 4, 9, 12))
     assert logits.shape == (5, 7)
-    assert result.record["weights"] == "memory"
+    assert result.record.weights == "memory"
     assert net.training
     assert all(value.equal(before[name]) for name, value in net.state_dict().items())
     with Image.open(tmp_path / "run" / "samples.png") as picture:
@@ -261,7 +262,7 @@ def test_a_module_in_memory_with_4_channels_and_7_classes(tmp_path):
 
 
 def test_settings_objects_work_in_place_of_names(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "write_onnx", _stop)
+    monkeypatch.setattr(stages, "write_onnx", _stop)
     method, quantizer = ZSCGAN(steps=3, batch_size=8, width=8), QAT(steps=2, num_samples=32, bits="6")
     with pytest.raises(InputError, match="far enough"):
         quantize(network(), SPEC, method=method, quantizer=quantizer, out=tmp_path)
@@ -272,14 +273,14 @@ def test_settings_objects_work_in_place_of_names(tmp_path, monkeypatch):
 
 
 def test_a_module_needs_its_spec(tmp_path):
-    with pytest.raises(InputError, match="needs the ImageSpec of the module"):
+    with pytest.raises(InputError, match="a module in memory needs its ImageSpec"):
         quantize(network(), out=tmp_path / "run")
 
 
 @pytest.mark.slow
 def test_two_classes_work(tmp_path):
     record = quantize(network(4, 2), replace(SPEC, classes=2), out=tmp_path / "run", settings=PTQ).record
-    assert record["runtime_agreement"] > 95
+    assert record.runtime_agreement > 95
 
 
 def test_one_class_is_refused(tmp_path):
@@ -291,16 +292,16 @@ def test_one_class_is_refused(tmp_path):
 def test_real_images_calibrate_what_there_are(teacher, tmp_path):
     settings = ("method.data=digits:train", "quantizer.num_samples=5000")
     record = quantize(teacher, out=tmp_path / "run", method="real", settings=settings, data="digits").record
-    assert record["data_free"] is False
-    assert record["num_calibration_images"] == 898
-    assert record["label_recognition"] > 98
-    assert record["quantized_top1"] > 97
-    assert "generator.safetensors" not in record["artifacts"]
+    assert record.data_free is False
+    assert record.num_calibration_images == 898
+    assert record.label_recognition > 98
+    assert record.quantized_top1 > 97
+    assert "generator.safetensors" not in record.artifacts
     assert (tmp_path / "run" / "samples.png").exists()
 
 
 def test_noise_serves_distillation(teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "write_onnx", _stop)
+    monkeypatch.setattr(stages, "write_onnx", _stop)
     settings = ("method.batch_size=16", "quantizer.num_samples=300", "quantizer.steps=4")
     with pytest.raises(InputError, match="far enough"):
         quantize(teacher, out=tmp_path, method="noise", quantizer="qat", settings=settings)
@@ -313,12 +314,12 @@ def test_noise_serves_distillation(teacher, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_noise_alone_calibrates(teacher, tmp_path):
     record = quantize(teacher, out=tmp_path / "run", method="noise", settings=("quantizer.num_samples=300",)).record
-    assert (record["method"], record["data_free"], record["num_calibration_images"]) == ("noise", True, 300)
-    assert record["artifacts"].keys() == {"model.onnx", "model.pt2"}
+    assert (record.method, record.data_free, record.num_calibration_images) == ("noise", True, 300)
+    assert record.artifacts.keys() == {"model.onnx", "model.pt2"}
 
 
 def test_noise_has_no_generator_to_reuse(teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "write_onnx", _stop)
+    monkeypatch.setattr(stages, "write_onnx", _stop)
     with pytest.raises(InputError, match="far enough"):
         quantize(teacher, out=tmp_path / "noise", method="noise", settings=("quantizer.num_samples=8",))
     with pytest.raises(InputError, match=r"holds no generator\.safetensors"):
@@ -327,26 +328,26 @@ def test_noise_has_no_generator_to_reuse(teacher, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_file_that_disagrees_fails_and_keeps_everything(ptq, teacher, tmp_path, monkeypatch):
-    honest = pipeline.verify_onnx
+    honest = stages.verify_onnx
 
     def disagree(*arguments, **rest):
         return replace(honest(*arguments, **rest), decided_agreement=98.5)
 
-    monkeypatch.setattr(pipeline, "verify_onnx", disagree)
+    monkeypatch.setattr(stages, "verify_onnx", disagree)
     with pytest.raises(ExportError, match=r"the same class on 98\.50 % of \d+ decided images, where 99 % is required"):
         quantize(teacher, out=tmp_path / "run", settings=PTQ, data="digits")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {*ARTIFACTS, "checkpoints"}
     assert hashes(tmp_path / "run") == hashes(ptq.folder)
     record = json.loads((tmp_path / "run" / "result.json").read_text())
     assert record["verification"]["decided_agreement"] == 98.5
-    assert record["quantized_top1"] == ptq.record["quantized_top1"]
+    assert record["quantized_top1"] == ptq.record.quantized_top1
 
 
 def test_a_network_that_cannot_be_exported_to_onnx_keeps_the_fit(teacher, tmp_path, monkeypatch):
     def fail(*_) -> None:
         raise ExportError("the network has no ONNX form")
 
-    monkeypatch.setattr(pipeline, "write_onnx", fail)
+    monkeypatch.setattr(stages, "write_onnx", fail)
     with pytest.raises(ExportError, match="no ONNX form"):
         quantize(teacher, out=tmp_path, settings=PTQ)
     assert {"settings.toml", "generator.safetensors", "samples.png", "metrics.jsonl", "checkpoints"} <= {
@@ -395,8 +396,8 @@ def test_a_budget_chooses_steps_that_repeat_the_run(ptq, teacher, tmp_path, monk
     def chosen(settings, *_, **__):
         return Plan(settings.with_steps(method=5), 0.25, 0.0, 3.0)
 
-    monkeypatch.setattr(folder, "plan", chosen)
-    monkeypatch.setattr(pipeline, "write_onnx", _stop)
+    monkeypatch.setattr(budget, "plan", chosen)
+    monkeypatch.setattr(stages, "write_onnx", _stop)
     settings = tuple(text for text in PTQ if "steps" not in text)
     with pytest.raises(InputError, match="far enough"):
         quantize(teacher, out=tmp_path, settings=settings, budget="1m")
@@ -412,8 +413,8 @@ def test_a_finished_run_may_be_resumed_and_knows_its_settings(ptq, teacher):
     before = hashes(ptq.folder)
     result = quantize(teacher, out=ptq.folder, data="digits", resume=True)
     assert hashes(ptq.folder) == before
-    assert result.record["quantized_top1"] == ptq.record["quantized_top1"]
-    assert result.record["settings"] == ptq.record["settings"]
+    assert result.record.quantized_top1 == ptq.record.quantized_top1
+    assert result.record.settings == ptq.record.settings
 
 
 def test_overwrite_starts_anew(ptq, teacher, tmp_path, monkeypatch):
@@ -422,7 +423,7 @@ def test_overwrite_starts_anew(ptq, teacher, tmp_path, monkeypatch):
     for name in ("settings.toml", "generator.safetensors", "checkpoints/fit.safetensors", "metrics.jsonl"):
         (folder / name).write_text("of another run")
     (folder / "notes.txt").write_text("mine")
-    monkeypatch.setattr(pipeline, "write_onnx", _stop)
+    monkeypatch.setattr(stages, "write_onnx", _stop)
     with pytest.raises(InputError, match="far enough"):
         quantize(teacher, out=folder, settings=PTQ, overwrite=True)
     assert hashes(folder)["generator.safetensors"] == hashes(ptq.folder)["generator.safetensors"]
@@ -506,7 +507,7 @@ def test_a_killed_run_ends_in_the_same_hashes(qat, killed, teacher, moment):
     assert not (folder / "result.json").exists()
     result = quantize(teacher, out=folder, resume=True, checkpoint_every=1, **KILLED_ARGUMENTS)
     assert hashes(folder) == hashes(qat.folder)
-    assert result.record["artifacts"] == qat.record["artifacts"]
+    assert result.record.artifacts == qat.record.artifacts
     assert {path.name for path in folder.iterdir()} == {*ARTIFACTS, "checkpoints"}  # nothing half-written is left
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     wanted = [("fit", step) for step in range(1, 6)] + [("distill", step) for step in range(1, 5)]
@@ -523,7 +524,7 @@ def test_a_killed_run_on_a_reused_generator_goes_on_with_it(ptq, killed, teacher
     with pytest.raises(InputError, match="it was started with --from; give it again"):
         quantize(teacher, out=folder, resume=True)
     arguments = {"settings": settings, "quantizer": "qat", "bits": 4, "from_run": ptq.folder}
-    monkeypatch.setattr(pipeline, "write_onnx", _stop)  # what is exported follows from the last checkpoint
+    monkeypatch.setattr(stages, "write_onnx", _stop)  # what is exported follows from the last checkpoint
     for out, resume in ((folder, True), (tmp_path / "whole", False)):
         with pytest.raises(InputError, match="far enough"):
             quantize(teacher, out=out, resume=resume, checkpoint_every=1, **arguments)
@@ -538,20 +539,20 @@ def test_data_may_be_a_path(teacher, tmp_path):
     result = quantize(
         teacher, out=tmp_path / "run", method="noise", settings=("quantizer.num_samples=16",), data=tmp_path / "x.npz"
     )
-    assert result.record["data"] == str(tmp_path / "x.npz")
+    assert result.record.data == str(tmp_path / "x.npz")
 
 
 def test_agreement_on_fresh_samples_stands_for_accuracy_where_no_data_is_given(teacher, tmp_path, said):
     """Real images in the place of samples: then both are known."""
     settings = {"method.data": "digits:train", "method.limit": 500}
     result = quantize(teacher, out=tmp_path / "8", method="real", settings=settings, quiet=True)
-    assert result.record["samples"]["num_images"] == 449  # every second of 898
-    assert result.record["samples"]["num_classes"] == 10
-    assert result.record["samples"]["teacher_agreement"] > 98
+    assert result.record.samples.num_images == 449  # every second of 898
+    assert result.record.samples.num_classes == 10
+    assert result.record.samples.teacher_agreement > 98
     assert not [text for text in said if "WARNING" in text]
-    low = quantize(teacher, out=tmp_path / "2", method="real", bits=2, settings=settings, quiet=True).record["samples"][
-        "teacher_agreement"
-    ]
+    low = quantize(
+        teacher, out=tmp_path / "2", method="real", bits=2, settings=settings, quiet=True
+    ).record.samples.teacher_agreement
     assert low < 80
     assert [f"for only {low:.1f} % of the samples; --quantizer qat or more bits" in said[-1]] == [True]
 
@@ -560,24 +561,22 @@ def test_samples_of_few_classes_tell_nothing(ptq, teacher, tmp_path, said):
     settings = ("method.steps=1", "method.batch_size=8", "method.width=8", "quantizer.num_samples=16")
     settings += ("method.bound_contrast=false",)
     result = quantize(teacher, out=tmp_path, settings=settings, quiet=True)
-    assert result.record["samples"]["teacher_agreement"] is None
-    assert 1 <= result.record["samples"]["num_classes"] < 5
+    assert result.record.samples.teacher_agreement is None
+    assert 1 <= result.record.samples.num_classes < 5
     assert "too few to tell how good model.onnx is" in said[-1]
-    assert ptq.record["samples"]["num_images"] == 500
+    assert ptq.record.samples.num_images == 500
 
 
 def test_fresh_samples_are_others_than_those_that_calibrate(teacher):
     source = resolve(assignments=FIT).method.fit(teacher, Run()).source
     used = {image.numpy().tobytes() for batch in source.sample(100) for image in batch.images}
-    fresh = {
-        image.numpy().tobytes() for batch in pipeline.FreshSamples(source, 100).batches() for image in batch.images
-    }
+    fresh = {image.numpy().tobytes() for batch in stages.FreshSamples(source, 100).batches() for image in batch.images}
     assert len(used) == len(fresh) == 100
     assert not used & fresh
 
 
 def test_progress_and_warnings_are_shown_unless_quiet(teacher, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pipeline, "write_onnx", _stop)
+    monkeypatch.setattr(stages, "write_onnx", _stop)
     for quiet in (False, True):
         with pytest.raises(InputError, match="far enough"):
             quantize(teacher, out=tmp_path / str(quiet), settings=PTQ, quiet=quiet)
@@ -591,7 +590,7 @@ def test_settings_as_one_text_are_refused(teacher, tmp_path):
 
 
 def test_the_recipe_of_a_run_brings_its_seed(teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "write_onnx", _stop)
+    monkeypatch.setattr(stages, "write_onnx", _stop)
     hashed = []
     for name, arguments in {
         "first": {"settings": PTQ, "seed": 3},
@@ -616,7 +615,7 @@ def test_a_generator_that_was_cut_is_written_anew_on_resume(ptq, teacher, tmp_pa
 
 
 def test_resuming_nothing_says_so(teacher, tmp_path, monkeypatch, said):
-    monkeypatch.setattr(pipeline, "write_onnx", _stop)
+    monkeypatch.setattr(stages, "write_onnx", _stop)
     with pytest.raises(InputError, match="far enough"):
         quantize(teacher, out=tmp_path / "run", settings=PTQ, resume=True)
     assert f"{tmp_path / 'run'} holds no run to continue; this one starts anew" in said

@@ -6,7 +6,8 @@ import pytest
 from zsq.errors import InputError
 from zsq.methods import METHODS, ZSCGAN, Noise
 from zsq.quantization import PTQ, QAT
-from zsq.runs.settings import build, resolve, to_tables, write_settings
+from zsq.runs.settings import build, resolve, to_tables
+from zsq.runs.settings_file import write_settings
 
 
 @pytest.fixture

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from rich.console import Console
+from tyro.conf import OmitArgPrefixes, arg
 
-from zsq.cli.options import RunOptions, unset
-from zsq.errors import InputError
-from zsq.reports.pictures import table
-from zsq.runs.allocate import Allocated, allocate
+from zsq.cli.output import prints_to_stderr
+from zsq.reports.text_tables import table
+from zsq.runs.allocate import Allocated, allocate_request
+from zsq.runs.request import AllocateRequest
 from zsq.runtime import distributed
 
 SHOWN = 12
@@ -16,7 +17,7 @@ SHOWN = 12
 
 
 @dataclass(frozen=True, kw_only=True)
-class Allocate(RunOptions):
+class Allocate:
     """Choose a width for each weight: the least sensitive ones that fit a size (ZeroQ's mixed precision).
 
     Writes bits.toml, which `zsq quantize --bits` takes, frontier.csv, and frontier.png with zsq[plots].
@@ -26,28 +27,12 @@ class Allocate(RunOptions):
       zsq allocate digits --widths 2,3,4,6,8 --size 16KB --budget 1m --out small
     """
 
-    average: Annotated[float | None, unset("BITS")] = None
-    """Most bits a weight, on average over all weights."""
-    size: Annotated[str | None, unset("BYTES")] = None
-    """Instead: most bytes of all weights, packed, such as 100KB or 64KiB. The files themselves store one a byte."""
-    widths: Annotated[str, unset("A,B,C")] = "2,4,8"
-    """Widths to choose from, from 2 to 8."""
-    activation: int = 8
-    """Width of the activations."""
-    images: int = 256
-    """Images on which sensitivities are measured."""
+    request: Annotated[AllocateRequest, arg(name=""), OmitArgPrefixes]
 
     def run(self, console: Console) -> None:
         """Do it and print the frontier, the chosen point marked."""
-        result = allocate(
-            self.load(),
-            average=self.average,
-            size=self.size,
-            widths=_widths(self.widths),
-            activation=self.activation,
-            num_images=self.images,
-            **self.shared(),
-        )
+        with prints_to_stderr():
+            result = allocate_request(self.request)
         if not distributed.is_main():
             return
         columns = ("", "bits a weight", "packed KB", "sensitivity, nats")
@@ -72,10 +57,3 @@ def _rows(result: Allocated) -> list[list[str]]:
         [name, f"{bits / frontier.num_weights:.3f}", f"{bits / 8000:.1f}", f"{cost:.4g}"]
         for bits, cost, name in sorted(rows)
     ]
-
-
-def _widths(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(f"--widths is '{text}'; whole numbers separated by commas are expected.") from None

@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 from rich.console import Console
 from tyro.conf import Positional, UseAppendAction, arg
 
-from zsq.cli.options import Folder, unset
 from zsq.comparison.compare import check, compare
 from zsq.errors import InputError, ZsqError
+from zsq.models.options import option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +27,11 @@ class Compare:
 
     recipe: Annotated[Positional[Path], arg(metavar="FILE")]
     """TOML file of the comparison; docs/compare.md says what it holds."""
-    out: Folder
+    out: Annotated[Path, option("DIR", required=True)]
     """Folder of cells.jsonl, table.md, table.csv, table.tex and the files of each cell."""
     only: Annotated[str, arg(metavar="GLOB")] = "*"
     """Run the cells whose names match, such as 'digits/zscgan/*'."""
-    data_root: Annotated[Path | None, unset("DIR")] = None
+    data_root: Annotated[Path | None, option("DIR")] = None
     """Folder below which the recipe's relative paths lie."""
     device: Literal["cpu", "cuda", "auto"] = "auto"
     """Where to compute."""

@@ -1,43 +1,30 @@
-"""Check a machine, and describe the settings."""
+"""The verb that checks a machine."""
 
-import ast
-import inspect
 import tempfile
 from collections.abc import Iterator
-from dataclasses import MISSING, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from rich.console import Console
 
 from zsq.models.teacher import known_models, load_teacher
-from zsq.runs.folder import versions
 from zsq.runs.quantize import quantize
+from zsq.runtime.versions import versions
 
 
-def settings_of(kind: type) -> Iterator[tuple[str, str, str]]:
-    """Yield name, default and docstring of each setting of a method or quantizer."""
-    texts: dict[str, str] = {}
-    for base in reversed(kind.__mro__):
-        if base is not object:
-            texts |= _field_texts(base)
-    for field in fields(kind):
-        default: Any = "" if field.default is MISSING else field.default
-        yield field.name, "none" if default is None else str(default), texts.get(field.name, "")
+@dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """Check this machine: versions, devices, and a small quantization from end to end.
 
+    Examples:
+      zsq doctor
+    """
 
-def _field_texts(kind: type) -> dict[str, str]:
-    """Return the string that stands below each annotated name of a class."""
-    body = ast.parse(inspect.getsource(kind)).body[0]
-    assert isinstance(body, ast.ClassDef)
-    texts = {}
-    for above, below in zip(body.body, body.body[1:], strict=False):
-        is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
-        if isinstance(above, ast.AnnAssign) and isinstance(above.target, ast.Name) and is_text:
-            assert isinstance(below, ast.Expr)
-            assert isinstance(below.value, ast.Constant)
-            texts[above.target.id] = " ".join(str(below.value.value).split())
-    return texts
+    def run(self, console: Console) -> None:
+        """Print what was found; an expected fault if something does not work."""
+        for name, text in report():
+            console.print(f"{name + ':':24} {text}", soft_wrap=True)
 
 
 def report() -> Iterator[tuple[str, str]]:
@@ -61,5 +48,5 @@ def report() -> Iterator[tuple[str, str]]:
             settings=("quantizer.num_samples=200",),
             quiet=True,
         )
-    float_top1, top1 = result.record["float_top1"], result.record["quantized_top1"]
+    float_top1, top1 = result.record.float_top1, result.record.quantized_top1
     yield "self-test", f"passed: digits float {float_top1:.2f} %, INT8 from noise {top1:.2f} % in ONNX Runtime"

@@ -12,7 +12,7 @@ from zsq.comparison.recipe import Cell, Claim, MethodEntry, QuantizerEntry, Reci
 from zsq.evaluation.accuracy import Difference, paired_difference
 from zsq.quantization.prepare import Bits
 from zsq.reports.text_tables import EMPTY, Entry, TextTable, text_table, to_markdown
-from zsq.runs.pipeline import PREDICTIONS
+from zsq.runs.stages import PREDICTIONS
 
 Key = tuple[str, str, str, str]
 """Labels of teacher, method and quantizer, and bits."""

@@ -20,12 +20,16 @@ from zsq.graph.batchnorm import fold
 from zsq.methods import Surrogate
 from zsq.models.teacher import Teacher
 from zsq.quantization.prepare import check_weight_names
-from zsq.runs.folder import FittedRun, teacher_table, versions
-from zsq.runs.pipeline import PREDICTIONS, Job
-from zsq.runs.settings import Settings, read_toml, to_tables, write_settings
+from zsq.runs.fitted import FittedRun
+from zsq.runs.job import Job, Outputs
+from zsq.runs.pipeline import Stopwatch, finish
+from zsq.runs.settings import Settings, read_toml, to_tables
+from zsq.runs.settings_file import teacher_table, write_settings
+from zsq.runs.stages import PREDICTIONS, fit, measure_recognition
 from zsq.runtime.files import replacing
 from zsq.runtime.memory import clear_memory_errors
 from zsq.runtime.observer import Observer
+from zsq.runtime.versions import versions
 from zsq.training.loop import Run
 
 KEPT = (
@@ -35,6 +39,9 @@ KEPT = (
 )
 """What a cell's line takes over from its record."""
 
+
+CHECK_BATCHES = 10
+"""Batches of evaluation images on which a cell's file is checked; other runs take all."""
 
 PATHS = ("data", "checkpoint")
 """Settings of methods that name files."""
@@ -173,11 +180,11 @@ class Bench:
         if known and (folder / "generator.safetensors").exists():
             fitted = FittedRun.open(folder, loaded.teacher)
         start = time.perf_counter()
-        job = Job(loaded.teacher, folder, run, None, fitted)
-        surrogate = job.fit(settings)
+        job = Job(teacher=loaded.teacher, run=run, folder=folder, settings=settings, fitted=fitted)
+        surrogate = fit(job)
         if known is None:
             seconds = round(time.perf_counter() - start, 2)
-            known = {"seconds": seconds, "resumed": resumed, "label_recognition": job.recognition(surrogate)}
+            known = {"seconds": seconds, "resumed": resumed, "label_recognition": measure_recognition(job, surrogate)}
             with replacing(stored) as temporary:
                 temporary.write_text(json.dumps(known) + "\n")
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -219,9 +226,18 @@ class Bench:
         settings = self._resolved(cell.settings)
         run = Run(folder, seed=cell.seed, device=self.device, observer=self.observer)
         resumed = self._begin(folder, cell, settings, digest(cell) + loaded.teacher.weights_sha256)
-        job = Job(loaded.teacher, folder, run, loaded.data, known=loaded.float_results)
+        outputs = Outputs(
+            pt2=False,
+            predictions=True,
+            simulation=False,
+            check_batches=CHECK_BATCHES,
+            float_results=loaded.float_results,
+        )
+        job = Job(teacher=loaded.teacher, run=run, folder=folder, settings=settings, data=loaded.data, outputs=outputs)
+        watch = Stopwatch(begin)
+        watch.phases["fit"] = fit.seconds
         surrogate = self._surrogate(cell, fit, settings, run)
-        record = job.finish(settings, surrogate, fit.recognition, fit.seconds, begin).record
+        record = finish(job, surrogate, fit.recognition, watch).record.as_dict()
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return {
             **{name: record[name] for name in KEPT},

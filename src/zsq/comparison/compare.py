@@ -13,7 +13,8 @@ from zsq.comparison.recipe import Cell, Recipe, cells, read_recipe
 from zsq.comparison.submit import available, run_jobs
 from zsq.errors import InputError
 from zsq.runs.console import shown
-from zsq.runs.folder import claimed, pick_device
+from zsq.runs.folder import claimed
+from zsq.runtime.device import pick_device
 from zsq.runtime.files import replacing
 from zsq.runtime.observer import Observer, Silent
 

@@ -11,7 +11,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from zsq.errors import InputError, unknown_name
 from zsq.methods import Real
-from zsq.models.teacher import Teacher, load_teacher
+from zsq.models.network import Network
+from zsq.models.teacher import Teacher, load
 from zsq.quantization import PTQ, QUANTIZERS
 from zsq.runs.settings import Settings, build, check_pair, read_toml
 
@@ -25,21 +26,13 @@ GAP = ("noise", "real")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TeacherEntry:
+class TeacherEntry(Network):
     """A network to quantize, its images for evaluation, and real ones for the data-dependent baselines."""
 
-    model: str
-    """As for `zsq quantize`."""
     label: str = ""
     """Part of the cells' names; unset, the last part of `model`."""
     title: str = ""
     """What tables show; unset, the label."""
-    weights: str | None = None
-    input: tuple[int, int, int] | None = None
-    classes: int | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    resize: int | Literal["none"] | None = None
     data: str | None = None
     """Labelled images on which accuracy is measured."""
     real: str | None = None
@@ -54,15 +47,8 @@ class TeacherEntry:
     def load(self, root: Path | None) -> Teacher:
         """Return the network; relative paths lie below `root` where they exist there."""
         weights = self.weights if self.weights in (None, "random") else below(root, str(self.weights))
-        return load_teacher(
-            below(root, self.model),
-            weights=weights,
-            input=self.input,
-            classes=self.classes,
-            mean=self.mean,
-            std=self.std,
-            resize="zoo" if self.resize is None else None if self.resize == "none" else self.resize,
-        )
+        said = {name: getattr(self, name) for name in ("input", "classes", "mean", "std", "resize")}
+        return load(Network(model=below(root, self.model), weights=weights, **said))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from zsq.errors import InputError, NumericsError
@@ -38,6 +39,8 @@ class ImageSet(Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
     """What a network recognised of a data set; every share is in percent (0 to 100)."""
+
+    __pydantic_config__ = ConfigDict(arbitrary_types_allowed=True)  # arrays, where a record is read
 
     num_images: int
     """Images evaluated."""

@@ -5,6 +5,7 @@ import copy
 import hashlib
 import importlib
 import importlib.util
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -19,11 +20,14 @@ from zsq.data import digits
 from zsq.errors import InputError, TeacherError, unknown_name
 from zsq.graph.trace import FOREIGN_FAULTS, described, first_line, trace
 from zsq.models import zoo
+from zsq.models.network import Network
 from zsq.models.weights import COUNTER, load_weights
 from zsq.models.zoo import IMPORT_FAULTS, ModelGroup, known_models
 from zsq.types import ImageSpec
 
 __all__ = ["ModelGroup", "Teacher", "known_models", "load_teacher", "teacher_from_module"]
+
+logger = logging.getLogger(__name__)
 
 RANDOM_SEED = 0
 """Seed of the weights of `--weights random`."""
@@ -61,59 +65,6 @@ class Teacher:
         return replace(self, network=network)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Flags:
-    """What the user says of the images; None (or "zoo") where the user says nothing."""
-
-    input: tuple[int, int, int] | None
-    classes: int | None
-    mean: tuple[float, ...] | None
-    std: tuple[float, ...] | None
-    resize: int | Literal["zoo"] | None
-
-    def over(self, default: ImageSpec) -> ImageSpec:
-        """Return `default` with the user's values; a default resize grows or shrinks with the crop."""
-        channels, height, width = self.input or (default.channels, default.height, default.width)
-        resize = default.resize if self.resize == "zoo" else self.resize
-        if self.resize == "zoo" and default.resize is not None:
-            resize = round(default.resize * min(height, width) / min(default.height, default.width))
-        return ImageSpec(
-            channels=channels,
-            height=height,
-            width=width,
-            classes=self.classes or default.classes,
-            mean=tuple(self.mean or default.mean),
-            std=tuple(self.std or default.std),
-            resize=resize,
-        )
-
-    def alone(self, model: str) -> ImageSpec:
-        """Return the user's values where the model brings none: pixels in [0, 1] unless mean and std are given."""
-        missing = [
-            flag for flag, value in (("--input CxHxW", self.input), ("--classes N", self.classes)) if value is None
-        ]
-        if missing:
-            raise TeacherError(
-                f"'{model}' does not say what images it takes: give {' and '.join(missing)}, "
-                "with --mean and --std if it was trained on normalised pixels."
-            )
-        if (self.mean is None) != (self.std is None):
-            given, other = ("mean", "std") if self.std is None else ("std", "mean")
-            raise TeacherError(f"'{model}' gets --{given} and no --{other}; give both, or neither.")
-        assert self.input is not None
-        assert self.classes is not None
-        channels, height, width = self.input
-        default = ImageSpec(
-            channels=channels,
-            height=height,
-            width=width,
-            classes=self.classes,
-            mean=(0.0,) * channels,
-            std=(1.0,) * channels,
-        )
-        return self.over(default)
-
-
 def load_teacher(
     model: str,
     *,
@@ -122,7 +73,7 @@ def load_teacher(
     classes: int | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
-    resize: int | Literal["zoo"] | None = "zoo",
+    resize: int | Literal["none"] | None = None,
 ) -> Teacher:
     """Return the teacher that MODEL names.
 
@@ -136,39 +87,46 @@ def load_teacher(
         input: channels, height and width. Required, like `classes`, where neither zoo nor factory knows them.
         classes: number of classes.
         mean, std: one value a channel on the scale of pixels in [0, 1]; without zoo or factory, 0 and 1.
-        resize: shorter side in pixels before the centre crop, None for none, "zoo" for what zoo or factory say.
+        resize: shorter side in pixels before the centre crop, "none" for none, None for what zoo or factory say.
 
     Raises:
         InputError: the name is unknown or the image spec does not fit together.
         MissingExtraError: the zoo is not installed.
         TeacherError: network or weights cannot serve; the text says why and what would work.
     """
-    flags = _Flags(input=input, classes=classes, mean=mean, std=std, resize=resize)
-    is_random = str(weights) == "random"
-    pretrained = weights is None
+    weights = None if weights is None else str(weights)
+    return load(Network(model=model, weights=weights, input=input, classes=classes, mean=mean, std=std, resize=resize))
+
+
+def load(network: Network) -> Teacher:
+    """Return the teacher that a network's name stands for; see `load_teacher`."""
+    model, weights = network.model, network.weights
     net: nn.Module
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_SEED)
         if model == "digits":
-            net, spec, source = digits.network(), flags.over(digits.SPEC), "bundled"
-            if pretrained:
+            net, spec, source = digits.network(), network.spec_over(digits.SPEC), "bundled"
+            if weights is None:
                 load_weights(net, digits.weights_path(), digits.SPEC, {})
         elif model.partition(":")[0] in zoo.INSTALL:
-            net, spec = _from_zoo(model, flags, pretrained)
+            net, spec = _from_zoo(network)
             source = "zoo"
         else:
-            net, spec = _from_factory(model, flags)
+            net, spec = _from_factory(network)
             source = "factory"
-            if is_random:
+            if weights == "random":
                 _initialise(net)
-    if is_random:
+    if weights == "random":
         source = "random"
     elif weights is not None:
-        path = Path(weights)
-        said = {"classes": classes, "channels": input[0] if input else None}
-        load_weights(net, path, spec, said)
-        source = path.name
-    return _teacher(net, spec, model, source)
+        said = {"classes": network.classes, "channels": network.input[0] if network.input else None}
+        load_weights(net, Path(weights), spec, said)
+        source = Path(weights).name
+    teacher = _teacher(net, spec, model, source)
+    unit = not any(spec.mean) and set(spec.std) == {1.0}
+    if unit and network.mean is None and network.std is None:
+        logger.info("pixels go into the network as they are, from 0 to 1; --mean and --std normalise them")
+    return teacher
 
 
 def teacher_from_module(
@@ -201,20 +159,22 @@ def state_sha256(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _from_zoo(model: str, flags: _Flags, pretrained: bool) -> tuple[nn.Module, ImageSpec]:
-    library, _, name = model.partition(":")
+def _from_zoo(network: Network) -> tuple[nn.Module, ImageSpec]:
+    library, _, name = network.model.partition(":")
     default = zoo.zoo_spec(library, name)
-    spec = flags.over(default)
+    spec, pretrained = network.spec_over(default), network.weights is None
     if pretrained and (spec.classes, spec.channels) != (default.classes, default.channels):
         raise TeacherError(
-            f"the zoo's weights of '{model}' are for {default.classes} classes and {default.channels} channels; the "
-            f"flags say {spec.classes} and {spec.channels}. Give your own with --weights FILE, or --weights random."
+            f"the zoo's weights of '{network.model}' are for {default.classes} classes and {default.channels} "
+            f"channels; the flags say {spec.classes} and {spec.channels}. Give your own with --weights FILE, or "
+            "--weights random."
         )
     return zoo.build(library, name, spec, default, pretrained=pretrained), spec
 
 
-def _from_factory(model: str, flags: _Flags) -> tuple[nn.Module, ImageSpec]:
+def _from_factory(network: Network) -> tuple[nn.Module, ImageSpec]:
     """Call the factory of `file.py:FACTORY` or `module:FACTORY`."""
+    model = network.model
     place, colon, name = model.rpartition(":")
     if not colon or not place or not name:
         near = [f"{library}:{model}" for library in ("pytorchcv",) if _has(library, model)]
@@ -226,7 +186,7 @@ def _from_factory(model: str, flags: _Flags) -> tuple[nn.Module, ImageSpec]:
         own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise unknown_name(f"factory of {place}", name, own)
     default = getattr(factory, "image_spec", None)
-    spec = flags.over(default) if isinstance(default, ImageSpec) else flags.alone(model)
+    spec = network.spec_over(default) if isinstance(default, ImageSpec) else network.spec_alone()
     try:
         net = factory()
     except FOREIGN_FAULTS as error:

@@ -1,13 +1,12 @@
-"""Pictures and tables of what a run recorded; nothing here runs a network but a generator."""
+"""Pictures of samples; nothing here runs a network but a generator."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from PIL import Image
-from rich.table import Table
 from torch import Tensor
 
 from zsq.runtime.files import replacing
@@ -84,56 +83,3 @@ def write_grid(images: np.ndarray, path: Path) -> None:
     canvas = images.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
     with replacing(path) as temporary:
         Image.fromarray(canvas).save(temporary, format="PNG")
-
-
-def percent(value: float | None, digits: int = 2) -> str:
-    """Return a percentage for a table; a dash where it was not measured."""
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def summary_rows(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield name and text of what a user wants to know of a run."""
-    yield "network", f"{record['model']} (weights: {record['weights']}, sha256 {record['weights_sha256'][:12]})"
-    kind = "data-free" if record["data_free"] else "uses real images"
-    scheme = f"{record['quantizer']}, bits {record['bits']}, activation scope {record['activation_scope']}"
-    yield "method", f"{record['method']} ({kind}), {scheme}"
-    if record["num_eval_images"]:
-        low, high = record["evaluation"]["quantized"]["top1_interval"]
-        yield (
-            "float top-1",
-            f"{percent(record['float_top1'])} % of {record['num_eval_images']} images of {record['data']}",
-        )
-        yield (
-            "quantized top-1",
-            f"{percent(record['quantized_top1'])} % (95 % interval {low:.2f} to {high:.2f}), model.onnx",
-        )
-        yield "simulated top-1", f"{percent(record['simulated_top1'])} %"
-        yield "agreement with teacher", f"{percent(record['teacher_agreement'])} %"
-    check = record["verification"]
-    yield (
-        "file against simulation",
-        f"{percent(check['decided_agreement'])} % of {check['num_decided']} clear images, "
-        f"{percent(check['agreement_literal'])} % of all {check['num_images']} "
-        f"({percent(check['agreement_optimized'])} % with the runtime's optimisations)",
-    )
-    if (samples := record["samples"]) is not None:
-        share, seen = samples["teacher_agreement"], f"in which the float network sees {samples['num_classes']} classes"
-        known = "not known" if share is None else f"{share:.1f} %"
-        yield "agreement on samples", f"{known} ({samples['num_images']} samples, {seen})"
-    if record["label_recognition"] is not None:
-        yield "label recognition", f"{percent(record['label_recognition'], 1)} % of the samples' labels"
-    size = record["artifacts"]["model.onnx"]["bytes"]
-    yield "file", f"model.onnx, {size / 1024:.0f} KiB"
-    if set(record["bits"]) & set("234567"):
-        yield "note", "widths below 8 bits are stored one value a byte"
-    yield "time", f"{record['seconds']:.0f} s"
-
-
-def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
-    """Return a table to print; the first column is text, the others are figures."""
-    result = Table(title=title, title_justify="left")
-    for index, column in enumerate(columns):
-        result.add_column(column, justify="left" if index == 0 else "right")
-    for row in rows:
-        result.add_row(*row)
-    return result

@@ -1,9 +1,11 @@
-"""Tables of text as Markdown, CSV and LaTeX."""
+"""Tables of text for a terminal, and as Markdown, CSV and LaTeX."""
 
 import csv
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from rich.table import Table
 
 LATEX = {
     "\\": r"\textbackslash{}",
@@ -133,3 +135,18 @@ def latex(text: str) -> str:
     '50 \\% of a\\_b'
     """
     return "".join(LATEX.get(character, character) for character in text)
+
+
+def percent(value: float | None, digits: int = 2) -> str:
+    """Return a percentage for a table; a dash where it was not measured."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
+    """Return a table to print; the first column is text, the others are figures."""
+    result = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        result.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        result.add_row(*row)
+    return result

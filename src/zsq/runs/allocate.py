@@ -5,7 +5,7 @@ import importlib.util
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,17 @@ from typing import Any
 import torch
 
 from zsq.errors import InputError
-from zsq.methods import Method, Surrogate
+from zsq.methods import Surrogate
 from zsq.models.teacher import Teacher
 from zsq.quantization.sensitivity import Allocation, Frontier, pareto_frontier, sensitivities, weight_sizes
-from zsq.runs.folder import versions
-from zsq.runs.pipeline import Job
-from zsq.runs.quantize import Wanted, started
-from zsq.runs.settings import Settings
+from zsq.runs.job import Job
+from zsq.runs.request import AllocateRequest, takes
+from zsq.runs.stages import fit
+from zsq.runs.start import started
 from zsq.runtime import distributed
 from zsq.runtime.files import replacing
 from zsq.runtime.memory import clear_memory_errors
-from zsq.runtime.observer import Observer
+from zsq.runtime.versions import versions
 
 logger = logging.getLogger(__name__)
 
@@ -52,86 +52,44 @@ class Allocated:
 
 
 @clear_memory_errors()
-def allocate(
-    teacher: Teacher,
-    *,
-    out: str | Path,
-    average: float | None = None,
-    size: str | int | None = None,
-    widths: Iterable[int] = (2, 4, 8),
-    activation: int = 8,
-    num_images: int = 256,
-    method: str | Method | None = None,
-    recipe: str | Path | None = None,
-    settings: tuple[str, ...] | Mapping[str, Any] = (),
-    budget: str | float | None = None,
-    from_run: str | Path | None = None,
-    seed: int | None = None,
-    device: str = "auto",
-    resume: bool = False,
-    overwrite: bool = False,
-    observer: Observer | None = None,
-    quiet: bool = False,
-) -> Allocated:
+def allocate_request(request: AllocateRequest) -> Allocated:
     """Choose the widths of least summed sensitivity that fit a size, and write them as a file that `--bits` takes.
 
-    Args:
-        teacher: the float network.
-        out: folder of `bits.toml`, `frontier.csv` and `frontier.png` (with matplotlib, the extra `plots`).
-        average: most bits a weight on average, or
-        size: most bytes of all weights, each packed at its own width, such as `100KB`. (zsq's files store bytes.)
-        widths: those to choose from, in bits.
-        activation: width of the activations; it is written down, sensitivities are of weights alone.
-        num_images: images on which sensitivities are measured.
-
-    The other arguments are those of `zsq.quantize`, and the folder holds the generator, too. Of the quantizer's
-    settings, those of weights' grids are heeded.
+    The folder gets `bits.toml`, `frontier.csv` and `frontier.png` (with matplotlib, the extra `plots`), and holds the
+    generator, too. Of the quantizer's settings, those of weights' grids are heeded.
 
     Raises:
         InputError: an argument does not fit, no allocation is small enough, or the folder holds a run already.
     """
-    folder = Path(out)
-    files = tuple(folder / name for name in ("bits.toml", "frontier.csv", "frontier.png"))
-    tried = _checked_widths(widths, activation)
-    if num_images < 1:
-        raise InputError(f"images is {num_images}; at least 1 is needed.")
-    most_bits = _limit(average, size, sum(weight_sizes(teacher.network).values()), min(tried))
-    with started(
-        teacher,
-        out=out,
-        wanted=Wanted(method, "ptq", None, recipe, settings, budget, from_run, needs_images=True),
-        seed=seed,
-        device=device,
-        resume=resume,
-        overwrite=overwrite,
-        observer=observer,
-        quiet=quiet,
-    ) as (job, chosen):
-        surrogate = job.fit(chosen)
-        return distributed.on_main(
-            lambda: _allocate(job, chosen, surrogate, files, tried, num_images, most_bits, activation)
-        )
+    tried = _checked_widths(request.widths, request.activation)
+    if request.num_images < 1:
+        raise InputError(f"images is {request.num_images}; at least 1 is needed.")
+    _check_limits(request)
+
+    def most_bits(teacher: Teacher) -> float:
+        return _most_bits(request, sum(weight_sizes(teacher.network).values()), min(tried))
+
+    with started(request, quantizer="ptq", needs_images=True, check=most_bits) as job:
+        surrogate = fit(job)
+        return distributed.on_main(lambda: _allocate(job, request, surrogate, tried, most_bits(job.teacher)))
+
+
+allocate = takes(AllocateRequest)(allocate_request)
 
 
 def _allocate(
-    job: Job,
-    chosen: Settings,
-    surrogate: Surrogate,
-    files: tuple[Path, ...],
-    tried: list[int],
-    num_images: int,
-    most: float,
-    activation: int,
+    job: Job, request: AllocateRequest, surrogate: Surrogate, tried: list[int], most_bits: float
 ) -> Allocated:
     """Do it in the folder that the job has taken."""
-    run, teacher = job.run, job.teacher
-    images = torch.cat([batch.images.to(run.device) for batch in surrogate.source.sample(num_images)])
+    run, teacher, settings = job.run, job.teacher, job.settings
+    files = tuple(job.folder / name for name in ("bits.toml", "frontier.csv", "frontier.png"))
+    images = torch.cat([batch.images.to(run.device) for batch in surrogate.source.sample(request.num_images)])
     found = sensitivities(
         surrogate.network,
         images,
         tried,
-        per_channel=chosen.quantizer.weight_granularity == "channel",
-        range_rule=chosen.quantizer.weight_range_rule,
+        per_channel=settings.quantizer.weight_granularity == "channel",
+        range_rule=settings.quantizer.weight_range_rule,
         run=run,
     )
     frontier = pareto_frontier(found, weight_sizes(teacher.network))
@@ -139,13 +97,13 @@ def _allocate(
         logger.info(
             "the frontier has too many points; its size axis is cut into steps, so a better point may be left out"
         )
-    result = Allocated(frontier, frontier.within(most), found, files if can_draw() else files[:2])
+    result = Allocated(frontier, frontier.within(most_bits), found, files if can_draw() else files[:2])
     facts = {
         "network": f"{teacher.name}, weights sha256 {teacher.weights_sha256[:12]}",
-        "images": f"{len(images)} of method {chosen.method.name}, seed {run.seed}",
+        "images": f"{len(images)} of method {settings.method.name}, seed {run.seed}",
         "versions": f"zsq {versions()['zsq']}, torch {torch.__version__}",
     }
-    write_bits(files[0], result, activation, facts)
+    write_bits(files[0], result, request.activation, facts)
     for path, write in zip(result.files[1:], (write_frontier, draw_frontier), strict=False):
         write(path, frontier, result.chosen)
     return result
@@ -169,14 +127,21 @@ def _checked_widths(widths: Iterable[int], activation: int) -> list[int]:
     return tried
 
 
-def _limit(average: float | None, size: str | int | None, num_weights: int, narrowest: int) -> float:
+def _check_limits(request: AllocateRequest) -> None:
+    """Check that exactly one limit is given, and that it can be read."""
+    if (request.average is None) == (request.size is None):
+        raise InputError("an allocation needs one limit: --average BITS or --size BYTES such as 100KB.")
+    if request.size is not None:
+        parse_size(request.size)
+
+
+def _most_bits(request: AllocateRequest, num_weights: int, narrowest: int) -> float:
     """Return how many bits all weights may take.
 
     Raises:
-        InputError: not exactly one limit is given, or the narrowest width does not fit.
+        InputError: the narrowest width does not fit.
     """
-    if (average is None) == (size is None):
-        raise InputError("an allocation needs one limit: --average BITS or --size BYTES such as 100KB.")
+    average, size = request.average, request.size
     most_bits = average * num_weights if average is not None else 8 * parse_size(size or 0)
     if most_bits < narrowest * num_weights:
         asked = f"--average is {average:g}" if average is not None else f"--size is {size}"

@@ -1,11 +1,14 @@
 """Fit the schedule into a wall-clock time: measure the steps first, then choose how many."""
 
+import logging
 import math
 import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +21,10 @@ from zsq.runtime import distributed
 from zsq.runtime.cuda_graphs import forgetting
 from zsq.training.learner import Learner
 from zsq.training.loop import Run
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_BUDGET = "10m"
 
 MOST_FIT_STEPS = 200_000
 MOST_DISTILL_STEPS = 50_000
@@ -191,3 +198,52 @@ def _choose(
         method=min(fit, MOST_FIT_STEPS) if fit is not None and not fitted else None,
         quantizer=min(distill, MOST_DISTILL_STEPS) if distill is not None else None,
     )
+
+
+def choose_schedule(
+    wanted: Settings,
+    teacher: Teacher,
+    run: Run,
+    budget: str | float | None,
+    *,
+    recipe: Path | None,
+    num_eval_images: int,
+    fitted: bool,
+) -> tuple[Settings, dict[str, Any]]:
+    """Fit the schedule to the budget; return settings and what was measured, for the record."""
+    if budget is None and recipe is None and not _has_schedule(wanted):
+        budget = DEFAULT_BUDGET
+    if budget is None:
+        return wanted, {}
+    seconds = parse_duration(budget)
+    if _has_schedule(wanted):
+        logger.info("no number of steps is left to choose, so --budget changes nothing")
+        return wanted, {}
+    logger.info(f"measuring a step, to fit the schedule into {seconds:.0f} s")
+    planned = plan(wanted, teacher, run, seconds, num_eval_images=num_eval_images, fitted=fitted)
+    logger.info(_describe(planned))
+    return planned.settings, {
+        "budget_seconds": seconds,
+        "fit_step_seconds": round(planned.fit_step_seconds, 4),
+        "distill_step_seconds": round(planned.distill_step_seconds, 4),
+    }
+
+
+def _has_schedule(settings: Settings) -> bool:
+    """Whether no step is left for a budget to choose."""
+    free = []
+    if settings.method.steps:
+        free.append("method.steps")
+    if settings.distill_steps:
+        free.append("quantizer.steps")
+    return all(name in settings.chosen for name in free)
+
+
+def _describe(planned: Plan) -> str:
+    parts = []
+    if planned.fit_step_seconds:
+        parts.append(f"{planned.settings.method.steps} generator steps of {planned.fit_step_seconds:.3f} s")
+    if planned.distill_step_seconds:
+        parts.append(f"{planned.settings.distill_steps} distillation steps of {planned.distill_step_seconds:.3f} s")
+    steps = " and ".join(parts) or "nothing to train"
+    return f"schedule: {steps}, {planned.fixed_seconds:.0f} s for the rest; {planned.expected_seconds:.0f} s expected"

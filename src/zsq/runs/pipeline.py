@@ -1,74 +1,47 @@
-"""The stages of one run: fit, calibrate, distil, export, check, evaluate, record."""
+"""One run from its fit to its record."""
 
-import itertools
-import json
-import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from zsq.data.datasets import LabelledImages
-from zsq.errors import InputError
-from zsq.evaluation.accuracy import Evaluation, Predict, evaluate_many
-from zsq.export.onnx import canonical_sha256, output_step, write_onnx, write_pt2
-from zsq.export.verify import OnnxClassifier, Verification, require, verify_onnx
+from zsq.evaluation.accuracy import Evaluation
+from zsq.export.onnx import canonical_sha256
+from zsq.export.verify import OnnxClassifier, Verification, require
 from zsq.methods import Surrogate
-from zsq.models.teacher import Teacher
 from zsq.quantization import QAT
-from zsq.quantization.convert import convert
 from zsq.quantization.prepare import Bits, Student, mean_weight_bits
-from zsq.quantization.ptq import quantize_ptq
-from zsq.quantization.qat import distill
-from zsq.reports.pictures import save_grid
-from zsq.runs.folder import (
-    FittedRun,
-    choose_schedule,
-    clear_folder,
-    open_folder,
-    stored_settings,
-    teacher_table,
-    versions,
+from zsq.runs.fitted import GENERATOR
+from zsq.runs.job import Job
+from zsq.runs.record import Artifact, Record, SampleAgreement
+from zsq.runs.settings import to_tables
+from zsq.runs.stages import (
+    MODEL,
+    PROGRAM,
+    evaluate_file,
+    fit,
+    measure_agreement,
+    measure_recognition,
+    quantize_network,
+    write_and_check,
 )
-from zsq.runs.settings import Settings, to_tables, write_settings
 from zsq.runtime import distributed
-from zsq.runtime.files import load_tensors, replacing, save_tensors
 from zsq.runtime.memory import clear_memory_errors
-from zsq.training.loop import Run
-from zsq.types import Batch, SampleSource
+from zsq.runtime.versions import versions
 
-logger = logging.getLogger(__name__)
-
-HASHED = ("generator.safetensors", "model.onnx", "model.pt2")
+HASHED = (GENERATOR, MODEL, PROGRAM)
 """Artifacts that are the same, bit for bit, whenever a run is repeated on the CPU."""
 
-PREDICTIONS = "predictions.npz"
-"""A cell's file of predicted and true classes, int32 [N] each."""
-
-VERIFY_IMAGES = 500
-CELL_BATCHES = 10
-"""Batches of evaluation images on which a cell of a comparison is verified; other runs take all."""
-RECOGNITION_IMAGES = 1000
-AGREEMENT_IMAGES = 500
-LOW_AGREEMENT = 80.0
-"""Percent of fresh samples on which file and teacher agree, below which the file is not worth much as it is; see
-docs/results.md for what goes with it on real images."""
-MANY_CLASSES = 20
-"""Samples of half as many classes, or of half of the network's where it has fewer, are enough to tell."""
-LOW_RECOGNITION = 50.0
-"""Percent of wanted labels recognised, below which samples carry statistics but no classes."""
+Outcome = TypeVar("Outcome")
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
     """What a run gave."""
 
-    record: dict[str, Any]
+    record: Record
     """The content of `result.json`; percentages from 0 to 100."""
     folder: Path
     """Where the files are."""
@@ -76,297 +49,116 @@ class Result:
     @property
     def model(self) -> OnnxClassifier:
         """The quantized network as users run it: the ONNX file in ONNX Runtime."""
-        return OnnxClassifier(self.folder / "model.onnx")
+        return OnnxClassifier(self.folder / MODEL)
 
 
-@dataclass(frozen=True, slots=True)
-class FreshSamples:
-    """Samples from random streams of their own, as a set to evaluate on; a pool has no others than it has."""
+class Stopwatch:
+    """Seconds of a run's phases.
 
-    source: SampleSource
-    num_images: int
+    Args:
+        begin: when the run began, by `time.perf_counter`.
+    """
 
-    def batches(self, batch_size: int = 100) -> Iterator[Batch]:
-        """Yield them; a source that holds fewer gives what it has."""
-        yield from self.source.sample(self.num_images, batch_size, "fresh")
+    def __init__(self, begin: float) -> None:
+        self.begin = begin
+        self.phases: dict[str, float] = {}
 
-
-@dataclass(slots=True)
-class Job:
-    """The steps of one run."""
-
-    teacher: Teacher
-    folder: Path
-    run: Run
-    data: LabelledImages | None
-    reused: FittedRun | None = None
-    known: Evaluation | None = None
-    """The teacher's results on `data`: given for a cell of a comparison, which keeps predictions and writes no
-    `model.pt2`, and which evaluates the file alone."""
-
-    def stored(self, wanted: Settings, *, resume: bool, overwrite: bool) -> Settings | None:
-        """Return the settings of the run that the folder holds and that is continued, or None."""
-
-        def work() -> Settings | None:
-            if not open_folder(self.folder, resume=resume, overwrite=overwrite):
-                if resume:
-                    logger.info(f"{self.folder} holds no run to continue; this one starts anew")
-                return None
-            found = stored_settings(self.folder, wanted, self.teacher, self.run.seed, self.reused, self.run.device.type)
-            clear_folder(self.folder, everything=False)
-            return found
-
-        return distributed.on_main(work)
-
-    def scheduled(
-        self, wanted: Settings, budget: str | float | None, recipe: str | Path | None, *, overwrite: bool = False
-    ) -> Settings:
-        """Return the settings of a new run, its schedule fitted to the budget, and write them.
-
-        What is to be overwritten is deleted only when the method has been seen to start.
-        """
-        if overwrite and self.reused is None:
-            method: Any = wanted.method
-            tiny = replace(method, steps=0) if method.steps else method
-            tiny.fit(self.teacher, Run(seed=self.run.seed, device=self.run.device))
-        chosen, measured = choose_schedule(
-            wanted,
-            self.teacher,
-            self.run,
-            budget,
-            recipe=recipe,
-            num_eval_images=self.data.num_images if self.data else 0,
-            fitted=self.reused is not None,
-        )
-        facts = {"seed": self.run.seed, "device": self.run.device.type, "processes": distributed.processes()}
-        facts |= {"threads": torch.get_num_threads()} | measured | versions()
-        if self.reused:
-            facts["generator_sha256"] = self.reused.sha256
-        if distributed.is_main():
-            clear_folder(self.folder, everything=True)
-            write_settings(self.folder / "settings.toml", chosen, teacher_table(self.teacher), facts)
-        return chosen
-
-    @clear_memory_errors()
-    def carry_out(self, settings: Settings, begin: float) -> Result:
-        """Do all the work; the record is written even where the file fails its check."""
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time the block."""
         start = time.perf_counter()
-        surrogate = self.fit(settings)
-        fit_seconds = round(time.perf_counter() - start, 2)
-        return self.finish(settings, surrogate, self.recognition(surrogate), fit_seconds, begin)
+        yield
+        self.phases[name] = round(time.perf_counter() - start, 2)
 
-    def finish(
-        self, settings: Settings, surrogate: Surrogate, recognition: float | None, fit_seconds: float, begin: float
-    ) -> Result:
-        """Do what follows the fit: all processes quantize, and the first exports and evaluates."""
-        seconds = {"fit": fit_seconds}
+    def timed(self, name: str, work: Callable[[], Outcome]) -> Outcome:
+        """Return what `work` gives, timed."""
+        with self.phase(name):
+            return work()
 
-        def timed(name: str, work: Callable[[], Any]) -> Any:
-            start = time.perf_counter()
-            result = work()
-            seconds[name] = round(time.perf_counter() - start, 2)
-            return result
+    @property
+    def total(self) -> float:
+        """Seconds since the run began."""
+        return round(time.perf_counter() - self.begin, 2)
 
-        student = timed("quantize", lambda: self._quantize(settings, surrogate))
 
-        def conclude() -> Result:
-            logger.info(f"writing and checking model.onnx{'' if self.known else ' and model.pt2'}")
-            verification = timed("export", lambda: self._export(student, surrogate))
-            accuracy = timed("evaluate", lambda: self._evaluate(student))
-            record = self._record(settings, surrogate, verification, accuracy)
-            record["samples"] = timed("samples", lambda: self.agreement(surrogate, record["quantizer"]))
-            if settings.quantizer.weight_bits:
-                activation = Bits.parse(settings.quantizer.bits).activation
-                record["bits"] = f"mixed W{mean_weight_bits(student):.2f}A{activation}"
-            record["label_recognition"] = recognition
-            record["num_calibration_images"] = student.num_calibration_images
-            record["seconds"] = round(time.perf_counter() - begin, 2)
-            record["seconds_by_phase"] = seconds
-            with replacing(self.folder / "result.json") as temporary:
-                temporary.write_text(json.dumps(record, indent=2) + "\n")
-            require(verification)
-            return Result(record, self.folder)
+@clear_memory_errors()
+def carry_out(job: Job, begin: float) -> Result:
+    """Do all the work; the record is written even where the file fails its check.
 
-        return distributed.on_main(conclude)
+    Args:
+        job: what is to be done.
+        begin: when the run began, by `time.perf_counter`.
 
-    def fit(self, settings: Settings) -> Surrogate:
-        """Fit the method, or take over what is fitted; keep generator and picture where the folder has none."""
-        fitted = self.reused.state if self.reused else None
-        surrogate = settings.method.fit(self.teacher, self.run, distill_steps=settings.distill_steps, fitted=fitted)
-        if not distributed.is_main():
-            return surrogate
-        state = surrogate.source.state_dict()
-        path = self.folder / "generator.safetensors"
-        if state and not self._holds_generator(path):
-            meta = {"method": settings.method.name, "weights_sha256": self.teacher.weights_sha256}
-            save_tensors(path, state, meta)
-        if surrogate.statistics is None and not (self.folder / "samples.png").exists():
-            save_grid(surrogate.source, self.teacher.spec, self.folder / "samples.png")
-        return surrogate
+    Raises:
+        NumericsError: a loss is not finite.
+        ExportError: the file does not compute what was simulated; all files are kept.
+    """
+    watch = Stopwatch(begin)
+    surrogate = watch.timed("fit", lambda: fit(job))
+    return finish(job, surrogate, measure_recognition(job, surrogate), watch)
 
-    def _holds_generator(self, path: Path) -> bool:
-        """Tell whether the folder has its generator; a damaged one is written anew."""
-        if not path.exists():
-            return False
-        try:
-            load_tensors(path)
-        except InputError as error:
-            logger.warning(f"{error} It is written anew.")
-            return False
-        return True
 
-    @torch.no_grad()
-    def recognition(self, surrogate: Surrogate) -> float | None:
-        """Return how often the teacher's top-1 class is the wanted one, in percent, and warn where it is low.
+def finish(job: Job, surrogate: Surrogate, recognition: float | None, watch: Stopwatch) -> Result:
+    """Do what follows the fit: all processes quantize, and the first exports and evaluates."""
+    student = watch.timed("quantize", lambda: quantize_network(job, surrogate))
 
-        None where no label is asked for.
-        """
-        if not surrogate.source.asks_labels:
-            return None
-        hits = count = 0
-        for batch in surrogate.source.sample(RECOGNITION_IMAGES):
-            hits += int((self.teacher.network(batch.images).argmax(1) == batch.labels).sum())
-            count += len(batch.labels)
-        recognition = 100 * hits / count
-        if recognition < LOW_RECOGNITION:
-            logger.warning(
-                f"the teacher recognises {recognition:.1f} % of the labels that the samples were asked for; "
-                "they do not show its classes."
-            )
-        return recognition
+    def conclude() -> Result:
+        verification = watch.timed("export", lambda: write_and_check(job, student, surrogate))
+        evaluation = watch.timed("evaluate", lambda: evaluate_file(job, student))
+        samples = watch.timed("samples", lambda: measure_agreement(job, surrogate))
+        record = _record(job, surrogate, student, verification, evaluation, samples, recognition, watch)
+        record.write(job.folder)
+        require(verification)
+        return Result(record, job.folder)
 
-    def agreement(self, surrogate: Surrogate, quantizer: str) -> dict[str, Any] | None:
-        """Return how often the file and the teacher name the same class for samples that calibrated nothing.
+    return distributed.on_main(conclude)
 
-        It says how good a file is where no real image does, and a warning is given where it is low. None where the
-        method makes no images; a method that holds few images has no fresh ones.
-        """
-        if surrogate.statistics is not None:
-            return None
-        file = OnnxClassifier(self.folder / "model.onnx", threads=torch.get_num_threads())
-        teacher = self._teacher_once()
-        networks: dict[str, Predict] = {"file": file, "teacher": teacher}
-        found = evaluate_many(networks, FreshSamples(surrogate.source, AGREEMENT_IMAGES), teacher=teacher)
-        named, agreement = found["teacher"].predictions, found["file"].teacher_agreement
-        assert named is not None
-        assert agreement is not None
-        classes = len(np.unique(named))
-        meaningful = classes >= min(self.teacher.spec.classes, MANY_CLASSES) / 2
-        if self.data is None and not meaningful:
-            logger.warning(
-                f"the float network sees {classes} classes in the samples, too few to tell how good "
-                "model.onnx is; a longer --budget may help, and labelled images (--data) tell the accuracy."
-            )
-        elif self.data is None and agreement < LOW_AGREEMENT:
-            hint = "" if quantizer == "qat" else "--quantizer qat or "
-            logger.warning(
-                f"model.onnx and the float network name the same class for only {agreement:.1f} % of the "
-                f"samples; {hint}more bits may help, and labelled images (--data) tell the accuracy."
-            )
-        return {
-            "num_images": found["file"].num_images,
-            "num_classes": classes,
-            "teacher_agreement": agreement if meaningful else None,
-        }
 
-    def _quantize(self, settings: Settings, surrogate: Surrogate) -> Student:
-        quantizer = settings.quantizer
-        student = quantize_ptq(
-            surrogate.network,
-            lambda: surrogate.source.sample(quantizer.num_samples),
-            quantizer,
-            self.run,
-            learnable=isinstance(quantizer, QAT) and quantizer.scales == "learnable",
-            statistics=surrogate.statistics,
-        )
-        if isinstance(quantizer, QAT):
-            logger.info(f"distilling {quantizer.steps} steps at learning rate {quantizer.learning_rate:g}")
-            distill(student, self.teacher.network, surrogate.source, quantizer, self.run)
-        return student
+def _record(
+    job: Job,
+    surrogate: Surrogate,
+    student: Student,
+    verification: Verification,
+    evaluation: dict[str, Evaluation],
+    samples: SampleAgreement | None,
+    recognition: float | None,
+    watch: Stopwatch,
+) -> Record:
+    quantizer = job.settings.quantizer
+    return Record(
+        model=job.teacher.name,
+        weights=job.teacher.weights_source,
+        weights_sha256=job.teacher.weights_sha256,
+        method=job.settings.method.name,
+        data_free=surrogate.source.data_free,
+        quantizer=quantizer.name,
+        bits=_described_bits(job, student),
+        activation_scope=quantizer.activation_scope,
+        range_rule="batch-norm" if surrogate.statistics else quantizer.resolved_range_rule,
+        kd_weight=quantizer.resolved_kd_weight(surrogate.source) if isinstance(quantizer, QAT) else None,
+        seed=job.run.seed,
+        data=job.data.name if job.data else None,
+        verification=verification,
+        num_eval_images=job.data.num_images if job.data else 0,
+        evaluation=evaluation,
+        artifacts={
+            name: Artifact(bytes=path.stat().st_size, sha256=canonical_sha256(path))
+            for name in HASHED
+            if (path := job.folder / name).exists()
+        },
+        settings=to_tables(job.settings),
+        versions=versions(),
+        samples=samples,
+        label_recognition=recognition,
+        num_calibration_images=student.num_calibration_images,
+        seconds=watch.total,
+        seconds_by_phase=watch.phases,
+    )
 
-    def _export(self, student: Student, surrogate: Surrogate) -> Verification:
-        """Write both files and run the ONNX file beside the simulation, on synthetic and evaluation images."""
-        converted, spec = convert(student), self.teacher.spec
-        if self.known is None:
-            write_pt2(converted, spec, self.folder / "model.pt2")
-        write_onnx(converted, spec, self.folder / "model.onnx")
 
-        def simulate(images: Tensor) -> Tensor:
-            return student(images.to(self.run.device))
-
-        def images() -> Iterator[Tensor]:
-            yield from (batch.images.cpu() for batch in surrogate.source.sample(VERIFY_IMAGES))
-            batches = self.data.batches() if self.data else iter(())
-            yield from (batch.images for batch in itertools.islice(batches, CELL_BATCHES if self.known else None))
-
-        threads = torch.get_num_threads()
-        return verify_onnx(self.folder / "model.onnx", simulate, images(), output_step(converted), threads=threads)
-
-    def _evaluate(self, student: Student) -> dict[str, Evaluation]:
-        """Measure the teacher, the file and the simulation on the evaluation images, where there are any."""
-        if self.data is None:
-            return {}
-        file = OnnxClassifier(self.folder / "model.onnx", threads=torch.get_num_threads())
-        if self.known is not None:
-            found = evaluate_many({"quantized": file}, self.data, teacher=self.known, progress=self._show)
-            self._keep_predictions(found["quantized"])
-            return {"float": self.known, **found}
-        teacher = self._teacher_once()
-        networks: dict[str, Predict] = {"float": teacher, "quantized": file, "simulated": student}
-        return evaluate_many(networks, self.data, teacher=teacher, progress=self._show)
-
-    def _teacher_once(self) -> Predict:
-        """Return the teacher for an evaluation, which asks it twice of each batch: as network and as teacher."""
-        latest: list[tuple[Tensor, Tensor]] = []
-
-        def ask(images: Tensor) -> Tensor:
-            if not latest or latest[0][0] is not images:
-                latest[:] = [(images, self.teacher.network(images.to(self.run.device)).cpu())]
-            return latest[0][1]
-
-        return ask
-
-    def _show(self, done: int, total: int) -> None:
-        self.run.observer.update("evaluate", done, total, {})
-
-    def _keep_predictions(self, found: Evaluation) -> None:
-        """Write the class of each image, so that results can be compared image by image."""
-        assert found.predictions is not None
-        assert found.labels is not None
-        with replacing(self.folder / PREDICTIONS) as temporary, open(temporary, "wb") as file:
-            np.savez_compressed(file, predictions=found.predictions, labels=found.labels)
-
-    def _record(
-        self, settings: Settings, surrogate: Surrogate, verification: Verification, found: dict[str, Evaluation]
-    ) -> dict[str, Any]:
-        quantizer = settings.quantizer
-        return {
-            "model": self.teacher.name,
-            "weights": self.teacher.weights_source,
-            "weights_sha256": self.teacher.weights_sha256,
-            "method": settings.method.name,
-            "data_free": surrogate.source.data_free,
-            "quantizer": quantizer.name,
-            "bits": quantizer.bits,
-            "activation_scope": quantizer.activation_scope,
-            "range_rule": "batch-norm" if surrogate.statistics else quantizer.resolved_range_rule,
-            "kd_weight": quantizer.resolved_kd_weight(surrogate.source) if isinstance(quantizer, QAT) else None,
-            "seed": self.run.seed,
-            "data": self.data.name if self.data else None,
-            **{
-                f"{name}_top1": found[name].top1 if name in found else None
-                for name in ("float", "quantized", "simulated")
-            },
-            "teacher_agreement": found["quantized"].teacher_agreement if found else None,
-            "runtime_agreement": verification.agreement_literal,
-            "verification": asdict(verification),
-            "num_eval_images": self.data.num_images if self.data else 0,
-            "evaluation": {name: value.as_dict() for name, value in found.items()},
-            "artifacts": {
-                name: {"bytes": path.stat().st_size, "sha256": canonical_sha256(path)}
-                for name in HASHED
-                if (path := self.folder / name).exists()
-            },
-            "settings": to_tables(settings),
-            "versions": versions(),
-        }
+def _described_bits(job: Job, student: Student) -> str:
+    """Return the widths as they were asked for, or the mean width where each weight has its own."""
+    quantizer = job.settings.quantizer
+    if not quantizer.weight_bits:
+        return quantizer.bits
+    return f"mixed W{mean_weight_bits(student):.2f}A{Bits.parse(quantizer.bits).activation}"

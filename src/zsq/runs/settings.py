@@ -7,14 +7,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
 from zsq.errors import InputError, unknown_name
 from zsq.methods import METHODS, Method
 from zsq.quantization import PTQ, QUANTIZERS
 from zsq.quantization.prepare import Bits
-from zsq.runtime.files import replacing
 
 SECTIONS = ("method", "quantizer")
 RECORD_SECTIONS = (*SECTIONS, "teacher", "run")
@@ -228,14 +226,3 @@ def to_tables(settings: Settings) -> dict[str, dict[str, Any]]:
         values = asdict(part)  # type: ignore[arg-type]
         tables[section] = {"name": part.name} | {k: v for k, v in values.items() if v is not None}
     return tables
-
-
-def write_settings(path: Path, settings: Settings, teacher: dict[str, Any], run: dict[str, Any]) -> None:
-    """Write the resolved settings; the file is a recipe that repeats the run."""
-    content = {"teacher": teacher, **to_tables(settings), "run": run}
-    with replacing(path) as temporary:
-        temporary.write_text(tomli_w.dumps({k: _without_none(v) for k, v in content.items()}))
-
-
-def _without_none(table: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in table.items() if value is not None}

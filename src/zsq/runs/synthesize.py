@@ -2,77 +2,54 @@
 
 import logging
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from zsq.errors import InputError
-from zsq.methods import Method
 from zsq.methods.pool import PoolSource
-from zsq.models.teacher import Teacher
-from zsq.runs.quantize import Wanted, started
+from zsq.runs.request import SynthesizeRequest, takes
+from zsq.runs.stages import SAMPLES, fit
+from zsq.runs.start import started
 from zsq.runtime import distributed
 from zsq.runtime.files import replacing
 from zsq.runtime.memory import clear_memory_errors
-from zsq.runtime.observer import Observer
 from zsq.types import Batch, ImageSpec
 
 logger = logging.getLogger(__name__)
 
 
 @clear_memory_errors()
-def synthesize(
-    teacher: Teacher,
-    *,
-    out: str | Path,
-    count: int = 1000,
-    method: str | Method | None = None,
-    recipe: str | Path | None = None,
-    settings: tuple[str, ...] | Mapping[str, Any] = (),
-    budget: str | float | None = None,
-    from_run: str | Path | None = None,
-    seed: int | None = None,
-    device: str = "auto",
-    resume: bool = False,
-    overwrite: bool = False,
-    observer: Observer | None = None,
-    quiet: bool = False,
-) -> list[Path]:
+def synthesize_request(request: SynthesizeRequest) -> list[Path]:
     """Write `images.npz` (images uint8 [N, H, W, C], labels int64 [N]) and `samples.png`, one row a class.
 
-    The arguments are those of `zsq.quantize`; images stream into the file, so any number fits in memory. A method that
-    holds fewer than `count` gives all that it has. Several processes share the training, as there. The folder holds
-    the generator as well, for `from_run`, and checkpoints, for `resume`.
+    Images stream into the file, so any number fits in memory. A method that holds fewer than `count` gives all that it
+    has. Several processes share the training, as in `quantize`. The folder holds the generator as well, for `from_run`,
+    and checkpoints, for `resume`.
 
     Raises:
         InputError: an argument does not fit, or the folder holds a run or images already.
     """
-    folder = Path(out)
-    if count < 1:
-        raise InputError(f"count is {count}; at least 1 image is made.")
-    with started(
-        teacher,
-        out=out,
-        wanted=Wanted(method, "ptq", None, recipe, settings, budget, from_run, needs_images=True),
-        seed=seed,
-        device=device,
-        resume=resume,
-        overwrite=overwrite,
-        observer=observer,
-        quiet=quiet,
-    ) as (job, chosen):
-        source = job.fit(chosen).source
-        held = len(source.labels) if isinstance(source, PoolSource) else count
-        if held < count:
-            logger.warning(f"method {chosen.method.name} holds {held} images; these are written instead of {count}.")
+    if request.count < 1:
+        raise InputError(f"count is {request.count}; at least 1 image is made.")
+    with started(request, quantizer="ptq", needs_images=True) as job:
+        source = fit(job).source
+        held = len(source.labels) if isinstance(source, PoolSource) else request.count
+        if held < request.count:
+            logger.warning(
+                f"method {job.settings.method.name} holds {held} images; these are written instead of {request.count}."
+            )
 
         def write() -> list[Path]:
-            write_npz(folder / "images.npz", source.sample(count), teacher.spec, min(count, held))
-            return [folder / "images.npz", folder / "samples.png"]
+            images = job.folder / "images.npz"
+            write_npz(images, source.sample(request.count), job.teacher.spec, min(request.count, held))
+            return [images, job.folder / SAMPLES]
 
         return distributed.on_main(write)
+
+
+synthesize = takes(SynthesizeRequest)(synthesize_request)
 
 
 def write_npz(path: Path, batches: Iterable[Batch], spec: ImageSpec, count: int) -> None:

@@ -1,0 +1,115 @@
+"""The verb that measures a file, a float network, or both."""
+
+import json as json_format
+import logging
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from rich.console import Console
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from zsq.cli.output import prints_to_stderr
+from zsq.data.datasets import LabelledImages, open_dataset
+from zsq.errors import InputError
+from zsq.evaluation.accuracy import Evaluation, Predict, evaluate_many
+from zsq.export.verify import OnnxClassifier
+from zsq.models.network import Network
+from zsq.models.options import option
+from zsq.models.teacher import Teacher, load
+from zsq.reports.text_tables import percent, table
+from zsq.runs.console import shown
+from zsq.runtime.device import pick_device
+from zsq.types import ImageSpec
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluatedNetwork(Network):
+    """A network, or what a run has made of one."""
+
+    model: Positional[str]
+    """Folder of a run, its model.onnx, or a network as for `zsq quantize`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Measure top-1, top-5 and agreement of a quantized file, of a float network, or of both side by side.
+
+    Examples:
+      zsq evaluate runs/digits --data digits
+      zsq evaluate runs/digits/model.onnx --data digits --json
+      zsq evaluate digits --file runs/digits --data digits
+    """
+
+    network: Annotated[EvaluatedNetwork, arg(name=""), OmitArgPrefixes]
+    file: Annotated[Path | None, option("FILE")] = None
+    """Beside a network: folder of a run or .onnx file that is compared with it."""
+    data: Annotated[str, option("SET", required=True)]
+    """Labelled images: digits, FILE.npz, or a folder with metadata.csv or one folder a class."""
+    device: Literal["cpu", "cuda", "auto"] = "auto"
+    """Where the float network computes."""
+    json: bool = False
+    """Print one JSON object."""
+
+    def run(self, console: Console) -> None:
+        """Do it and print the outcome."""
+        found = self._measure()
+        if self.json:
+            print(json_format.dumps({name: value.as_dict() for name, value in found.items()}))
+            return
+        columns = ("network", "top-1 %", "95 % interval", "top-5 %", "agreement %", "correct", "images")
+        console.print(table(f"{self.network.model} on {self.data}", columns, [_row(*item) for item in found.items()]))
+
+    def _measure(self) -> dict[str, Evaluation]:
+        with shown(None, quiet=False) as observer:
+
+            def show(done: int, total: int) -> None:
+                observer.update("evaluate", done, total, {})
+
+            path = Path(self.network.model)
+            if (path.is_dir() and self.network.model != "digits") or path.suffix == ".onnx":
+                self._check_alone()
+                file = _open_file(path)
+                return evaluate_many({"model.onnx": file}, self._open(file.spec), progress=show)
+            beside = None if self.file is None else _open_file(self.file)
+            teacher = self._loaded().to(pick_device(self.device))
+            if beside is not None and replace(beside.spec, resize=None) != replace(teacher.spec, resize=None):
+                raise InputError(f"{self.file} takes {beside.spec}, and {teacher.name} {teacher.spec}.")
+            data = self._open(teacher.spec)
+            networks: dict[str, Predict] = {teacher.name: teacher.network}
+            if beside is None:
+                return evaluate_many(networks, data, progress=show)
+            return evaluate_many(networks | {"model.onnx": beside}, data, teacher=teacher.network, progress=show)
+
+    def _loaded(self) -> Teacher:
+        with prints_to_stderr():
+            return load(self.network)
+
+    def _open(self, spec: ImageSpec) -> LabelledImages:
+        data = open_dataset(self.data, spec)
+        if data.notice:
+            logger.info(data.notice)
+        return data
+
+    def _check_alone(self) -> None:
+        """Refuse what is said of a network where there is none."""
+        model = self.network.model
+        said = {field.name: getattr(self.network, field.name) for field in fields(Network)} | {"file": self.file}
+        for name, value in said.items():
+            if name != "model" and value is not None:
+                raise InputError(
+                    f"--{name} goes with a network, and {model} is a quantized file, which knows its images; "
+                    f"zsq evaluate NETWORK --file {model} measures both."
+                )
+
+
+def _open_file(path: Path) -> OnnxClassifier:
+    return OnnxClassifier(path / "model.onnx" if path.is_dir() else path)
+
+
+def _row(name: str, found: Evaluation) -> list[str]:
+    low, high = found.top1_interval
+    shares = [percent(found.top1), f"{low:.2f} to {high:.2f}", percent(found.top5), percent(found.teacher_agreement)]
+    return [name, *shares, str(found.top1_correct), str(found.num_images)]

@@ -1,0 +1,120 @@
+"""A network by name, and what is said about its weights and images: where a teacher comes from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from tyro.conf import Positional
+
+from zsq.errors import InputError, TeacherError
+from zsq.models.options import option, text
+from zsq.types import ImageSpec
+
+
+def parse_shape(value: str) -> tuple[int, int, int]:
+    """Read `3x32x32`.
+
+    Raises:
+        InputError: it is something else.
+    """
+    sizes = value.lower().split("x")
+    if len(sizes) != 3 or not all(size.isdecimal() for size in sizes):
+        raise InputError(f"--input is '{value}'; channels x height x width are expected, such as 3x32x32.")
+    return int(sizes[0]), int(sizes[1]), int(sizes[2])
+
+
+def parse_resize(value: str) -> int | Literal["none"]:
+    """Read a number of pixels, or `none`.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if value.lower() == "none":
+        return "none"
+    try:
+        return int(value)
+    except ValueError:
+        raise InputError(f"--resize is '{value}'; a whole number or none is expected.") from None
+
+
+def numbers(name: str) -> Callable[[str], tuple[float, ...]]:
+    """Return the function that reads `0.5,0.5,0.5`.
+
+    Raises (when called):
+        InputError: it is something else; the text names the option.
+    """
+
+    def parse(value: str) -> tuple[float, ...]:
+        try:
+            return tuple(float(part) for part in value.split(","))
+        except ValueError:
+            raise InputError(
+                f"--{name} is '{value}'; numbers separated by commas are expected, one a channel."
+            ) from None
+
+    return parse
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """A network to quantize, by name; command line, recipe, run folder and Python say it in these words."""
+
+    model: Positional[str]
+    """digits, pytorchcv:NAME, timm:NAME, torchvision:NAME, FILE.py:FACTORY or PACKAGE.MODULE:FACTORY."""
+    weights: Annotated[str | None, option("FILE")] = None
+    """Weights file (safetensors or PyTorch checkpoint), or `random`; unset, those that MODEL brings."""
+    input: Annotated[tuple[int, int, int] | None, text("CxHxW", parse_shape), option("CxHxW")] = None
+    """Image shape such as 3x32x32; known for zoos."""
+    classes: Annotated[int | None, option("N")] = None
+    """Number of classes; known for zoos."""
+    mean: Annotated[tuple[float, ...] | None, text("A,B,C", numbers("mean")), option("A,B,C")] = None
+    """Mean of each channel, pixels in [0, 1]."""
+    std: Annotated[tuple[float, ...] | None, text("A,B,C", numbers("std")), option("A,B,C")] = None
+    """Standard deviation of each channel, pixels in [0, 1]."""
+    resize: Annotated[int | Literal["none"] | None, text("N|none", parse_resize), option("N|none")] = None
+    """Shorter side in pixels before the centre crop, or none; unset, what MODEL says."""
+
+    def spec_over(self, default: ImageSpec) -> ImageSpec:
+        """Return a model's image spec with what is said here; its resize grows or shrinks with the crop."""
+        channels, height, width = self.input or (default.channels, default.height, default.width)
+        resize = None if self.resize == "none" else self.resize
+        if self.resize is None and default.resize is not None:
+            resize = round(default.resize * min(height, width) / min(default.height, default.width))
+        return ImageSpec(
+            channels=channels,
+            height=height,
+            width=width,
+            classes=self.classes or default.classes,
+            mean=tuple(self.mean or default.mean),
+            std=tuple(self.std or default.std),
+            resize=resize,
+        )
+
+    def spec_alone(self) -> ImageSpec:
+        """Return the image spec of a model that brings none: pixels in [0, 1] unless mean and std are given.
+
+        Raises:
+            TeacherError: shape or classes are not given, or one of mean and std without the other.
+        """
+        said = (("--input CxHxW", self.input), ("--classes N", self.classes))
+        missing = [flag for flag, value in said if value is None]
+        if missing:
+            raise TeacherError(
+                f"'{self.model}' does not say what images it takes: give {' and '.join(missing)}, "
+                "with --mean and --std if it was trained on normalised pixels."
+            )
+        if (self.mean is None) != (self.std is None):
+            given, other = ("mean", "std") if self.std is None else ("std", "mean")
+            raise TeacherError(f"'{self.model}' gets --{given} and no --{other}; give both, or neither.")
+        assert self.input is not None
+        assert self.classes is not None
+        channels, height, width = self.input
+        default = ImageSpec(
+            channels=channels,
+            height=height,
+            width=width,
+            classes=self.classes,
+            mean=(0.0,) * channels,
+            std=(1.0,) * channels,
+        )
+        return self.spec_over(default)

@@ -1,0 +1,46 @@
+"""What the stages of a run work on."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from zsq.data.datasets import LabelledImages
+from zsq.evaluation.accuracy import Evaluation
+from zsq.models.teacher import Teacher
+from zsq.runs.fitted import FittedRun
+from zsq.runs.settings import Settings
+from zsq.training.loop import Run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outputs:
+    """What a run writes and measures beside `model.onnx` and its record."""
+
+    pt2: bool = True
+    """Write `model.pt2`."""
+    predictions: bool = False
+    """Write the class that the file names for each image of the data, and the true one."""
+    simulation: bool = True
+    """Measure the accuracy of the simulation, too."""
+    check_batches: int | None = None
+    """Batches of the data on which the file is checked against the simulation; None takes all."""
+    float_results: Evaluation | None = None
+    """The float network's results on the data where they are known; None measures them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A run that is ready to start: all that is asked for has been checked."""
+
+    teacher: Teacher
+    """The float network, on the run's device."""
+    run: Run
+    """Seed, device, folder, observer."""
+    folder: Path
+    """Where everything is written."""
+    settings: Settings
+    """Method and quantizer with their schedule."""
+    data: LabelledImages | None = None
+    """Images on which accuracy is measured."""
+    fitted: FittedRun | None = None
+    """A finished fit that is reused."""
+    outputs: Outputs = field(default_factory=Outputs)

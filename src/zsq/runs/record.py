@@ -1,0 +1,166 @@
+"""The record of a run: what `result.json` holds, written and read by one type."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from zsq.errors import InputError
+from zsq.evaluation.accuracy import Evaluation
+from zsq.export.verify import Verification
+from zsq.runtime.files import replacing
+
+SCHEMA = 1
+"""Number of this form. Files without one are of zsq 0.1, whose fields are the same."""
+
+RECORD = "result.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact:
+    """A file of the run."""
+
+    bytes: int
+    """Its size."""
+    sha256: str
+    """Of its canonical content: equal for equal networks, whenever and wherever they were written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleAgreement:
+    """How often the file and the float network name the same class for samples that calibrated nothing."""
+
+    num_images: int
+    """Samples that both classified."""
+    num_classes: int
+    """Classes that the float network sees in them."""
+    teacher_agreement: float | None
+    """Percent of them; None where they show too few classes to tell anything."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """What a run was, made and measured; percentages from 0 to 100, times in seconds."""
+
+    schema: int = SCHEMA
+    """Number of the record's form."""
+    model: str
+    """The network as it was named."""
+    weights: str
+    """`bundled`, the file's name, `zoo`, `factory`, `random` or `memory`."""
+    weights_sha256: str
+    """Hash over the network's state, whatever file it came from."""
+    method: str
+    """What stood in for the training data."""
+    data_free: bool
+    """Whether no real image was used."""
+    quantizer: str
+    """`ptq` or `qat`."""
+    bits: str
+    """Widths of weights and activations, such as `4`, `W4A8` or `mixed W4.12A8`."""
+    activation_scope: str
+    """`all` activations, or those in front of `layers` alone."""
+    range_rule: str
+    """How activation ranges were chosen; `batch-norm` where they came from statistics."""
+    kd_weight: float | None = None
+    """Weight of the teacher's answers against the labels in distillation; None without distillation."""
+    seed: int
+    """Of every random draw."""
+    data: str | None = None
+    """Images on which accuracy was measured; None where there were none."""
+    verification: Verification
+    """The file against the simulation."""
+    num_eval_images: int = 0
+    """Images on which accuracy was measured."""
+    evaluation: dict[str, Evaluation] = field(default_factory=dict)
+    """Accuracy of the `float` network, the `quantized` file and the `simulated` network; empty without data."""
+    artifacts: dict[str, Artifact] = field(default_factory=dict)
+    """The run's files by name."""
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Tables `method` and `quantizer` as in settings.toml."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """What results depend on."""
+    samples: SampleAgreement | None = None
+    """Agreement on fresh samples; None where the method makes no images."""
+    label_recognition: float | None = None
+    """Percent of the samples in which the float network sees the label they were made for; None without labels."""
+    num_calibration_images: int = 0
+    """Images from which ranges were chosen."""
+    seconds: float = 0.0
+    """Wall-clock time of the run."""
+    seconds_by_phase: dict[str, float] = field(default_factory=dict)
+    """Wall-clock time by phase."""
+
+    @property
+    def float_top1(self) -> float | None:
+        """Top-1 of the float network in percent; None without data."""
+        return self._top1("float")
+
+    @property
+    def quantized_top1(self) -> float | None:
+        """Top-1 of model.onnx in percent; None without data."""
+        return self._top1("quantized")
+
+    @property
+    def simulated_top1(self) -> float | None:
+        """Top-1 of the simulation in percent; None without data."""
+        return self._top1("simulated")
+
+    @property
+    def teacher_agreement(self) -> float | None:
+        """Percent of the images on which model.onnx and the float network name the same class; None without data."""
+        return self.evaluation["quantized"].teacher_agreement if self.evaluation else None
+
+    @property
+    def runtime_agreement(self) -> float:
+        """Percent of the images on which the file, run literally, and the simulation name the same class."""
+        return self.verification.agreement_literal
+
+    def _top1(self, name: str) -> float | None:
+        return self.evaluation[name].top1 if name in self.evaluation else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the content of `result.json`: all fields, and what follows from them."""
+        content = {name: getattr(self, name) for name in self.__slots__}
+        content["verification"] = asdict(self.verification)
+        content["evaluation"] = {name: value.as_dict() for name, value in self.evaluation.items()}
+        content["artifacts"] = {name: asdict(value) for name, value in self.artifacts.items()}
+        content["samples"] = None if self.samples is None else asdict(self.samples)
+        derived = ("float_top1", "quantized_top1", "simulated_top1", "teacher_agreement", "runtime_agreement")
+        return content | {name: getattr(self, name) for name in derived}
+
+    def write(self, folder: Path) -> None:
+        """Write `result.json` to a run's folder."""
+        with replacing(folder / RECORD) as temporary:
+            temporary.write_text(json.dumps(self.as_dict(), indent=2) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Record":
+        """Read the record of a run's folder; what this version does not know is left aside.
+
+        Raises:
+            InputError: the folder holds no finished run, or the file is damaged or of a newer zsq.
+        """
+        path = folder / RECORD
+        if not path.is_file():
+            raise InputError(f"{folder} holds no result.json; the run has not finished: --resume continues it.")
+        try:
+            content = json.loads(path.read_text())
+        except ValueError as error:
+            raise InputError(f"{path} is not JSON: {error}.") from error
+        if not isinstance(content, dict):
+            raise InputError(f"{path} holds no record.")
+        schema = content.setdefault("schema", 0)
+        if isinstance(schema, int) and schema > SCHEMA:
+            raise InputError(f"{path} is of a newer zsq (schema {schema}; this one reads up to {SCHEMA}); update zsq.")
+        try:
+            return _RECORD.validate_python(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise InputError(f"{path} is not a record that zsq has written: {place}: {first['msg']}.") from error
+
+
+_RECORD = TypeAdapter(Record)

@@ -1,0 +1,184 @@
+"""What is asked of a run: one frozen object that command line, recipe, run folder and Python fill and pass on whole."""
+
+import functools
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar
+
+from torch import nn
+from tyro.conf import OmitArgPrefixes, Suppress, UseAppendAction, arg
+
+from zsq.errors import InputError
+from zsq.methods import Method
+from zsq.models.network import Network
+from zsq.models.options import option, text
+from zsq.models.teacher import Teacher, load, teacher_from_module
+from zsq.quantization import PTQ
+from zsq.runs.docstrings import field_texts
+from zsq.runtime.observer import Observer
+from zsq.types import ImageSpec
+
+Asked = TypeVar("Asked", bound="Request")
+Parameters = ParamSpec("Parameters")
+Outcome = TypeVar("Outcome")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What every run is asked: the network, what stands in for its training data, how long it may take, and where."""
+
+    network: Annotated[Network | Teacher | nn.Module | str, OmitArgPrefixes, arg(name="", constructor=Network)]
+    """A `Teacher` (see `load_teacher`), a module in memory with its `spec`, a `Network`, or a name such as `digits`."""
+    spec: Suppress[ImageSpec | None] = None
+    """What a module in memory takes and gives."""
+    _: KW_ONLY
+    out: Annotated[Path, option("DIR", required=True)]
+    """Folder of what is written."""
+    method: Annotated[str | Method | None, text("NAME"), option("NAME")] = None
+    """What stands in for the training data; see `zsq methods`. Default zscgan."""
+    recipe: Annotated[Path | None, option("FILE")] = None
+    """TOML file of settings, such as a run's settings.toml."""
+    budget: Annotated[str | float | None, text("TIME"), option("TIME")] = None
+    """Wall-clock time to fill, such as 90s, 5m or 1h; 10m without recipe and chosen steps."""
+    settings: Annotated[UseAppendAction[tuple[str, ...]], arg(name="set", metavar="SECTION.NAME=VALUE")] = ()
+    """A setting, such as method.steps=500 or quantizer.range_rule=minmax; may be repeated. `zsq methods` lists them."""
+    from_run: Annotated[Path | None, option("DIR", name="from")] = None
+    """Use the generator that another run has fitted."""
+    seed: Annotated[int | None, option("N")] = None
+    """Of every random draw; unset, that of the recipe or of the run that is resumed, else 0."""
+    device: Literal["cpu", "cuda", "auto"] = "auto"
+    """Where to compute."""
+    resume: bool = False
+    """Continue what --out holds."""
+    overwrite: bool = False
+    """Discard what --out holds."""
+    observer: Suppress[Observer | None] = None
+    """Is told how far the work is; None shows it on stderr."""
+    quiet: Suppress[bool] = False
+    """Show and print nothing, warnings included; the logger `zsq` has them all the same."""
+
+    def __post_init__(self) -> None:
+        given: Any = self.settings
+        object.__setattr__(self, "settings", assignments(given))
+        for name in ("out", "recipe", "from_run"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else Path(value))
+
+    def teacher(self) -> Teacher:
+        """Return the float network.
+
+        Raises:
+            InputError: it cannot be loaded, or is a module without its `spec`.
+        """
+        network = self.network
+        if isinstance(network, str):
+            network = Network(model=network)
+        if isinstance(network, Network):
+            return load(network)
+        if isinstance(network, Teacher):
+            return network
+        if self.spec is None:
+            raise InputError("a module in memory needs its ImageSpec: zsq.quantize(module, spec, ...).")
+        return teacher_from_module(network, self.spec)
+
+
+def assignments(settings: tuple[str, ...] | Mapping[str, Any]) -> tuple[str, ...]:
+    """Return settings as assignments; a mapping of `method.steps` to 500 is as good.
+
+    Raises:
+        InputError: it is one text, whose letters would be taken for assignments.
+    """
+    if isinstance(settings, str):
+        raise InputError(f"settings is the text '{settings}'; give a tuple of them: settings=('{settings}',).")
+    if isinstance(settings, Mapping):
+        return tuple(f"{name}={value}" for name, value in settings.items())
+    return tuple(settings)
+
+
+def takes(
+    kind: Callable[Parameters, Asked],
+) -> Callable[[Callable[[Asked], Outcome]], Callable[Parameters, Outcome]]:
+    """Let a function of a request take what makes one: its signature is that of `kind`, its help names the fields.
+
+    `quantize = takes(QuantizeRequest)(quantize_request)`: the name goes without the suffix.
+    """
+
+    def decorate(work: Callable[[Asked], Outcome]) -> Callable[Parameters, Outcome]:
+        @functools.wraps(work)
+        def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Outcome:
+            return work(kind(*args, **kwargs))
+
+        signature = inspect.signature(kind)
+        returned = inspect.signature(work).return_annotation
+        call.__name__ = call.__qualname__ = work.__name__.removesuffix("_request")
+        parameters = [p.replace(annotation=_plain(p.annotation)) for p in signature.parameters.values()]
+        call.__signature__ = inspect.Signature(parameters, return_annotation=returned)  # type: ignore[attr-defined]
+        assert isinstance(kind, type)
+        texts = field_texts(kind)
+        lines = [f"    {name}: {texts[name]}" for name in signature.parameters]
+        summary, blank, rest = inspect.cleandoc(work.__doc__ or "").partition("\n\n")
+        call.__doc__ = "\n".join([summary, "", "Args:", *lines]) + blank + rest
+        return call
+
+    return decorate
+
+
+def _plain(annotation: Any) -> Any:
+    """Return a type without what the command line needs to know of it."""
+    return annotation.__origin__ if hasattr(annotation, "__metadata__") else annotation
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeRequest(Request):
+    """What `quantize` is asked."""
+
+    _: KW_ONLY
+    quantizer: Annotated[str | PTQ | None, text("NAME"), option("NAME")] = None
+    """ptq (calibration only) or qat (distillation as well). Default ptq."""
+    bits: Annotated[str | int | None, text("N|WnAn"), option("N|WnAn")] = None
+    """8, 6, 4, any width from 2 to 8, W4A8, or a file such as `zsq allocate` writes. Default 8."""
+    data: Annotated[str | os.PathLike[str] | None, text("SET"), option("SET")] = None
+    """Labelled images on which teacher and result are evaluated: digits, FILE.npz or a folder."""
+    checkpoint_every: Annotated[int | None, option("N")] = None
+    """Steps between checkpoints; unset, every 30 seconds, or in 2 % of the time."""
+
+
+@dataclass(frozen=True, slots=True)
+class SynthesizeRequest(Request):
+    """What `synthesize` is asked."""
+
+    _: KW_ONLY
+    count: int = 1000
+    """Number of images."""
+
+
+def parse_widths(value: str) -> tuple[int, ...]:
+    """Read `2,4,8`.
+
+    Raises:
+        InputError: it is something else.
+    """
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise InputError(f"--widths is '{value}'; whole numbers separated by commas are expected.") from None
+
+
+@dataclass(frozen=True, slots=True)
+class AllocateRequest(Request):
+    """What `allocate` is asked."""
+
+    _: KW_ONLY
+    average: Annotated[float | None, option("BITS")] = None
+    """Most bits a weight, on average over all weights."""
+    size: Annotated[str | int | None, text("BYTES"), option("BYTES")] = None
+    """Instead: most bytes of all weights, packed, such as 100KB or 64KiB. The files themselves store one a byte."""
+    widths: Annotated[tuple[int, ...], text("A,B,C", parse_widths), option("A,B,C")] = (2, 4, 8)
+    """Widths to choose from, from 2 to 8."""
+    activation: int = 8
+    """Width of the activations; it is written down, sensitivities are of weights alone."""
+    num_images: Annotated[int, arg(name="images")] = 256
+    """Images on which sensitivities are measured."""

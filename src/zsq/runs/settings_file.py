@@ -1,0 +1,66 @@
+"""`settings.toml` of a run's folder: network, method, quantizer and what the run was started with; a recipe, too."""
+
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from zsq.errors import InputError
+from zsq.models.teacher import Teacher
+from zsq.runs.settings import Settings, read_toml, to_tables
+from zsq.runtime.files import replacing
+from zsq.types import ImageSpec
+
+SETTINGS = "settings.toml"
+
+
+def write_settings(path: Path, settings: Settings, teacher: dict[str, Any], run: dict[str, Any]) -> None:
+    """Write the resolved settings; the file is a recipe that repeats the run."""
+    content = {"teacher": teacher, **to_tables(settings), "run": run}
+    with replacing(path) as temporary:
+        temporary.write_text(tomli_w.dumps({name: _without_none(table) for name, table in content.items()}))
+
+
+def _without_none(table: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in table.items() if value is not None}
+
+
+def teacher_table(teacher: Teacher) -> dict[str, Any]:
+    """Return what `settings.toml` says of the teacher."""
+    spec = teacher.spec
+    return {
+        "model": teacher.name,
+        "weights": teacher.weights_source,
+        "weights_sha256": teacher.weights_sha256,
+        "channels": spec.channels,
+        "height": spec.height,
+        "width": spec.width,
+        "classes": spec.classes,
+        "mean": list(spec.mean),
+        "std": list(spec.std),
+        "resize": spec.resize,
+    }
+
+
+def stored_spec(folder: Path) -> ImageSpec:
+    """Return the image spec of a run's teacher.
+
+    Raises:
+        InputError: the folder holds no settings.toml with a teacher.
+    """
+    path = folder / SETTINGS
+    content = read_toml(path)
+    table = content.get("teacher")
+    if not isinstance(table, dict):
+        raise InputError(f"{path} names no teacher; it is not a run's.")
+    if "run" not in content:
+        raise InputError(f"{path} is cut short: its last table, [run], is missing.")
+    sizes = {name: table.get(name, 0) for name in ("channels", "height", "width", "classes")}
+    mean, std = tuple(table.get("mean", ())), tuple(table.get("std", ()))
+    return ImageSpec(**sizes, mean=mean, std=std, resize=table.get("resize"))
+
+
+def shape_of(spec: ImageSpec) -> str:
+    """Say all of an image spec that a generator depends on; `resize` serves files only."""
+    values = f"mean {list(spec.mean)}, std {list(spec.std)}"
+    return f"{spec.channels}x{spec.height}x{spec.width} in {spec.classes} classes, {values}"

@@ -1,0 +1,231 @@
+"""The stages of a run, each a function of the job and of what the stages before it gave."""
+
+import itertools
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zsq.errors import InputError
+from zsq.evaluation.accuracy import Evaluation, Predict, evaluate_many
+from zsq.export.onnx import output_step, write_onnx, write_pt2
+from zsq.export.verify import OnnxClassifier, Verification, verify_onnx
+from zsq.methods import Surrogate
+from zsq.quantization.convert import convert
+from zsq.quantization.prepare import Student
+from zsq.quantization.ptq import quantize_ptq
+from zsq.quantization.qat import QAT, distill
+from zsq.reports.pictures import save_grid
+from zsq.runs.fitted import GENERATOR
+from zsq.runs.job import Job
+from zsq.runs.record import SampleAgreement
+from zsq.runtime import distributed
+from zsq.runtime.files import load_tensors, replacing, save_tensors
+from zsq.types import Batch, SampleSource
+
+MODEL, PROGRAM, SAMPLES = "model.onnx", "model.pt2", "samples.png"
+
+PREDICTIONS = "predictions.npz"
+"""File of predicted and true classes, int32 [N] each."""
+
+VERIFY_IMAGES = 500
+RECOGNITION_IMAGES = 1000
+AGREEMENT_IMAGES = 500
+LOW_AGREEMENT = 80.0
+"""Percent of fresh samples on which file and teacher agree, below which the file is not worth much as it is."""
+MANY_CLASSES = 20
+"""Samples of half as many classes, or of half of the network's where it has fewer, are enough to tell."""
+LOW_RECOGNITION = 50.0
+"""Percent of wanted labels recognised, below which samples carry statistics but no classes."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class FreshSamples:
+    """Samples from random streams of their own, as a set to evaluate on; a pool has no others than it has."""
+
+    source: SampleSource
+    num_images: int
+
+    def batches(self, batch_size: int = 100) -> Iterator[Batch]:
+        """Yield them; a source that holds fewer gives what it has."""
+        yield from self.source.sample(self.num_images, batch_size, "fresh")
+
+
+def fit(job: Job) -> Surrogate:
+    """Fit the method, or take over what is fitted; keep generator and picture where the folder has none."""
+    settings, state = job.settings, job.fitted.state if job.fitted else None
+    surrogate: Surrogate = settings.method.fit(job.teacher, job.run, distill_steps=settings.distill_steps, fitted=state)
+    if distributed.is_main():
+        _keep_generator(job, surrogate)
+        if surrogate.statistics is None and not (job.folder / SAMPLES).exists():
+            save_grid(surrogate.source, job.teacher.spec, job.folder / SAMPLES)
+    return surrogate
+
+
+def _keep_generator(job: Job, surrogate: Surrogate) -> None:
+    """Write the generator where the folder has none, or a damaged one."""
+    state, path = surrogate.source.state_dict(), job.folder / GENERATOR
+    if not state:
+        return
+    if path.exists():
+        try:
+            load_tensors(path)
+        except InputError as error:
+            logger.warning(f"{error} It is written anew.")
+        else:
+            return
+    save_tensors(path, state, {"method": job.settings.method.name, "weights_sha256": job.teacher.weights_sha256})
+
+
+@torch.no_grad()
+def measure_recognition(job: Job, surrogate: Surrogate) -> float | None:
+    """Return how often the teacher's top-1 class is the wanted one, in percent, and warn where it is low.
+
+    None where no label is asked for.
+    """
+    if not surrogate.source.asks_labels:
+        return None
+    hits = count = 0
+    for batch in surrogate.source.sample(RECOGNITION_IMAGES):
+        hits += int((job.teacher.network(batch.images).argmax(1) == batch.labels).sum())
+        count += len(batch.labels)
+    recognition = 100 * hits / count
+    if recognition < LOW_RECOGNITION:
+        logger.warning(
+            f"the teacher recognises {recognition:.1f} % of the labels that the samples were asked for; "
+            "they do not show its classes."
+        )
+    return recognition
+
+
+def quantize_network(job: Job, surrogate: Surrogate) -> Student:
+    """Calibrate, and distil where the quantizer says so; all processes take part."""
+    quantizer = job.settings.quantizer
+    student = quantize_ptq(
+        surrogate.network,
+        lambda: surrogate.source.sample(quantizer.num_samples),
+        quantizer,
+        job.run,
+        learnable=isinstance(quantizer, QAT) and quantizer.scales == "learnable",
+        statistics=surrogate.statistics,
+    )
+    if isinstance(quantizer, QAT):
+        logger.info(f"distilling {quantizer.steps} steps at learning rate {quantizer.learning_rate:g}")
+        distill(student, job.teacher.network, surrogate.source, quantizer, job.run)
+    return student
+
+
+def write_and_check(job: Job, student: Student, surrogate: Surrogate) -> Verification:
+    """Write the files and run `model.onnx` beside the simulation, on synthetic images and on those of the data."""
+    logger.info(f"writing and checking {MODEL}{f' and {PROGRAM}' if job.outputs.pt2 else ''}")
+    converted, spec = convert(student), job.teacher.spec
+    if job.outputs.pt2:
+        write_pt2(converted, spec, job.folder / PROGRAM)
+    write_onnx(converted, spec, job.folder / MODEL)
+
+    def simulate(images: Tensor) -> Tensor:
+        logits: Tensor = student(images.to(job.run.device))
+        return logits
+
+    def images() -> Iterator[Tensor]:
+        yield from (batch.images.cpu() for batch in surrogate.source.sample(VERIFY_IMAGES))
+        batches = job.data.batches() if job.data else iter(())
+        yield from (batch.images for batch in itertools.islice(batches, job.outputs.check_batches))
+
+    threads = torch.get_num_threads()
+    return verify_onnx(job.folder / MODEL, simulate, images(), output_step(converted), threads=threads)
+
+
+def evaluate_file(job: Job, student: Student) -> dict[str, Evaluation]:
+    """Measure the teacher, the file and the simulation on the data, where there is any."""
+    if job.data is None:
+        return {}
+    known = job.outputs.float_results
+    networks: dict[str, Predict] = {"quantized": opened_file(job.folder)}
+    teacher: Predict | Evaluation
+    if known is None:
+        teacher = _asked_once(job)
+        networks = {"float": teacher} | networks
+    else:
+        teacher = known
+    if job.outputs.simulation:
+        networks |= {"simulated": student}
+
+    def show(done: int, total: int) -> None:
+        job.run.observer.update("evaluate", done, total, {})
+
+    found = evaluate_many(networks, job.data, teacher=teacher, progress=show)
+    if job.outputs.predictions:
+        _keep_predictions(job.folder / PREDICTIONS, found["quantized"])
+    return found if known is None else {"float": known, **found}
+
+
+def _keep_predictions(path: Path, found: Evaluation) -> None:
+    """Write the class of each image, so that results can be compared image by image."""
+    assert found.predictions is not None
+    assert found.labels is not None
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, predictions=found.predictions, labels=found.labels)
+
+
+def opened_file(folder: Path) -> OnnxClassifier:
+    """Return a run's file in its runtime, on as many threads as PyTorch has here."""
+    return OnnxClassifier(folder / MODEL, threads=torch.get_num_threads())
+
+
+def _asked_once(job: Job) -> Predict:
+    """Return the teacher for an evaluation, which asks it twice of each batch: as network and as teacher."""
+    latest: list[tuple[Tensor, Tensor]] = []
+
+    def ask(images: Tensor) -> Tensor:
+        if not latest or latest[0][0] is not images:
+            latest[:] = [(images, job.teacher.network(images.to(job.run.device)).cpu())]
+        return latest[0][1]
+
+    return ask
+
+
+def measure_agreement(job: Job, surrogate: Surrogate) -> SampleAgreement | None:
+    """Return how often the file and the teacher name the same class for samples that calibrated nothing.
+
+    It says how good a file is where no real image does, and a warning is given where it is low. None where the method
+    makes no images; a method that holds few images has no fresh ones.
+    """
+    if surrogate.statistics is not None:
+        return None
+    teacher = _asked_once(job)
+    networks: dict[str, Predict] = {"file": opened_file(job.folder), "teacher": teacher}
+    found = evaluate_many(networks, FreshSamples(surrogate.source, AGREEMENT_IMAGES), teacher=teacher)
+    named, agreement = found["teacher"].predictions, found["file"].teacher_agreement
+    assert named is not None
+    assert agreement is not None
+    classes = len(np.unique(named))
+    meaningful = classes >= min(job.teacher.spec.classes, MANY_CLASSES) / 2
+    if job.data is None:
+        _warn_of_agreement(agreement, classes, job.settings.quantizer.name, meaningful=meaningful)
+    return SampleAgreement(
+        num_images=found["file"].num_images,
+        num_classes=classes,
+        teacher_agreement=agreement if meaningful else None,
+    )
+
+
+def _warn_of_agreement(agreement: float, classes: int, quantizer: str, *, meaningful: bool) -> None:
+    """Warn where agreement on samples is low, or tells nothing."""
+    if not meaningful:
+        logger.warning(
+            f"the float network sees {classes} classes in the samples, too few to tell how good "
+            f"{MODEL} is; a longer --budget may help, and labelled images (--data) tell the accuracy."
+        )
+    elif agreement < LOW_AGREEMENT:
+        hint = "" if quantizer == "qat" else "--quantizer qat or "
+        logger.warning(
+            f"{MODEL} and the float network name the same class for only {agreement:.1f} % of the "
+            f"samples; {hint}more bits may help, and labelled images (--data) tell the accuracy."
+        )

@@ -1,0 +1,172 @@
+"""The start of a run: what is asked for is checked, the folder taken, the schedule chosen and written."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from zsq.data.datasets import open_dataset
+from zsq.errors import InputError
+from zsq.graph.batchnorm import fold
+from zsq.models.teacher import Teacher
+from zsq.quantization import PTQ
+from zsq.quantization.prepare import check_weight_names
+from zsq.runs.budget import choose_schedule
+from zsq.runs.console import shown
+from zsq.runs.fitted import FittedRun
+from zsq.runs.folder import claimed, clear_folder, open_folder
+from zsq.runs.job import Job
+from zsq.runs.request import Request
+from zsq.runs.resume import chosen_seed, resumed_settings, warn_of_recipe
+from zsq.runs.settings import Settings, resolve
+from zsq.runs.settings_file import SETTINGS, teacher_table, write_settings
+from zsq.runtime import distributed
+from zsq.runtime.device import pick_device
+from zsq.runtime.versions import versions
+from zsq.training.loop import Run
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def started(
+    request: Request,
+    *,
+    quantizer: str | PTQ | None = None,
+    bits: str | int | None = None,
+    data: str | os.PathLike[str] | None = None,
+    checkpoint_every: int | None = None,
+    needs_images: bool = False,
+    check: Callable[[Teacher], object] | None = None,
+) -> Iterator[Job]:
+    """Check what is asked for, take the folder, and yield the job that is ready to start.
+
+    Args:
+        request: what is asked for.
+        quantizer, bits, data, checkpoint_every: see `QuantizeRequest`.
+        needs_images: refuse methods that make none.
+        check: raises where the request does not fit the network.
+
+    Raises:
+        InputError: an argument, setting or file does not fit; what the folder held is still there then.
+    """
+    device = distributed.start(pick_device(request.device).type)
+    with shown(request.observer, quiet=request.quiet) as observer:
+        teacher = _loaded(request, device)
+        if check is not None:
+            check(teacher)
+        images = None if data is None else open_dataset(os.fspath(data), teacher.spec)
+        fitted = None if request.from_run is None else FittedRun.open(request.from_run, teacher)
+        wanted = wanted_settings(request, quantizer, bits, fitted)
+        _check_settings(wanted, teacher, needs_images=needs_images)
+        seed = distributed.on_main(
+            lambda: chosen_seed(request.seed, request.recipe, request.out, resume=request.resume)
+        )
+        with claimed(request.out):
+            run = Run(request.out, seed=seed, device=device, checkpoint_steps=checkpoint_every, observer=observer)
+            if images is not None and images.notice:
+                logger.info(images.notice)
+            job = Job(teacher=teacher, run=run, folder=request.out, settings=wanted, data=images, fitted=fitted)
+            yield _resumed(job, request) or _begun(job, request)
+
+
+def _loaded(request: Request, device: torch.device) -> Teacher:
+    """Return the float network on the run's device."""
+    teacher = request.teacher()
+    if teacher.spec.classes < 2:
+        raise InputError(f"'{teacher.name}' knows {teacher.spec.classes} class; a classifier has at least 2.")
+    return teacher.to(device) if device.type != "cpu" else teacher
+
+
+def _check_settings(wanted: Settings, teacher: Teacher, *, needs_images: bool) -> None:
+    """Check what would only be found after hours of fitting."""
+    if needs_images and "qat" not in wanted.method.quantizers:
+        raise InputError(f"method {wanted.method.name} makes no images: it takes ranges and means from batch norm.")
+    if wanted.quantizer.weight_bits:
+        check_weight_names(fold(teacher.network)[0], wanted.quantizer.weight_bits)
+
+
+def wanted_settings(
+    request: Request, quantizer: str | PTQ | None, bits: str | int | None, fitted: FittedRun | None
+) -> Settings:
+    """Merge names, objects, recipe and assignments; a reused generator brings its method's settings along.
+
+    Raises:
+        InputError: a name or value is wrong, or would change the generator that is reused.
+    """
+    tables: dict[str, dict[str, Any]] = {}
+    names: dict[str, str | None] = {}
+    for section, given in (("method", request.method), ("quantizer", quantizer)):
+        if given is None or isinstance(given, str):
+            names[section] = given
+        else:
+            names[section] = given.name
+            tables[section] = asdict(given)  # type: ignore[arg-type]
+    merged = resolve(
+        method=names["method"] or (fitted.method.name if fitted else None),
+        quantizer=names["quantizer"],
+        bits=bits,
+        recipe=request.recipe,
+        given=tables,
+        assignments=request.settings,
+    )
+    if fitted is None:
+        return merged
+    asked = tables.get("method", {})
+    clash = [f"method.{key}" for key, value in asked.items() if value != getattr(fitted.method, key, None)]
+    clash += [text.partition("=")[0] for text in request.settings if text.startswith("method.")]
+    if names["method"] not in (None, fitted.method.name) or clash:
+        raise InputError(
+            f"--from reuses a generator fitted by method {fitted.method.name} with the settings of "
+            f"{fitted.folder / SETTINGS}; {(clash or ['--method'])[0]} cannot change it any more."
+        )
+    return Settings(fitted.method, merged.quantizer, merged.chosen | {"method.steps"})
+
+
+def _resumed(job: Job, request: Request) -> Job | None:
+    """Return the job with the settings of the run that the folder holds and that is continued, if there is one."""
+
+    def stored() -> Settings | None:
+        if not open_folder(job.folder, resume=request.resume, overwrite=request.overwrite):
+            if request.resume:
+                logger.info(f"{job.folder} holds no run to continue; this one starts anew")
+            return None
+        found = resumed_settings(job.folder, job.settings, job.teacher, job.run.seed, job.fitted, job.run.device.type)
+        clear_folder(job.folder, everything=False)
+        return found
+
+    settings = distributed.on_main(stored)
+    return None if settings is None else replace(job, settings=settings)
+
+
+def _begun(job: Job, request: Request) -> Job:
+    """Return the job of a new run with its schedule fitted to the budget, and write its settings.
+
+    What is to be overwritten is deleted only when the method has been seen to start.
+    """
+    warn_of_recipe(request.recipe, job.teacher, reuses=job.fitted is not None)
+    settings, measured = choose_schedule(
+        job.settings,
+        job.teacher,
+        job.run,
+        request.budget,
+        recipe=request.recipe,
+        num_eval_images=job.data.num_images if job.data else 0,
+        fitted=job.fitted is not None,
+    )
+    if request.overwrite and job.fitted is None and not measured:
+        method: Any = settings.method
+        tiny = replace(method, steps=0) if method.steps else method
+        tiny.fit(job.teacher, Run(seed=job.run.seed, device=job.run.device))
+    facts: dict[str, Any] = {"seed": job.run.seed, "device": job.run.device.type, "processes": distributed.processes()}
+    facts |= {"threads": torch.get_num_threads()} | measured | versions()
+    if job.fitted:
+        facts["generator_sha256"] = job.fitted.sha256
+    if distributed.is_main():
+        clear_folder(job.folder, everything=True)
+        write_settings(job.folder / SETTINGS, settings, teacher_table(job.teacher), facts)
+    return replace(job, settings=settings)

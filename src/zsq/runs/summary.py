@@ -1,0 +1,46 @@
+"""What a user wants to know of a run, in a few lines."""
+
+from collections.abc import Iterator
+
+from zsq.reports.text_tables import percent
+from zsq.runs.record import Record
+
+
+def summary_rows(record: Record) -> Iterator[tuple[str, str]]:
+    """Yield name and text of each line."""
+    yield "network", f"{record.model} (weights: {record.weights}, sha256 {record.weights_sha256[:12]})"
+    kind = "data-free" if record.data_free else "uses real images"
+    scheme = f"{record.quantizer}, bits {record.bits}, activation scope {record.activation_scope}"
+    yield "method", f"{record.method} ({kind}), {scheme}"
+    yield from _accuracy_rows(record)
+    check = record.verification
+    yield (
+        "file against simulation",
+        f"{percent(check.decided_agreement)} % of {check.num_decided} clear images, "
+        f"{percent(check.agreement_literal)} % of all {check.num_images} "
+        f"({percent(check.agreement_optimized)} % with the runtime's optimisations)",
+    )
+    if (samples := record.samples) is not None:
+        share, seen = samples.teacher_agreement, f"in which the float network sees {samples.num_classes} classes"
+        known = "not known" if share is None else f"{share:.1f} %"
+        yield "agreement on samples", f"{known} ({samples.num_images} samples, {seen})"
+    if record.label_recognition is not None:
+        yield "label recognition", f"{percent(record.label_recognition, 1)} % of the samples' labels"
+    yield "file", f"model.onnx, {record.artifacts['model.onnx'].bytes / 1024:.0f} KiB"
+    if set(record.bits) & set("234567"):
+        yield "note", "widths below 8 bits are stored one value a byte"
+    yield "time", f"{record.seconds:.0f} s"
+
+
+def _accuracy_rows(record: Record) -> Iterator[tuple[str, str]]:
+    """Yield what the data say, where there are any."""
+    if not record.num_eval_images:
+        return
+    low, high = record.evaluation["quantized"].top1_interval
+    yield "float top-1", f"{percent(record.float_top1)} % of {record.num_eval_images} images of {record.data}"
+    yield (
+        "quantized top-1",
+        f"{percent(record.quantized_top1)} % (95 % interval {low:.2f} to {high:.2f}), model.onnx",
+    )
+    yield "simulated top-1", f"{percent(record.simulated_top1)} %"
+    yield "agreement with teacher", f"{percent(record.teacher_agreement)} %"
