@@ -559,7 +559,7 @@ def test_two_jobs_run_the_cells_of_a_comparison(recipe: Path, tmp_path: Path, sa
 
 
 def test_without_the_engine_the_cells_run_in_order(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said
+    ran: Ran, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said
 ) -> None:
     monkeypatch.setattr("zsq.comparison.compare.available", lambda: False)
     compare(recipe, out=tmp_path / "out", only="*/noise/ptq-8/seed0", jobs=3)

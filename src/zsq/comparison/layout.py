@@ -7,11 +7,6 @@ from pathlib import Path
 from zsq.comparison.recipe import Cell
 from zsq.runs.pipeline import PREDICTIONS
 
-FOLDERS = ("cells", "fits", "figures", "jobs")
-LINES = "cells.jsonl"
-TABLES = ("table.md", "table.csv", "table.tex", "figures.csv")
-"""The document, the main table for programs and for LaTeX, and one row a group of seeds."""
-
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -27,12 +22,7 @@ class Layout:
     @property
     def lines(self) -> Path:
         """One JSON line for each cell that was run or skipped."""
-        return self.folder / LINES
-
-    @property
-    def jobs(self) -> Path:
-        """Folder of the logs of jobs."""
-        return self.folder / "jobs"
+        return self.folder / "cells.jsonl"
 
     @property
     def document(self) -> Path:
@@ -54,9 +44,29 @@ class Layout:
         """Plain numbers, one row a group of seeds."""
         return self.folder / "figures.csv"
 
+    @property
+    def cells(self) -> Path:
+        """Folder of the folders of cells."""
+        return self.folder / "cells"
+
+    @property
+    def fits(self) -> Path:
+        """Folder of the folders of fits."""
+        return self.folder / "fits"
+
+    @property
+    def pictures(self) -> Path:
+        """Folder of the pictures of samples."""
+        return self.folder / "figures"
+
+    @property
+    def jobs(self) -> Path:
+        """Folder of the logs of jobs."""
+        return self.folder / "jobs"
+
     def cell(self, cell: Cell) -> Path:
         """Return the folder of a cell's files."""
-        return self.folder / "cells" / cell.name
+        return self.cells / cell.name
 
     def predictions(self, cell: Cell) -> Path:
         """Return the file of predicted and true classes that a quantized cell leaves."""
@@ -64,7 +74,7 @@ class Layout:
 
     def picture(self, cell: Cell) -> Path:
         """Return the file that a cell that draws samples leaves."""
-        return self.folder / "figures" / f"{cell.fit_name.replace('/', '-')}.png"
+        return self.pictures / f"{cell.fit_name.replace('/', '-')}.png"
 
     def result(self, cell: Cell) -> Path:
         """Return the file without which a cell does not count as finished."""
@@ -72,11 +82,11 @@ class Layout:
 
     def fit(self, cell: Cell) -> Path:
         """Return the folder of the fit that a cell shares."""
-        return self.folder / "fits" / cell.fit_name
+        return self.fits / cell.fit_name
 
     def discard(self) -> None:
         """Delete what a comparison writes; other files stay, and the recipe for the next one to replace."""
-        for name in FOLDERS:
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-        for name in (LINES, *TABLES):
-            (self.folder / name).unlink(missing_ok=True)
+        for folder in (self.cells, self.fits, self.pictures, self.jobs):
+            shutil.rmtree(folder, ignore_errors=True)
+        for path in (self.lines, self.document, self.table_csv, self.table_latex, self.figures_csv):
+            path.unlink(missing_ok=True)

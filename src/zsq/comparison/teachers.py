@@ -26,7 +26,7 @@ class Loaded:
 
     teacher: Teacher
     data: LabelledImages | None
-    _results: Evaluation | None = None
+    _results: Evaluation | None = field(default=None, init=False, repr=False)
 
     @property
     def images(self) -> LabelledImages:
