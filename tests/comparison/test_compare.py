@@ -5,6 +5,7 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +14,14 @@ from PIL import Image
 
 from zsq.cli import main
 from zsq.comparison import cell as cell_module
-from zsq.comparison.analysis import Outcomes
-from zsq.comparison.compare import Comparison, check, compare, list_cells, read_lines
+from zsq.comparison.compare import check, compare, list_cells
+from zsq.comparison.layout import Layout
+from zsq.comparison.lines import read_lines
 from zsq.comparison.recipe import cells, read_recipe
+from zsq.comparison.result import Comparison
+from zsq.comparison.statistics import Outcomes
 from zsq.comparison.submit import last_words, share_out, visible_gpus
+from zsq.comparison.tables import costs_table, gaps_table, main_table
 from zsq.errors import ExportError, InputError
 from zsq.evaluation.accuracy import Evaluation
 from zsq.export.verify import Verification
@@ -231,7 +236,7 @@ def test_a_stopped_comparison_continues_with_the_missing_cells(ran, recipe, tmp_
     assert len(ran.cells) == 16
     assert len(done.lines) == 18
     assert ran.fits.count("zscgan/0") == 1
-    assert len(read_lines(tmp_path / "out")) == 18
+    assert len(read_lines(Layout(tmp_path / "out").lines)) == 18
     ran.cells.clear()
     compare(recipe, out=tmp_path / "out", resume=True)
     assert ran.cells == []
@@ -272,7 +277,16 @@ def test_a_folder_that_holds_another_comparison(ran, recipe, tmp_path):
     assert (tmp_path / "out" / "cells.jsonl").read_bytes() == before  # finished cells are kept
     recipe.write_text(RECIPE)
     compare(recipe, out=tmp_path / "out", overwrite=True, only="*/noise/ptq-4/seed0")
-    assert list(read_lines(tmp_path / "out")) == ["digits/noise/ptq-4/seed0"]
+    assert list(read_lines(Layout(tmp_path / "out").lines)) == ["digits/noise/ptq-4/seed0"]
+
+
+def test_all_that_a_comparison_writes_is_known_to_its_layout(ran, recipe, tmp_path):
+    recipe.write_text(RECIPE + "[figure]\n")
+    compare(recipe, out=tmp_path / "out", only="*/zscgan/*/seed0")
+    (tmp_path / "out" / "notes.txt").touch()
+    layout = Layout(tmp_path / "out")
+    layout.discard()
+    assert {path.name for path in layout.folder.iterdir()} == {"recipe.toml", "notes.txt"}
 
 
 def test_real_images_of_other_classes_are_found_before_the_first_cell(ran, recipe, tmp_path):
@@ -303,10 +317,11 @@ def test_a_pair_that_does_not_work_is_skipped_with_its_reason(ran, recipe, tmp_p
     monkeypatch.setattr(METHODS["noise"], "quantizers", ("ptq",))
     done = compare(recipe, out=tmp_path / "out", only="*/noise/*/seed0")
     line = done.lines["digits/noise/qat-4/seed0"]
-    assert (line["status"], "it works with: ptq" in line["reason"]) == ("skipped", True)
+    assert line.status == "skipped"
+    assert "it works with: ptq" in line.reason
     assert ran.cells == ["noise/ptq-8/0", "noise/ptq-4/0"]
     text = (tmp_path / "out" / "table.md").read_text()
-    assert f"- `digits/noise/qat-4/seed0`: {line['reason']}" in text
+    assert f"- `digits/noise/qat-4/seed0`: {line.reason}" in text
     assert "noise DF-QAT" not in text
 
 
@@ -323,36 +338,36 @@ def test_a_method_that_needs_what_the_teacher_lacks_is_skipped_and_the_rest_goes
     teacher = 'model = "plain.py:plain"\ninput = [1, 8, 8]\nclasses = 10\n'
     recipe.write_text(RECIPE.replace('model = "digits"\n', teacher))
     done = compare(recipe, out=tmp_path / "out", only="*/ptq-8/seed0", data_root=tmp_path)
-    assert {name: line["status"] for name, line in done.lines.items()} == {
+    assert {name: line.status for name, line in done.lines.items()} == {
         "plain/zscgan/ptq-8/seed0": "skipped",
         "plain/noise/ptq-8/seed0": "finished",
         "plain/real/ptq-8/seed0": "finished",
     }
-    assert "has no batch norm" in done.lines["plain/zscgan/ptq-8/seed0"]["reason"]
+    assert "has no batch norm" in done.lines["plain/zscgan/ptq-8/seed0"].reason
 
 
 def test_a_cell_that_fails_is_skipped_and_tried_again_on_resume(ran, recipe, tmp_path):
     ran.fail = "noise/ptq-4/0"
     done = compare(recipe, out=tmp_path / "out", only="*/noise/ptq-*/seed0")
-    assert done.lines["digits/noise/ptq-4/seed0"]["reason"] == "the file disagrees with the simulation"
+    assert done.lines["digits/noise/ptq-4/seed0"].reason == "the file disagrees with the simulation"
     assert ran.cells == ["noise/ptq-8/0"]
     ran.fail = None
     done = compare(recipe, out=tmp_path / "out", only="*/noise/ptq-*/seed0", resume=True)
     assert ran.cells == ["noise/ptq-8/0", "noise/ptq-4/0"]
-    assert {line["status"] for line in done.lines.values()} == {"finished"}
+    assert {line.status for line in done.lines.values()} == {"finished"}
 
 
 def test_a_cell_without_room_in_memory_is_skipped_and_the_rest_goes_on(ran, recipe, tmp_path, monkeypatch):
     finish = cell_module.finish
 
-    def full(self, settings, *rest):
-        if settings.method.name == "noise":
+    def full(job: Job, *rest: Any) -> Result:
+        if job.settings.method.name == "noise":
             raise torch.OutOfMemoryError("CUDA out of memory.\nMore of it")
-        return finish(self, settings, *rest)
+        return finish(job, *rest)
 
     monkeypatch.setattr(cell_module, "finish", full)
     done = compare(recipe, out=tmp_path / "out", only="*/ptq-8/seed0")
-    assert "too little memory" in done.lines["digits/noise/ptq-8/seed0"]["reason"]
+    assert "too little memory" in done.lines["digits/noise/ptq-8/seed0"].reason
     assert ran.cells == ["zscgan/ptq-8/0", "real/ptq-8/0"]
 
 
@@ -365,7 +380,7 @@ def outcomes(ran, recipe, tmp_path) -> Outcomes:
 
 
 def test_the_table_in_columns(outcomes, tmp_path):
-    table = outcomes.table()
+    table = main_table(outcomes)
     heads = ["ZS-CGAN DF-PTQ", "ZS-CGAN DF-QAT", "noise DF-PTQ", "noise DF-QAT", "real DD-PTQ", "real DD-QAT"]
     assert list(table.header) == ["network", "bits", "float", *heads]
     eight, four = table.rows
@@ -387,7 +402,7 @@ def test_the_table_in_columns(outcomes, tmp_path):
 
 def test_the_table_in_rows(ran, recipe, tmp_path):
     recipe.write_text('layout = "rows"\n' + RECIPE.replace("seeds = [0, 1]", "seeds = [1]"))
-    table = compare(recipe, out=tmp_path / "out").outcomes.table()
+    table = main_table(compare(recipe, out=tmp_path / "out").outcomes)
     assert list(table.header) == ["data", "weights", "activations", "digits"]
     rows = [[entry.text for entry in row] for row in table.rows]
     assert rows[0] == ["pretrained", "FL32", "FL32", "98.50"]
@@ -431,7 +446,7 @@ def test_a_claim_without_doubt_either_way_is_open_and_the_opposite_is_contradict
 
 
 def test_the_share_of_the_gap_is_shown_only_where_there_is_a_gap(outcomes):
-    table = outcomes.gaps()
+    table = gaps_table(outcomes)
     assert list(table.header) == ["network", "quantizer", "bits", "real minus noise (95 %)", "ZS-CGAN"]
     rows = {(row[1].text, row[2].text): [entry.text for entry in row[3:]] for row in table.rows}
     assert rows["ptq", "INT4"][1] == "81 %"  # (82.5 - 50) / (90 - 50)
@@ -439,7 +454,7 @@ def test_the_share_of_the_gap_is_shown_only_where_there_is_a_gap(outcomes):
 
 
 def test_costs_stand_beside_accuracy(outcomes, tmp_path):
-    rows = {row[0].text: [entry.text for entry in row] for row in outcomes.costs().rows}
+    rows = {row[0].text: [entry.text for entry in row] for row in costs_table(outcomes).rows}
     assert rows["digits/zscgan/ptq-4"][3:5] == ["2.5", "32"]
     assert rows["digits/zscgan/ptq-4"][6] == "2"
     figures = list(csv.DictReader(io.StringIO((tmp_path / "out" / "figures.csv").read_text())))
@@ -454,11 +469,11 @@ def test_figures_show_samples_with_the_names_of_their_classes(ran, recipe, tmp_p
     text = RECIPE.partition("[[quantizers]]")[0].replace("seeds = [0, 1]", "") + "[figure]\nshow = [3, 7]\nrows = 2\n"
     recipe.write_text(text)
     done = compare(recipe, out=tmp_path / "out")
-    assert [line["figure"] for line in done.lines.values()] == [
+    assert [line.outcome.figure for line in done.lines.values()] == [
         f"figures/digits-{name}-seed0.png" for name in ("zscgan", "noise", "real")
     ]
     for line in done.lines.values():
-        with Image.open(tmp_path / "out" / line["figure"]) as picture:
+        with Image.open(tmp_path / "out" / line.outcome.figure) as picture:
             assert picture.size == (2 * 116 + 4, 20 + 2 * 116 + 4)
     assert ran.cells == []
     assert "![digits/zscgan/figure/seed0](figures/digits-zscgan-seed0.png)" in (tmp_path / "out/table.md").read_text()
@@ -506,20 +521,20 @@ def test_a_mistake_in_a_recipe_is_one_line(recipe, tmp_path, capsys):
 def test_a_small_grid_of_verified_files(recipe, tmp_path):
     recipe.write_text(RECIPE.replace('bits = ["8", "4"]', 'bits = ["4"]').replace("seeds = [0, 1]", "seeds = [0]"))
     done: Comparison = compare(recipe, out=tmp_path / "out", only="*/[zn]*")
-    assert {line["status"] for line in done.lines.values()} == {"finished"}
+    assert {line.status for line in done.lines.values()} == {"finished"}
     folder = tmp_path / "out" / "cells" / "digits" / "zscgan" / "qat-4" / "seed0"
     assert {path.name for path in folder.iterdir()} == {
         *("model.onnx", "predictions.npz", "result.json", "settings.toml", "metrics.jsonl")
     }
-    line = done.lines["digits/zscgan/qat-4/seed0"]
+    line = done.lines["digits/zscgan/qat-4/seed0"].outcome
     record = json.loads((folder / "result.json").read_text())
     assert record["artifacts"].keys() == {"model.onnx"}
     assert record["verification"]["num_images"] == 500 + 899
-    assert line["quantized_top1"] == record["quantized_top1"]
+    assert line.quantized_top1 == record["quantized_top1"]
     with np.load(folder / "predictions.npz") as arrays:
         hits = arrays["predictions"] == arrays["labels"]
-    assert 100 * hits.mean() == pytest.approx(line["quantized_top1"])
-    assert line["float_top1"] > 95
+    assert 100 * hits.mean() == pytest.approx(line.quantized_top1)
+    assert line.float_top1 > 95
     fitted = tmp_path / "out" / "fits" / "digits" / "zscgan" / "seed0"
     alone = quantize(
         load_teacher("digits"),
@@ -529,9 +544,9 @@ def test_a_small_grid_of_verified_files(recipe, tmp_path):
         bits=4,
         data="digits",
     )
-    same = done.lines["digits/zscgan/ptq-4/seed0"]
-    assert alone.record.quantized_top1 == same["quantized_top1"]
-    assert alone.record.teacher_agreement == same["teacher_agreement"]
+    same = done.lines["digits/zscgan/ptq-4/seed0"].outcome
+    assert alone.record.quantized_top1 == same.quantized_top1
+    assert alone.record.teacher_agreement == same.teacher_agreement
 
 
 def test_rows_without_a_finished_cell_are_left_out(ran, recipe, tmp_path):
@@ -554,21 +569,21 @@ def test_jobs_divide_the_cells_and_keep_fits_together(recipe: Path, tmp_path: Pa
 def test_two_jobs_run_the_cells_of_a_comparison(recipe: Path, tmp_path: Path, said: list[str]) -> None:
     pytest.importorskip("submitit")
     done = compare(recipe, out=tmp_path / "out", only="*/ptq-8/seed0", jobs=2)
-    assert {line["cell"] for line in done.lines.values()} == {
+    assert {line.cell for line in done.lines.values()} == {
         f"digits/{method}/ptq-8/seed0" for method in ("zscgan", "noise", "real")
     }
-    assert all(line["status"] == "finished" for line in done.lines.values())
+    assert all(line.status == "finished" for line in done.lines.values())
     assert any("3 cells in 2 jobs on local" in text for text in said)
     assert "98." in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_without_the_engine_the_cells_run_in_order(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said
+    ran: Ran, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said
 ) -> None:
     monkeypatch.setattr("zsq.comparison.compare.available", lambda: False)
     compare(recipe, out=tmp_path / "out", only="*/noise/ptq-8/seed0", jobs=3)
     assert said[0] == "submitit is not installed (pip install 'zsq[cluster]'): the cells run in order"
-    assert len(read_lines(tmp_path / "out")) == 1
+    assert len(read_lines(Layout(tmp_path / "out").lines)) == 1
 
 
 def test_wrong_jobs_are_refused(recipe: Path, tmp_path: Path) -> None:

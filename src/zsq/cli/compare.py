@@ -68,12 +68,12 @@ class Compare:
         if self.json:
             print(json.dumps(done.as_dict()))
         else:
-            console.print((self.out / "table.md").read_text(), soft_wrap=True)
+            console.print(done.layout.document.read_text(), soft_wrap=True)
             console.print(f"{'folder:':24} {done.folder}", soft_wrap=True)
         if failed := done.failed(self.only):
             raise ZsqError(
-                f"{len(failed)} of {len(done.lines)} cells failed, such as {failed[0]['cell']}: "
-                f"{failed[0]['reason'].rstrip('.')}. --resume tries them again."
+                f"{len(failed)} of {len(done.lines)} cells failed, such as {failed[0].cell}: "
+                f"{failed[0].reason.rstrip('.')}. --resume tries them again."
             )
 
 

@@ -1,80 +1,37 @@
-"""The cells of a comparison: one fit for all that share it, one quantized and evaluated file a cell."""
+"""One cell of a comparison: the fit that it shares, then a quantized and evaluated file or a picture of samples."""
 
-import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from zsq.comparison.recipe import Cell, Recipe, TeacherEntry, below
-from zsq.comparison.sample_figure import class_names, save_figure, shown_labels
-from zsq.data.datasets import LabelledImages, open_dataset
-from zsq.evaluation.accuracy import Evaluation, evaluate
-from zsq.graph.batchnorm import fold
+from zsq.comparison.digests import digest, fit_digest
+from zsq.comparison.layout import Layout
+from zsq.comparison.lines import Drawn, Quantized
+from zsq.comparison.recipe import Cell
+from zsq.comparison.sample_figure import save_figure
+from zsq.comparison.teachers import Teachers
 from zsq.methods import Surrogate
 from zsq.models.teacher import Teacher
-from zsq.quantization.prepare import check_weight_names
-from zsq.runs.fitted import FittedRun
+from zsq.runs.fitted import GENERATOR, FittedRun
 from zsq.runs.job import Job, Outputs
 from zsq.runs.pipeline import Stopwatch, finish
-from zsq.runs.settings import Settings, read_toml, to_tables
-from zsq.runs.settings_file import teacher_table, write_settings
-from zsq.runs.stages import PREDICTIONS, fit, measure_recognition
+from zsq.runs.record import Record
+from zsq.runs.settings import Settings, read_toml
+from zsq.runs.settings_file import SETTINGS, teacher_table, write_settings
+from zsq.runs.stages import MODEL, fit, measure_recognition
 from zsq.runtime.files import replacing
 from zsq.runtime.memory import clear_memory_errors
 from zsq.runtime.observer import Observer
 from zsq.runtime.versions import versions
 from zsq.training.loop import Run
 
-KEPT = (
-    *("model", "weights", "weights_sha256", "data_free", "data", "activation_scope", "range_rule"),
-    *("float_top1", "quantized_top1", "teacher_agreement", "runtime_agreement", "label_recognition", "samples"),
-    *("num_eval_images", "num_calibration_images", "seconds", "settings", "versions"),
-)
-"""What a cell's line takes over from its record."""
-
-
 CHECK_BATCHES = 10
 """Batches of evaluation images on which a cell's file is checked; other runs take all."""
-
-PATHS = ("data", "checkpoint")
-"""Settings of methods that name files."""
-
-ELSEWHERE = ("label", "title", "real", "bits", "quantizer", "methods")
-"""What a recipe says of a teacher that changes no result, or stands in the settings of a cell."""
-
-
-def digest(cell: Cell) -> str:
-    """Return the hash of all that the recipe says of a cell's result; titles, and where data lies, are not part."""
-    entry = {key: value for key, value in asdict(cell.teacher).items() if key not in ELSEWHERE}
-    content: dict[str, Any] = {"teacher": entry, "seed": cell.seed, **_fit_content(cell)}
-    content["quantizer"] = to_tables(cell.settings)["quantizer"] if cell.quantizer else None
-    return _sha256(content)
-
-
-def fit_digest(cell: Cell, teacher: Teacher) -> str:
-    """Return the hash of all that a fit depends on."""
-    facts = {key: value for key, value in teacher_table(teacher).items() if key not in ("model", "weights")}
-    return _sha256({"teacher": facts, "seed": cell.seed, **_fit_content(cell)})
-
-
-def _fit_content(cell: Cell) -> dict[str, Any]:
-    """Return the method's settings, and the distillation that its schedule spans where it has one."""
-    learns = bool(cell.settings.method.steps)
-    return {
-        "method": to_tables(cell.settings)["method"],
-        "distill_steps": cell.fit_settings.distill_steps if learns else 0,
-    }
-
-
-def _sha256(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(slots=True)
@@ -85,77 +42,24 @@ class Fit:
     """Where a source learns nothing, the same one serves all cells."""
     state: dict[str, Tensor]
     """From which each cell starts a source of its own otherwise, since distillation goes on training it."""
-    recognition: Any
-    """How often the teacher recognised the wanted label, as a record has it."""
+    recognition: float | None
+    """How often the teacher recognised the wanted label, in percent."""
     seconds: float
     resumed: bool
     """Whether it was stopped and continued, so that `seconds` are not all."""
 
 
-@dataclass(slots=True)
-class Loaded:
-    """A teacher and its images."""
+@dataclass(frozen=True, slots=True)
+class CellRunner:
+    """Runs one cell after another."""
 
-    teacher: Teacher
-    data: LabelledImages | None
-    float_results: Evaluation | None = None
-
-
-@dataclass(slots=True)
-class Bench:
-    """Runs one cell after another in the folder of a comparison."""
-
-    recipe: Recipe
-    folder: Path
-    root: Path | None
-    device: torch.device
+    layout: Layout
+    teachers: Teachers
     observer: Observer
-    teachers: dict[str, Loaded] = field(default_factory=dict)
-
-    def load(self, chosen: Iterable[Cell]) -> None:
-        """Load teachers and open their images, so that what does not fit is known before the first cell runs.
-
-        Raises:
-            InputError: a teacher, a data set, a name of a weight or a class of the figure does not fit.
-        """
-        checked = set()
-        for cell in chosen:
-            teacher = self._load(cell.teacher).teacher
-            if cell.quantizer is None:
-                assert self.recipe.figure is not None
-                shown_labels(self.recipe.figure, self._names(teacher))
-            elif cell.settings.quantizer.weight_bits:
-                check_weight_names(fold(teacher.network)[0], cell.settings.quantizer.weight_bits)
-            data = getattr(cell.settings.method, "data", None)
-            if data and (cell.teacher.label, data) not in checked:
-                checked.add((cell.teacher.label, data))
-                open_dataset(below(self.root, data), teacher.spec)
-
-    def _load(self, entry: TeacherEntry) -> Loaded:
-        if entry.label not in self.teachers:
-            teacher = entry.load(self.root)
-            data = None if entry.data is None else open_dataset(below(self.root, entry.data), teacher.spec)
-            teacher = teacher.to(self.device) if self.device.type != "cpu" else teacher
-            self.teachers[entry.label] = Loaded(teacher, data)
-        return self.teachers[entry.label]
-
-    def _names(self, teacher: Teacher) -> list[str]:
-        assert self.recipe.figure is not None
-        return class_names(self.recipe.figure, teacher.spec.classes, self.root)
-
-    def place(self, cell: Cell) -> Path:
-        """Return the folder of a cell's files."""
-        return self.folder / "cells" / cell.name
-
-    def result(self, cell: Cell) -> Path:
-        """Return the file that a finished cell has left."""
-        if cell.quantizer is None:
-            return self.folder / "figures" / f"{cell.fit_name.replace('/', '-')}.png"
-        return self.place(cell) / PREDICTIONS
 
     @clear_memory_errors()
-    def run(self, cell: Cell, fit: Fit) -> dict[str, Any]:
-        """Run a cell and return what its line says of it.
+    def run(self, cell: Cell, fit: Fit) -> Quantized | Drawn:
+        """Run a cell and return what came of it.
 
         Raises:
             ZsqError: it cannot be quantized, trained or verified.
@@ -169,18 +73,17 @@ class Bench:
         Raises:
             ZsqError: the teacher lacks what the method learns from, a data set is missing, a loss is not finite.
         """
-        loaded = self.teachers[cell.teacher.label]
-        folder = self.folder / "fits" / cell.fit_name
-        settings = self._resolved(cell.fit_settings)
-        resumed = self._begin(folder, cell, settings, fit_digest(cell, loaded.teacher))
-        run = Run(folder, seed=cell.seed, device=self.device, observer=self.observer)
+        teacher, folder = self.teachers.of(cell).teacher, self.layout.fit(cell)
+        settings = self.teachers.located(cell.fit_settings)
+        run = self._run(cell, folder)
+        resumed = _begin(run, settings, teacher, fit_digest(cell, teacher))
         stored = folder / "fit.json"
         known = json.loads(stored.read_text()) if stored.exists() else None
         fitted = None
-        if known and (folder / "generator.safetensors").exists():
-            fitted = FittedRun.open(folder, loaded.teacher)
+        if known and (folder / GENERATOR).exists():
+            fitted = FittedRun.open(folder, teacher)
         start = time.perf_counter()
-        job = Job(teacher=loaded.teacher, run=run, folder=folder, settings=settings, fitted=fitted)
+        job = Job(teacher=teacher, run=run, folder=folder, settings=settings, fitted=fitted)
         surrogate = fit(job)
         if known is None:
             seconds = round(time.perf_counter() - start, 2)
@@ -192,72 +95,99 @@ class Bench:
         shared = None if state else surrogate
         return Fit(shared, state, known["label_recognition"], known["seconds"], known["resumed"])
 
-    def _begin(self, folder: Path, cell: Cell, settings: Settings, mark: str) -> bool:
-        """Make a folder for a fit or a cell; return whether one that was stopped is continued."""
-        path = folder / "settings.toml"
-        same = path.exists() and read_toml(path).get("run", {}).get("mark") == mark
-        if not same:
-            shutil.rmtree(folder, ignore_errors=True)
-            facts = {"seed": cell.seed, "device": self.device.type, "threads": torch.get_num_threads()}
-            teacher = self.teachers[cell.teacher.label].teacher
-            write_settings(path, settings, teacher_table(teacher), facts | {"mark": mark} | versions())
-        return same and any(folder.glob("checkpoints/*.safetensors"))
-
-    def _resolved(self, settings: Settings) -> Settings:
-        """Return the settings with paths as they are on this machine."""
-        method: Any = settings.method
-        found = {name: below(self.root, path) for name in PATHS if (path := getattr(method, name, None))}
-        return replace(settings, method=replace(method, **found)) if found else settings
-
-    def _surrogate(self, cell: Cell, fit: Fit, settings: Settings, run: Run) -> Surrogate:
-        """Return what a cell may use up."""
-        if fit.shared is not None:
-            return fit.shared
-        teacher = self.teachers[cell.teacher.label].teacher
-        return settings.method.fit(teacher, run, distill_steps=settings.distill_steps, fitted=fit.state)
-
-    def _quantize(self, cell: Cell, fit: Fit) -> dict[str, Any]:
-        """Do what follows the fit; the teacher itself is evaluated once for all of its cells."""
-        loaded, folder = self.teachers[cell.teacher.label], self.place(cell)
-        assert loaded.data is not None
-        if loaded.float_results is None:
-            loaded.float_results = evaluate(loaded.teacher.network, loaded.data)
+    def _quantize(self, cell: Cell, fit: Fit) -> Quantized:
+        """Do what follows the fit."""
+        loaded, folder = self.teachers.of(cell), self.layout.cell(cell)
+        known = loaded.evaluated()
         begin = time.perf_counter()
-        settings = self._resolved(cell.settings)
-        run = Run(folder, seed=cell.seed, device=self.device, observer=self.observer)
-        resumed = self._begin(folder, cell, settings, digest(cell) + loaded.teacher.weights_sha256)
+        settings = self.teachers.located(cell.settings)
+        run = self._run(cell, folder)
+        resumed = _begin(run, settings, loaded.teacher, digest(cell) + loaded.teacher.weights_sha256)
         outputs = Outputs(
-            pt2=False,
-            predictions=True,
-            simulation=False,
-            check_batches=CHECK_BATCHES,
-            float_results=loaded.float_results,
+            pt2=False, predictions=True, simulation=False, check_batches=CHECK_BATCHES, float_results=known
         )
-        job = Job(teacher=loaded.teacher, run=run, folder=folder, settings=settings, data=loaded.data, outputs=outputs)
+        job = Job(
+            teacher=loaded.teacher, run=run, folder=folder, settings=settings, data=loaded.images, outputs=outputs
+        )
         watch = Stopwatch(begin)
         watch.phases["fit"] = fit.seconds
-        surrogate = self._surrogate(cell, fit, settings, run)
-        record = finish(job, surrogate, fit.recognition, watch).record.as_dict()
+        surrogate = _surrogate(fit, settings, loaded.teacher, run)
+        record = finish(job, surrogate, fit.recognition, watch).record
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        return {
-            **{name: record[name] for name in KEPT},
-            "top1_interval": record["evaluation"]["quantized"]["top1_interval"],
-            "fit_seconds": fit.seconds,
-            "resumed": resumed or fit.resumed,
-            "model_bytes": record["artifacts"]["model.onnx"]["bytes"],
-        }
+        return _quantized(record, fit, resumed=resumed)
 
-    def _draw(self, cell: Cell, fit: Fit) -> dict[str, Any]:
+    def _draw(self, cell: Cell, fit: Fit) -> Drawn:
         """Write the picture of a cell that draws samples."""
-        assert self.recipe.figure is not None
-        teacher, path = self.teachers[cell.teacher.label].teacher, self.result(cell)
-        run = Run(seed=cell.seed, device=self.device)
-        source = self._surrogate(cell, fit, self._resolved(cell.fit_settings), run).source
-        save_figure(source, teacher.spec, self.recipe.figure, self._names(teacher), path)
-        return {
-            "weights_sha256": teacher.weights_sha256,
-            "figure": str(path.relative_to(self.folder)),
-            "fit_seconds": fit.seconds,
-            "resumed": fit.resumed,
-            "label_recognition": fit.recognition,
-        }
+        teacher, path = self.teachers.of(cell).teacher, self.layout.picture(cell)
+        settings = self.teachers.located(cell.fit_settings)
+        source = _surrogate(fit, settings, teacher, Run(seed=cell.seed, device=self.teachers.device)).source
+        figure, names = self.teachers.figure_of(teacher)
+        save_figure(source, teacher.spec, figure, names, path)
+        return Drawn(
+            weights_sha256=teacher.weights_sha256,
+            figure=str(path.relative_to(self.layout.folder)),
+            fit_seconds=fit.seconds,
+            resumed=fit.resumed,
+            label_recognition=fit.recognition,
+        )
+
+    def _run(self, cell: Cell, folder: Path) -> Run:
+        return Run(folder, seed=cell.seed, device=self.teachers.device, observer=self.observer)
+
+
+def _begin(run: Run, settings: Settings, teacher: Teacher, mark: str) -> bool:
+    """Make the folder of a fit or a cell, anew if another one with other settings lies there.
+
+    Args:
+        run: the fit's or the cell's.
+        settings, teacher: of the run.
+        mark: hash of all that its result depends on.
+
+    Returns:
+        Whether a run that was stopped is continued from its checkpoint.
+    """
+    folder = run.folder
+    assert folder is not None
+    path = folder / SETTINGS
+    same = path.exists() and read_toml(path).get("run", {}).get("mark") == mark
+    if not same:
+        shutil.rmtree(folder, ignore_errors=True)
+        facts = {"seed": run.seed, "device": run.device.type, "threads": torch.get_num_threads()}
+        write_settings(path, settings, teacher_table(teacher), facts | {"mark": mark} | versions())
+    return same and any(folder.glob("checkpoints/*.safetensors"))
+
+
+def _surrogate(fit: Fit, settings: Settings, teacher: Teacher, run: Run) -> Surrogate:
+    """Return what a cell may use up."""
+    if fit.shared is not None:
+        return fit.shared
+    return settings.method.fit(teacher, run, distill_steps=settings.distill_steps, fitted=fit.state)
+
+
+def _quantized(record: Record, fit: Fit, *, resumed: bool) -> Quantized:
+    """Return what a cell's line takes over from the record of its run."""
+    low, high = record.evaluation["quantized"].top1_interval
+    return Quantized(
+        model=record.model,
+        weights=record.weights,
+        weights_sha256=record.weights_sha256,
+        data_free=record.data_free,
+        data=record.data,
+        activation_scope=record.activation_scope,
+        range_rule=record.range_rule,
+        float_top1=record.evaluation["float"].top1,
+        quantized_top1=record.evaluation["quantized"].top1,
+        teacher_agreement=record.teacher_agreement,
+        runtime_agreement=record.runtime_agreement,
+        label_recognition=record.label_recognition,
+        samples=None if record.samples is None else asdict(record.samples),
+        num_eval_images=record.num_eval_images,
+        num_calibration_images=record.num_calibration_images,
+        seconds=record.seconds,
+        settings=record.settings,
+        versions=record.versions,
+        top1_interval=(low, high),
+        fit_seconds=fit.seconds,
+        resumed=resumed or fit.resumed,
+        model_bytes=record.artifacts[MODEL].bytes,
+    )

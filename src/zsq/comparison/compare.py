@@ -2,26 +2,26 @@
 
 import fnmatch
 import logging
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zsq.comparison.cell import Bench
-from zsq.comparison.grid import LINES, Comparison, Grid, read_lines, write_tables
+from zsq.comparison.document import write_tables
+from zsq.comparison.grid import Grid
+from zsq.comparison.layout import Layout
+from zsq.comparison.lines import read_lines
 from zsq.comparison.recipe import Cell, Recipe, cells, read_recipe
+from zsq.comparison.result import Comparison
 from zsq.comparison.submit import available, run_jobs
+from zsq.comparison.teachers import Teachers
 from zsq.errors import InputError
 from zsq.runs.console import shown
 from zsq.runs.folder import claimed
 from zsq.runtime.device import pick_device
 from zsq.runtime.files import replacing
-from zsq.runtime.observer import Observer, Silent
+from zsq.runtime.observer import Observer
 
 logger = logging.getLogger(__name__)
-
-FOLDERS = ("cells", "fits", "figures", "jobs")
-TABLES = ("table.md", "table.csv", "table.tex", "figures.csv")
 
 
 def list_cells(recipe: Recipe, only: str = "*") -> list[Cell]:
@@ -46,8 +46,7 @@ def check(recipe: str | Path, only: str = "*", data_root: str | Path | None = No
     read = read_recipe(Path(recipe))
     chosen = list_cells(read, only)
     root = None if data_root is None else Path(data_root)
-    bench = Bench(read, Path(), root, pick_device("cpu"), Silent())
-    bench.load([cell for cell in chosen if not cell.reason])
+    Teachers(root, pick_device("cpu"), read.figure).check(chosen)
     return chosen
 
 
@@ -87,54 +86,38 @@ def compare(
         raise InputError(f"--jobs is {jobs}; it must be at least 1.")
     read = read_recipe(Path(recipe))
     chosen = list_cells(read, only)
-    folder, root = Path(out), None if data_root is None else Path(data_root)
+    layout, root = Layout(Path(out)), None if data_root is None else Path(data_root)
     text = Path(recipe).read_bytes()
-    _check_folder(folder, resume=resume, overwrite=overwrite)
-    with shown(observer, quiet=quiet) as watching, claimed(folder):
-        bench = Bench(read, folder, root, pick_device(device), watching)
-        bench.load([cell for cell in chosen if not cell.reason])
+    _check_folder(layout, resume=resume, overwrite=overwrite)
+    with shown(observer, quiet=quiet) as watching, claimed(layout.folder):
+        teachers = Teachers(root, pick_device(device), read.figure)
+        teachers.check(chosen)
         if overwrite:
-            _discard(folder)
-        with replacing(folder / "recipe.toml") as temporary:
+            layout.discard()
+        with replacing(layout.recipe) as temporary:
             temporary.write_bytes(text)
-        return _run(bench, chosen, root, jobs, job_options or {})
+        return _run(Grid.open(read, layout, teachers, watching), chosen, jobs, job_options or {})
 
 
-def _run(bench: Bench, chosen: list[Cell], root: Path | None, jobs: int, options: Mapping[str, Any]) -> Comparison:
+def _run(grid: Grid, chosen: list[Cell], jobs: int, options: Mapping[str, Any]) -> Comparison:
     """Run the cells that are missing, here or as jobs."""
-    folder = bench.folder
-    grid = Grid(bench, read_lines(folder))
     if jobs > 1 and not available():
         logger.info("submitit is not installed (pip install 'zsq[cluster]'): the cells run in order")
     missing = grid.missing(chosen)
     if jobs > 1 and available() and missing:
-        run_jobs(
-            folder,
-            missing,
-            count=jobs,
-            root=root,
-            device=bench.device,
-            options=options,
-            observer=bench.observer,
-        )
-        grid.lines = read_lines(folder)
+        run_jobs(grid, missing, count=jobs, options=options)
+        grid.lines = read_lines(grid.layout.lines)
         write_tables(grid.comparison())
     else:
         grid.run(chosen)
     return grid.comparison()
 
 
-def _check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+def _check_folder(layout: Layout, *, resume: bool, overwrite: bool) -> None:
+    folder = layout.folder
     if resume and overwrite:
         raise InputError("--resume continues a comparison and --overwrite discards it; give one of them.")
     if any(path.is_file() for path in (folder, *folder.parents)):
         raise InputError(f"{folder} is a file or lies below one; --out takes a folder.")
-    if (folder / "recipe.toml").exists() and not resume and not overwrite:
+    if layout.recipe.exists() and not resume and not overwrite:
         raise InputError(f"{folder} holds another comparison; --resume continues it, --overwrite discards it.")
-
-
-def _discard(folder: Path) -> None:
-    for name in FOLDERS:
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in (LINES, *TABLES):
-        (folder / name).unlink(missing_ok=True)

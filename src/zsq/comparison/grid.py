@@ -1,116 +1,73 @@
-"""The cells of a comparison that are done, and what runs the missing ones one after the other."""
+"""What runs the cells of a comparison that are missing, one after the other, and keeps their lines."""
 
 import itertools
-import json
 import logging
 import time
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from zsq.comparison.analysis import FINISHED, SKIPPED, Outcomes
-from zsq.comparison.cell import Bench, Fit, digest
+from zsq.comparison.cell import CellRunner, Fit
+from zsq.comparison.digests import digest
+from zsq.comparison.document import write_tables
+from zsq.comparison.layout import Layout
+from zsq.comparison.lines import CellLine, Drawn, Quantized, Skipped, append_line, read_lines
 from zsq.comparison.recipe import Cell, Recipe, cells
+from zsq.comparison.result import Comparison
+from zsq.comparison.teachers import Teachers
 from zsq.errors import ZsqError
-from zsq.reports.text_tables import to_csv, to_latex
-from zsq.runtime.files import replacing
+from zsq.runtime.observer import Observer
 
 logger = logging.getLogger(__name__)
-
-LINES = "cells.jsonl"
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """What a comparison gave."""
-
-    folder: Path
-    recipe: Recipe
-    lines: dict[str, dict[str, Any]]
-    """The latest valid line of each cell, by the cell's name."""
-
-    @property
-    def outcomes(self) -> Outcomes:
-        """Tables, intervals and verdicts."""
-        return Outcomes(self.recipe, self.lines, self.folder)
-
-    def failed(self, only: str = "*") -> list[dict[str, Any]]:
-        """Return the lines of the cells with such names that could be run by their recipe, and failed."""
-        possible = {cell.name for cell in cells(self.recipe) if not cell.reason and fnmatchcase(cell.name, only)}
-        return [line for name, line in self.lines.items() if line["status"] == SKIPPED and name in possible]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return lines, claims and table as plain values."""
-        outcomes = self.outcomes
-        claims = [
-            {
-                "claim": verdict.claim.label,
-                **{"above": verdict.claim.above, "below": verdict.claim.below, "margin": verdict.claim.margin},
-                **{"network": verdict.teacher.label, "bits": verdict.bits, "num_seeds": verdict.num_seeds},
-                **{
-                    "difference": verdict.difference.mean,
-                    "interval": [verdict.difference.low, verdict.difference.high],
-                },
-                "verdict": verdict.word,
-            }
-            for verdict in outcomes.verdicts()
-        ]
-        return {"folder": str(self.folder), "cells": list(self.lines.values()), "claims": claims}
-
-
-def read_lines(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the latest line of each cell; one that a kill cut short does not count."""
-    path = folder / LINES
-    found: dict[str, dict[str, Any]] = {}
-    for text in path.read_text().splitlines() if path.exists() else ():
-        try:
-            line = json.loads(text)
-            found[line["cell"]] = line
-        except (ValueError, LookupError, TypeError):
-            continue
-    return found
 
 
 @dataclass(slots=True)
 class Grid:
-    """Keeps the lines of the cells while the bench runs them."""
+    """The cells of a comparison and what its folder says of them."""
 
-    bench: Bench
-    lines: dict[str, dict[str, Any]] = field(default_factory=dict)
+    recipe: Recipe
+    layout: Layout
+    teachers: Teachers
+    observer: Observer
+    lines: dict[str, CellLine]
+    """The latest line of each cell, by its name, whether or not it counts."""
+
+    @classmethod
+    def open(cls, recipe: Recipe, layout: Layout, teachers: Teachers, observer: Observer) -> "Grid":
+        """Return the grid of a comparison's folder."""
+        return cls(recipe, layout, teachers, observer, read_lines(layout.lines))
 
     def comparison(self) -> Comparison:
         """Return the lines that count: those of what the recipe asks for now."""
-        valid = {}
-        for cell in cells(self.bench.recipe):
-            line = self.lines.get(cell.name)
-            if (
-                line is not None
-                and line["digest"] == digest(cell)
-                and (line["status"] == SKIPPED or self.is_done(cell))
-            ):
-                valid[cell.name] = line
-        return Comparison(self.bench.folder, self.bench.recipe, valid)
+        found = {cell.name: line for cell in cells(self.recipe) if (line := self._valid(cell)) is not None}
+        return Comparison(self.layout, self.recipe, found)
+
+    def _valid(self, cell: Cell) -> CellLine | None:
+        """Return a cell's line if it is of the settings that the recipe has now, and its result is there."""
+        line = self.lines.get(cell.name)
+        if line is None or line.digest != digest(cell):
+            return None
+        if isinstance(line.outcome, Skipped):
+            return line
+        loaded = self.teachers.loaded.get(cell.teacher.label)
+        if loaded is not None and loaded.teacher.weights_sha256 != line.outcome.weights_sha256:
+            return None
+        return line if self.layout.result(cell).exists() else None
 
     def is_done(self, cell: Cell) -> bool:
         """Whether the cell is finished, by the settings that the recipe has now, and its result is there."""
-        line = self.lines.get(cell.name)
-        if line is None or line["status"] != FINISHED or line["digest"] != digest(cell):
-            return False
-        loaded = self.bench.teachers.get(cell.teacher.label)
-        if loaded is not None and loaded.teacher.weights_sha256 != line["weights_sha256"]:
-            return False
-        return self.bench.result(cell).exists()
+        line = self._valid(cell)
+        return line is not None and line.status == "finished"
 
-    def missing(self, chosen: list[Cell]) -> list[Cell]:
+    def missing(self, chosen: Sequence[Cell]) -> list[Cell]:
         """Return the cells that are not done."""
         return [cell for cell in chosen if not self.is_done(cell)]
 
-    def run(self, chosen: list[Cell]) -> None:
+    def run(self, chosen: Sequence[Cell]) -> None:
         """Run the cells that are missing, and write the tables even if that is interrupted."""
         missing = self.missing(chosen)
         if len(missing) < len(chosen):
             logger.info(f"{len(chosen) - len(missing)} of {len(chosen)} cells are finished")
+        runner = CellRunner(self.layout, self.teachers, self.observer)
         begin, done = time.monotonic(), 0
         try:
             for _, sharing in itertools.groupby(missing, key=lambda cell: cell.fit_name):
@@ -119,57 +76,30 @@ class Grid:
                     seconds = (time.monotonic() - begin) / max(done, 1) * (len(missing) - done)
                     left = f", about {seconds:.0f} s left" if done else ""
                     logger.info(f"== cell {done + 1} of {len(missing)}: {cell.name}{left}")
-                    fit = self._one(cell, fit)
+                    fit = self._one(runner, cell, fit)
                     done += 1
         finally:
             write_tables(self.comparison())
 
-    def _one(self, cell: Cell, fit: Fit | ZsqError | None) -> Fit | ZsqError | None:
+    def _one(self, runner: CellRunner, cell: Cell, fit: Fit | ZsqError | None) -> Fit | ZsqError | None:
         """Run or skip a cell; return the fit that the next ones share, or why there is none."""
-        facts: dict[str, Any] = {}
-        reason = cell.reason
-        if not reason:
+        outcome: Quantized | Drawn | Skipped
+        if cell.reason:
+            outcome = Skipped(reason=cell.reason)
+        else:
             try:
-                fit = self.bench.fit(cell) if fit is None else fit
+                fit = runner.fit(cell) if fit is None else fit
             except ZsqError as error:
                 fit = error
             try:
                 if isinstance(fit, ZsqError):
                     raise fit
-                facts = self.bench.run(cell, fit)
+                outcome = runner.run(cell, fit)
             except ZsqError as error:
-                reason = " ".join(str(error).split())
-        if reason:
-            logger.info(f"skipped {cell.name}: {reason}")
-        self._write(cell, {"status": SKIPPED, "reason": reason} if reason else {"status": FINISHED, **facts})
-        return fit
-
-    def _write(self, cell: Cell, facts: dict[str, Any]) -> None:
-        line = {
-            "cell": cell.name,
-            "teacher": cell.teacher.label,
-            "method": cell.method.label,
-            "quantizer": cell.quantizer.label if cell.quantizer else None,
-            "bits": cell.bits or None,
-            "seed": cell.seed,
-            "digest": digest(cell),
-            **facts,
-        }
-        path = self.bench.folder / LINES
-        cut_short = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-        with open(path, "a") as file:
-            file.write("\n" * cut_short + json.dumps(line) + "\n")
+                outcome = Skipped(reason=" ".join(str(error).split()))
+        if isinstance(outcome, Skipped):
+            logger.info(f"skipped {cell.name}: {outcome.reason}")
+        line = CellLine.of(cell, outcome)
+        append_line(self.layout.lines, line)
         self.lines[cell.name] = line
-
-
-def write_tables(comparison: Comparison) -> None:
-    """Write `table.md`, and where something is quantized `table.csv`, `table.tex` and `figures.csv`."""
-    outcomes, folder = comparison.outcomes, comparison.folder
-    texts = {"table.md": outcomes.document()}
-    if comparison.recipe.quantizers:
-        table = outcomes.table()
-        texts |= {"table.csv": to_csv(table), "table.tex": to_latex(table, comparison.recipe.title)}
-        texts |= {"figures.csv": to_csv(outcomes.figures())}
-    for name, text in texts.items():
-        with replacing(folder / name) as temporary:
-            temporary.write_text(text)
+        return fit

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -234,16 +234,21 @@ def _table(quantizer: QuantizerEntry, overrides: Mapping[str, Any], bits: str) -
     return {**quantizer.settings, **{k: v for k, v in overrides.items() if k in own}, "bits": bits}
 
 
+_LISTS: dict[str, type] = {
+    "teachers": TeacherEntry,
+    "methods": MethodEntry,
+    "quantizers": QuantizerEntry,
+    "claims": Claim,
+}
+"""Lists of tables in a recipe, and what each table becomes."""
+
+
 def _recipe(content: dict[str, Any]) -> Recipe:
-    kinds: dict[str, Any] = {"teachers": TeacherEntry, "methods": MethodEntry, "quantizers": QuantizerEntry}
-    kinds |= {"claims": Claim}
+    """Return a recipe whose entries have their labels and titles."""
     table = dict(content)
-    for key, kind in kinds.items():
+    for key in _LISTS:
         if key in table:
-            entries = table[key]
-            if not isinstance(entries, list):
-                raise InputError(f"'{key}' is no list of tables; write [[{key}]].")
-            table[key] = tuple(_entry(kind, entry, key.removesuffix("s")) for entry in entries)
+            table[key] = _entries(key, table[key])
     if "figure" in table:
         table["figure"] = _entry(Figure, table["figure"], "figure")
     recipe: Recipe = _entry(Recipe, table, "recipe")
@@ -253,19 +258,39 @@ def _recipe(content: dict[str, Any]) -> Recipe:
         methods=_labelled(recipe.methods, "method", lambda entry: entry.name),
         quantizers=_labelled(recipe.quantizers, "quantizer", lambda entry: entry.name),
     )
+    _check_complete(recipe)
+    _check_repeats(recipe)
+    _check_evaluated(recipe)
+    return recipe
+
+
+def _entries(key: str, tables: Any) -> tuple[Any, ...]:
+    if not isinstance(tables, list):
+        raise InputError(f"'{key}' is no list of tables; write [[{key}]].")
+    return tuple(_entry(_LISTS[key], table, key.removesuffix("s")) for table in tables)
+
+
+def _check_complete(recipe: Recipe) -> None:
+    """Check that a cell is left."""
     for key in ("teachers", "methods", "seeds"):
         if not getattr(recipe, key):
             raise InputError(f"the recipe has no {key}.")
     if not recipe.quantizers and recipe.figure is None:
         raise InputError("the recipe has neither [[quantizers]] nor a [figure], so that no cell is left.")
+
+
+def _check_repeats(recipe: Recipe) -> None:
+    """Check that no two cells have one name; labels are checked where they are filled in."""
     _check_once("seeds", recipe.seeds)
     for quantizer in recipe.quantizers:
         _check_once(f"bits of quantizer '{quantizer.label}'", quantizer.bits)
-    if recipe.quantizers:
-        for teacher in recipe.teachers:
-            if teacher.data is None:
-                raise InputError(f"teacher '{teacher.label}' names no images for evaluation: data = SET.")
-    return recipe
+
+
+def _check_evaluated(recipe: Recipe) -> None:
+    """Check that what is quantized can be evaluated."""
+    for teacher in recipe.teachers if recipe.quantizers else ():
+        if teacher.data is None:
+            raise InputError(f"teacher '{teacher.label}' names no images for evaluation: data = SET.")
 
 
 def _check_once(name: str, values: tuple[Any, ...]) -> None:
@@ -323,23 +348,21 @@ def _check_labels(recipe: Recipe) -> None:
     methods = [entry.label for entry in recipe.methods]
     quantizers = [entry.label for entry in recipe.quantizers]
     for teacher in recipe.teachers:
-        for label in teacher.methods:
-            if label not in methods:
-                raise unknown_name(f"method of teacher '{teacher.label}'", label, methods)
-    for label in recipe.gap or ():
-        if label not in methods:
-            raise unknown_name("method of the gap", label, methods)
+        _check_known(f"method of teacher '{teacher.label}'", teacher.methods, methods)
+    _check_known("method of the gap", recipe.gap or (), methods)
     for method in recipe.methods:
-        for label in method.only or ():
-            if label not in quantizers:
-                raise unknown_name(f"quantizer of method '{method.label}'", label, quantizers)
+        _check_known(f"quantizer of method '{method.label}'", method.only or (), quantizers)
     columns = [f"{method}/{quantizer}" for method in methods for quantizer in quantizers]
     for claim in recipe.claims:
-        for column in (claim.above, claim.below):
-            if column not in columns:
-                raise unknown_name("column of a claim", column, columns)
+        _check_known("column of a claim", (claim.above, claim.below), columns)
         if not math.isfinite(claim.margin) or claim.margin < 0:
             raise InputError(f"the margin of a claim is {claim.margin}; it is a number of points, 0 or more.")
+
+
+def _check_known(kind: str, labels: Iterable[str], known: list[str]) -> None:
+    for label in labels:
+        if label not in known:
+            raise unknown_name(kind, label, known)
 
 
 def gap_of(recipe: Recipe) -> tuple[str, str] | None:

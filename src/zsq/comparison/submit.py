@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
-from zsq.comparison.cell import Bench
-from zsq.comparison.grid import Grid, read_lines
+from zsq.comparison.grid import Grid
+from zsq.comparison.layout import Layout
+from zsq.comparison.lines import read_lines
 from zsq.comparison.recipe import Cell, cells, read_recipe
+from zsq.comparison.teachers import Teachers
 from zsq.errors import InputError, ZsqError
 from zsq.runs.console import lines_on
-from zsq.runtime.observer import Observer, Silent
+from zsq.runtime.observer import Silent
 
 logger = logging.getLogger(__name__)
 
@@ -41,18 +43,20 @@ def share_out(grid: Sequence[Cell], count: int) -> list[list[Cell]]:
 
 
 def run_share(
-    folder: Path, names: Sequence[str], root: Path | None, device: str, threads: int, gpu: str | None = None
+    names: Sequence[str], folder: Path, root: Path | None, device: str, threads: int, gpu: str | None = None
 ) -> None:
     """Run some cells of the comparison that a folder holds, as one job, which sees the GPU of that name only."""
     torch.set_num_threads(threads)
     if gpu is not None:  # submitit hides them from jobs on this machine
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    recipe = read_recipe(folder / "recipe.toml")
-    chosen = [cell for cell in cells(recipe) if cell.name in set(names)]
-    bench = Bench(recipe, folder, root, torch.device(device), Silent())
+    layout = Layout(folder)
+    recipe = read_recipe(layout.recipe)
+    wanted = set(names)
+    chosen = [cell for cell in cells(recipe) if cell.name in wanted]
+    teachers = Teachers(root, torch.device(device), recipe.figure)
     with lines_on(sys.stdout):
-        bench.load([cell for cell in chosen if not cell.reason])
-        Grid(bench, read_lines(folder)).run(chosen)
+        teachers.check(chosen)
+        Grid.open(recipe, layout, teachers, Silent()).run(chosen)
 
 
 def visible_gpus() -> list[str]:
@@ -70,26 +74,14 @@ def last_words(fault: str, log: str | None) -> str:
     return next((line for line in reversed(lines) if line), "")
 
 
-def run_jobs(
-    folder: Path,
-    missing: Sequence[Cell],
-    *,
-    count: int,
-    root: Path | None,
-    device: torch.device,
-    options: Mapping[str, Any],
-    observer: Observer,
-) -> None:
+def run_jobs(grid: Grid, missing: Sequence[Cell], *, count: int, options: Mapping[str, Any]) -> None:
     """Run cells in `count` jobs and wait for them: on a SLURM cluster where there is one, else in processes here.
 
     Args:
-        folder: of the comparison; its `recipe.toml` is written. Logs go to `jobs/` in it.
+        grid: of the comparison, whose recipe is written to its folder. Logs go there, too.
         missing: the cells.
         count: jobs at a time.
-        root: folder of the data.
-        device: where each job computes.
         options: parameters of submitit's executor, such as `slurm_partition`.
-        observer: of the caller.
 
     Raises:
         InputError: an option is not known to submitit.
@@ -97,7 +89,8 @@ def run_jobs(
     """
     import submitit
 
-    executor = submitit.AutoExecutor(folder=folder / "jobs")
+    layout, teachers = grid.layout, grid.teachers
+    executor = submitit.AutoExecutor(folder=layout.jobs)
     here = executor.cluster in ("local", "debug")
     try:
         executor.update_parameters(**{"timeout_min": WEEK_MINUTES, "name": "zsq", **options})
@@ -105,16 +98,17 @@ def run_jobs(
         raise InputError(f"--job-set: {str(error).splitlines()[0]}") from error
     shares = share_out(missing, count)
     threads = max(1, (os.cpu_count() or 1) // len(shares)) if here else torch.get_num_threads()
-    logger.info(f"{len(missing)} cells in {len(shares)} jobs on {executor.cluster}, logs in {folder / 'jobs'}")
-    gpus = itertools.cycle(visible_gpus() if here and device.type == "cuda" else [None])
+    logger.info(f"{len(missing)} cells in {len(shares)} jobs on {executor.cluster}, logs in {layout.jobs}")
+    gpus = itertools.cycle(visible_gpus() if here and teachers.device.type == "cuda" else [None])
+    place = (layout.folder.resolve(), teachers.root, teachers.device.type, threads)
     jobs = [
-        executor.submit(run_share, folder.resolve(), [cell.name for cell in share], root, device.type, threads, gpu)
+        executor.submit(run_share, [cell.name for cell in share], *place, gpu)
         for share, gpu in zip(shares, gpus, strict=False)
     ]
     try:
         while not all(job.done() for job in jobs):
-            lines = read_lines(folder)
-            observer.update("compare", sum(cell.name in lines for cell in missing), len(missing), {})
+            lines = read_lines(layout.lines)
+            grid.observer.update("compare", sum(cell.name in lines for cell in missing), len(missing), {})
             time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
         for job in jobs:

@@ -1,0 +1,92 @@
+"""The folder of a comparison: which files and folders are its own, and where each cell's lie."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from zsq.comparison.recipe import Cell
+from zsq.runs.stages import PREDICTIONS
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Paths below the folder of a comparison."""
+
+    folder: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe as it was last run: what makes a folder that of a comparison."""
+        return self.folder / "recipe.toml"
+
+    @property
+    def lines(self) -> Path:
+        """One JSON line for each cell that was run or skipped."""
+        return self.folder / "cells.jsonl"
+
+    @property
+    def document(self) -> Path:
+        """All tables as Markdown."""
+        return self.folder / "table.md"
+
+    @property
+    def table_csv(self) -> Path:
+        """The main table for programs."""
+        return self.folder / "table.csv"
+
+    @property
+    def table_latex(self) -> Path:
+        """The main table for LaTeX."""
+        return self.folder / "table.tex"
+
+    @property
+    def figures_csv(self) -> Path:
+        """Plain numbers, one row a group of seeds."""
+        return self.folder / "figures.csv"
+
+    @property
+    def cells(self) -> Path:
+        """Folder of the folders of cells."""
+        return self.folder / "cells"
+
+    @property
+    def fits(self) -> Path:
+        """Folder of the folders of fits."""
+        return self.folder / "fits"
+
+    @property
+    def pictures(self) -> Path:
+        """Folder of the pictures of samples."""
+        return self.folder / "figures"
+
+    @property
+    def jobs(self) -> Path:
+        """Folder of the logs of jobs."""
+        return self.folder / "jobs"
+
+    def cell(self, cell: Cell) -> Path:
+        """Return the folder of a cell's files."""
+        return self.cells / cell.name
+
+    def predictions(self, cell: Cell) -> Path:
+        """Return the file of predicted and true classes that a quantized cell leaves."""
+        return self.cell(cell) / PREDICTIONS
+
+    def picture(self, cell: Cell) -> Path:
+        """Return the file that a cell that draws samples leaves."""
+        return self.pictures / f"{cell.fit_name.replace('/', '-')}.png"
+
+    def result(self, cell: Cell) -> Path:
+        """Return the file without which a cell does not count as finished."""
+        return self.picture(cell) if cell.quantizer is None else self.predictions(cell)
+
+    def fit(self, cell: Cell) -> Path:
+        """Return the folder of the fit that a cell shares."""
+        return self.fits / cell.fit_name
+
+    def discard(self) -> None:
+        """Delete what a comparison writes; other files stay, and the recipe for the next one to replace."""
+        for folder in (self.cells, self.fits, self.pictures, self.jobs):
+            shutil.rmtree(folder, ignore_errors=True)
+        for path in (self.lines, self.document, self.table_csv, self.table_latex, self.figures_csv):
+            path.unlink(missing_ok=True)

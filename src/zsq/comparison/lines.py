@@ -1,0 +1,175 @@
+"""Lines of `cells.jsonl`: what is known of a cell that was run, or why it was skipped."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import TypeAdapter
+
+from zsq.comparison.digests import digest
+from zsq.comparison.recipe import Cell
+
+Status = Literal["finished", "skipped"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantized:
+    """A cell with a checked and evaluated file; shares are in percent."""
+
+    status: ClassVar[Status] = "finished"
+
+    model: str
+    weights: str
+    weights_sha256: str
+    data_free: bool
+    """Whether no real image was used."""
+    data: str | None
+    """Data set on which accuracy was measured."""
+    activation_scope: str
+    range_rule: str
+    float_top1: float
+    quantized_top1: float
+    """Of `model.onnx` in ONNX Runtime."""
+    teacher_agreement: float | None
+    """Images of `data` for which file and teacher name the same class."""
+    runtime_agreement: float
+    """Images for which file and simulation name the same class."""
+    label_recognition: float | None
+    """Samples of which the teacher recognises the wanted label; None where no label is asked for."""
+    samples: dict[str, Any] | None = None
+    """Agreement of file and teacher on fresh samples; None where the method makes none."""
+    num_eval_images: int
+    num_calibration_images: int
+    seconds: float
+    """Wall clock of the cell without its fit."""
+    settings: dict[str, dict[str, Any]]
+    versions: dict[str, str]
+    top1_interval: tuple[float, float]
+    """95 % interval of `quantized_top1`."""
+    fit_seconds: float
+    """Wall clock of the fit, which all cells that share it pay once."""
+    resumed: bool
+    """Whether the cell or its fit was stopped and continued, so that the seconds are not all."""
+    model_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """A cell with a picture of samples."""
+
+    status: ClassVar[Status] = "finished"
+
+    weights_sha256: str
+    figure: str
+    """The picture's path, relative to the comparison's folder."""
+    fit_seconds: float
+    resumed: bool
+    label_recognition: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skipped:
+    """A cell that cannot be run, or that failed."""
+
+    status: ClassVar[Status] = "skipped"
+
+    reason: str
+
+
+Outcome = Quantized | Drawn | Skipped
+"""What came of a cell."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CellLine:
+    """One line: which cell it is of, by what settings, and what came of it."""
+
+    cell: str
+    """Its name."""
+    teacher: str
+    method: str
+    quantizer: str | None
+    """Label of the quantizer; None where samples are drawn."""
+    bits: str | None
+    seed: int
+    digest: str
+    """Hash of what the recipe said of the result; where it says something else now, the line does not count."""
+    outcome: Outcome
+
+    @classmethod
+    def of(cls, cell: Cell, outcome: Outcome) -> "CellLine":
+        """Return the line of a cell by the settings that it has now."""
+        return cls(
+            cell=cell.name,
+            teacher=cell.teacher.label,
+            method=cell.method.label,
+            quantizer=cell.quantizer.label if cell.quantizer else None,
+            bits=cell.bits or None,
+            seed=cell.seed,
+            digest=digest(cell),
+            outcome=outcome,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> "CellLine":
+        """Return the line that `to_json` gave; keys that are not known are left out.
+
+        Raises:
+            ValueError: it is no JSON object, a key is missing, or a value is of the wrong kind.
+        """
+        values = json.loads(text)
+        status = values.get("status") if isinstance(values, dict) else None
+        if status not in ("finished", "skipped"):
+            raise ValueError(f"status is {status!r}; finished and skipped are known.")
+        kind = "skipped" if status == "skipped" else "drawn" if "figure" in values else "quantized"
+        return _LINE.validate_python({**values, "outcome": _OUTCOMES[kind].validate_python(values)})
+
+    @property
+    def status(self) -> Status:
+        """Whether the cell is finished or was skipped."""
+        return self.outcome.status
+
+    @property
+    def reason(self) -> str:
+        """Why the cell was skipped; empty if it is finished."""
+        return self.outcome.reason if isinstance(self.outcome, Skipped) else ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the line as plain values, flat."""
+        values = asdict(self)
+        outcome = values.pop("outcome")
+        if isinstance(self.outcome, Quantized):
+            outcome["top1_interval"] = list(self.outcome.top1_interval)
+        return {**values, "status": self.status, **outcome}
+
+    def to_json(self) -> str:
+        """Return the line as one JSON object."""
+        return json.dumps(self.as_dict())
+
+
+_LINE = TypeAdapter(CellLine)
+_OUTCOMES: dict[str, TypeAdapter[Any]] = {
+    "quantized": TypeAdapter(Quantized),
+    "drawn": TypeAdapter(Drawn),
+    "skipped": TypeAdapter(Skipped),
+}
+
+
+def read_lines(path: Path) -> dict[str, CellLine]:
+    """Return the latest line of each cell, by its name; one that a kill cut short does not count."""
+    found: dict[str, CellLine] = {}
+    for text in path.read_text().splitlines() if path.exists() else ():
+        try:
+            line = CellLine.from_json(text)
+        except ValueError:
+            continue
+        found[line.cell] = line
+    return found
+
+
+def append_line(path: Path, line: CellLine) -> None:
+    """Write one line at the end, on a line of its own also where a kill cut the last one short."""
+    cut_short = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+    with open(path, "a") as file:
+        file.write("\n" * cut_short + line.to_json() + "\n")
