@@ -1,4 +1,4 @@
-"""Commands, links and code of README and documentation are those that the program takes, and generated pages are new."""
+"""Commands, links and code of README and documentation work, and generated pages say what the code says."""
 
 import inspect
 import json
@@ -19,7 +19,8 @@ from zsq.cli import main
 from zsq.comparison.recipe import cells, read_recipe
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "tools"))
 
 import reference
 import results_page
