@@ -145,15 +145,15 @@ def _cell(key: tuple[str, str, str, str], found: list[dict[str, Any]]) -> Cell:
 def table() -> str:
     """Return the page's table."""
     cells, floats = read()
-    heads = ["network", "method", *(f"INT{bits} {quantizer.upper()}" for bits, quantizer in COLUMNS)]
+    heads = ["network and method", *(f"INT{bits} {quantizer.upper()}" for bits, quantizer in COLUMNS)]
     rows = [heads, ["---"] * len(heads)]
     for network, title in NETWORKS.items():
         top1, _ = floats[network]
-        rows.append([f"**{title}**", f"float {top1:.2f}", *[""] * len(COLUMNS)])
+        rows.append([f"**{title}**, float {top1:.2f}", *[""] * len(COLUMNS)])
         for method, name in METHODS.items():
             row = [cells.get((network, method, *column)) for column in COLUMNS]
             if any(row):
-                rows.append(["", name, *(cell.shown() if cell else "" for cell in row)])
+                rows.append([name, *(cell.shown() if cell else "" for cell in row)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

@@ -18,13 +18,13 @@ import zsq
 from zsq.cli import main
 from zsq.comparison.recipe import cells, read_recipe
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import reference
 import results_page
 
+ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 REPORTS = sorted((ROOT / "benchmarks").rglob("*.md"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *REPORTS]

@@ -118,7 +118,7 @@ def record() -> str | None:
             parts += [f"## {current.__name__}", _summary(current)]
         rows = []
         for name, hint, text in _keys(current):
-            rows.append((f"`{name}`", f"`{_type_name(hint)}`", text))
+            rows.append((f"`{name}`", _alternatives(_type_name(hint)), text))
             found = [part for part in _parts(hint) if _has_keys(part) and part not in seen]
             waiting += found
             seen.update(found)
@@ -177,7 +177,7 @@ def _member(name: str, value: Any) -> Iterator[str]:
     if is_dataclass(value):
         texts = _field_texts(value)
         hints = typing.get_type_hints(value, include_extras=False)
-        rows = [(f"`{f.name}`", f"`{_type_name(hints[f.name])}`", texts.get(f.name, "")) for f in fields(value)]
+        rows = [(f"`{f.name}`", _alternatives(_type_name(hints[f.name])), texts.get(f.name, "")) for f in fields(value)]
         yield _table(("field", "type", "what it is"), rows)
     rows = []
     for member_name, member in vars(value).items():
@@ -252,7 +252,7 @@ def _settings_table(section: str, kind: type) -> str:
         value = field.default
         default = "" if value is MISSING else "none" if value is None else str(value) or '""'
         kind_of_value = _type_name(hints[field.name]).replace("'", "")
-        names = f"`{section}.{field.name}`", f"`{kind_of_value}`"
+        names = f"`{section}.{field.name}`", _alternatives(kind_of_value)
         rows.append((*names, default and f"`{default}`", texts.get(field.name, "")))
     return _table(("setting", "type", "default", "what it does"), rows)
 
@@ -310,6 +310,18 @@ def _type_name(hint: Any) -> str:
     if typing.get_origin(hint) in (typing.Union, UnionType):
         return " | ".join(_type_name(inner) for inner in arguments)
     return _clean(hint.__name__ if inspect.isclass(hint) and not arguments else str(hint))
+
+
+def _alternatives(type_name: str) -> str:
+    """Return a type for a table, where a bar would end the cell: `int` or `None`."""
+    parts = [""]
+    for piece in type_name.split(" | "):
+        opened = parts[-1].count("[") - parts[-1].count("]")
+        if opened:
+            parts[-1] += f" or {piece}"
+        else:
+            parts.append(piece)
+    return " or ".join(f"`{part}`" for part in parts[1:])
 
 
 def _clean(text: str) -> str:
