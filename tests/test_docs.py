@@ -165,7 +165,7 @@ def test_python_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     logits = []
     for code in blocks(text, "python"):
         exec(code, names)
-        logits += [names["logits"]] if "logits =" in code else []
+        logits += [names["logits"]] if "logits" in code else []
     assert all(found.shape == (len(found), 10) for found in logits)
     assert all(np.allclose(np.asarray(found), np.asarray(logits[0]), atol=1e-5) for found in logits)
     if "result" in names:

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from unittest import mock
 
 FOLDER = Path(__file__).parents[1] / "docs" / "reference"
-WIDTH = 100
+WIDTH = 80
 """Columns of the help texts."""
 
 DRAWN = re.compile(r"[\s\u2500-\u257f]+")
