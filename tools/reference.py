@@ -14,7 +14,7 @@ import os
 import re
 import textwrap
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from importlib import import_module, util
 from pathlib import Path
@@ -92,8 +92,8 @@ def python() -> str:
             parts.append("Settings as objects; fields and defaults are in [Settings](settings.md).")
             parts.append(_table(("name", "what it does"), [(f"`{name}`", _summary(kind)) for name, kind in members]))
         elif title == "Errors":
-            rows = [(f"`{name}`", f"`{kind.__mro__[1].__name__}`", _summary(kind)) for name, kind in members]
-            parts.append(_table(("name", "base", "raised when"), rows))
+            errors = [(f"`{name}`", f"`{kind.__mro__[1].__name__}`", _summary(kind)) for name, kind in members]
+            parts.append(_table(("name", "base", "raised when"), errors))
         elif title == "Constants":
             rows = [(f"`{name}`", f"`{type(value).__name__}`: {', '.join(map(str, value))}") for name, value in members]
             parts.append(_table(("name", "holds"), rows))
@@ -179,15 +179,15 @@ def _member(name: str, value: Any) -> Iterator[str]:
         hints = typing.get_type_hints(value, include_extras=False)
         rows = [(f"`{f.name}`", _alternatives(_type_name(hints[f.name])), texts.get(f.name, "")) for f in fields(value)]
         yield _table(("field", "type", "what it is"), rows)
-    rows = []
+    found = []
     for member_name, member in vars(value).items():
         if member_name.startswith("_") or not (inspect.isfunction(member) or isinstance(member, property)):
             continue
         text = inspect.cleandoc(inspect.getdoc(member) or "").partition("\n\n")[0]
         shown = member_name if isinstance(member, property) else f"{member_name}{_parameters(member)}"
-        rows.append((f"`{shown}`", " ".join(text.split())))
-    if rows:
-        yield _table(("member", "what it does"), rows)
+        found.append((f"`{shown}`", " ".join(text.split())))
+    if found:
+        yield _table(("member", "what it does"), found)
 
 
 def _is_synthetic_docstring(name: str, value: Any) -> bool:
@@ -334,7 +334,7 @@ def _summary(kind: type) -> str:
     return "" if doc.startswith(f"{kind.__name__}(") else " ".join(doc.split())
 
 
-def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [heads, ("---",) * len(heads), *rows]
     cells = [[cell.replace("|", "\\|").replace("``", "`") for cell in row] for row in lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in cells)
