@@ -20,7 +20,10 @@ from timing import hardware
 from zsq.methods import ZeroQ
 from zsq.methods.image_optimization import InversionSource
 from zsq.models.teacher import Teacher
-from zsq.training.loop import CHECKPOINT_SECONDS, CHECKPOINT_SHARE, Learner, Run, load_tensors, save_tensors
+from zsq.runtime.files import load_tensors, save_tensors
+from zsq.training.checkpoints import CHECKPOINT_SECONDS, CHECKPOINT_SHARE
+from zsq.training.learner import Learner
+from zsq.training.loop import Run
 
 ROUNDS = 7
 

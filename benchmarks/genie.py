@@ -23,7 +23,8 @@ from torch.nn import functional
 from zsq.graph import edit
 from zsq.methods.image_optimization import Inversion, InversionSource
 from zsq.models.teacher import Teacher
-from zsq.training.loop import Run, stream
+from zsq.runtime.random_streams import stream
+from zsq.training.loop import Run
 from zsq.training.losses import squared_bns_distance
 from zsq.types import ImageSpec
 

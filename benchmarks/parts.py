@@ -67,6 +67,10 @@ class Feed:
         """Give the batch of a step."""
         return self.source.batch(step, student) if self.source else self.fixed
 
+    def halve(self) -> bool:
+        """Give whole batches only."""
+        return False
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return nothing: benchmarks are not resumed."""
         return {}

@@ -32,7 +32,8 @@ from zsq.quantization.convert import convert
 from zsq.quantization.ptq import quantize_ptq
 from zsq.quantization.qat import distill
 from zsq.runs.settings import resolve
-from zsq.training.loop import Learner, Run
+from zsq.training.learner import Learner
+from zsq.training.loop import Run
 from zsq.types import Batch
 
 METHODS: dict[str, Any] = {"zscgan": ZSCGAN, "zeroq": ZeroQ, "genie": Genie}

@@ -1,9 +1,13 @@
 """Fixtures that several test files use."""
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from zsq.runs.console import Lines
 
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -18,3 +22,24 @@ def real_data() -> Path:
 @pytest.fixture(autouse=True, scope="session")
 def few_threads() -> None:
     torch.set_num_threads(1)
+
+
+class _Kept(Lines):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(self.format(record))
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """What zsq logs while the test runs, as a user reads it."""
+    logger, handler = logging.getLogger("zsq"), _Kept()
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    yield handler.lines
+    logger.removeHandler(handler)
+    logger.setLevel(level)

@@ -378,14 +378,13 @@ def test_not_a_number_is_not_rounded_away() -> None:
     assert HALF_STEP > 0.5
 
 
-def test_a_batch_that_does_not_fit_goes_through_in_halves(teacher: Teacher) -> None:
-    said: list[str] = []
+def test_a_batch_that_does_not_fit_goes_through_in_halves(teacher: Teacher, said: list[str]) -> None:
     source = ZSCGAN(batch_size=65536, width=16).source(teacher, Run(device=CUDA), 0)
     total = torch.cuda.mem_get_info()[1]
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_allocated() + 3 * 2**30) / total))
     try:
-        Run(device=CUDA, say=said.append).train("fit", source, WARM_UP + 5)
+        Run(device=CUDA).train("fit", source, WARM_UP + 5)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert source.parts > 1
@@ -420,7 +419,7 @@ def test_a_stopped_run_continues_on_a_gpu(quantizer: str, tmp_path: Path) -> Non
         )
 
     with pytest.raises(StoppedError):
-        run(progress=StopAt10())
+        run(observer=StopAt10())
     assert (tmp_path / "run" / "checkpoints" / "fit.safetensors").exists()
     assert run(resume=True, quiet=True).record["runtime_agreement"] > 99
 

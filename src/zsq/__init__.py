@@ -1,5 +1,6 @@
 """Quantize a pretrained image classifier to INT8, INT6 or INT4 without any of its training data."""
 
+import logging
 from importlib import metadata
 
 from zsq.errors import ExportError, InputError, MissingExtraError, NumericsError, TeacherError, ZsqError
@@ -12,6 +13,8 @@ from zsq.runs.allocate import allocate
 from zsq.runs.quantize import Result, quantize
 from zsq.runs.synthesize import synthesize
 from zsq.types import ImageSpec
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 __version__ = metadata.version("zsq")
 

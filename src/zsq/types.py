@@ -156,6 +156,10 @@ class SampleSource(Protocol):
         """Return the batch of distillation step `step`; a source that learns on the way does so here."""
         ...
 
+    def halve(self) -> bool:
+        """Learn from later batches in twice as many parts where that is possible; return whether it was."""
+        ...
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return all that a resumed or copied source needs, flat."""
         ...

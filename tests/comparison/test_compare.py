@@ -524,10 +524,9 @@ def test_jobs_divide_the_cells_and_keep_fits_together(recipe: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_two_jobs_run_the_cells_of_a_comparison(recipe: Path, tmp_path: Path) -> None:
+def test_two_jobs_run_the_cells_of_a_comparison(recipe: Path, tmp_path: Path, said: list[str]) -> None:
     pytest.importorskip("submitit")
-    said: list[str] = []
-    done = compare(recipe, out=tmp_path / "out", only="*/ptq-8/seed0", jobs=2, say=said.append)
+    done = compare(recipe, out=tmp_path / "out", only="*/ptq-8/seed0", jobs=2)
     assert {line["cell"] for line in done.lines.values()} == {
         f"digits/{method}/ptq-8/seed0" for method in ("zscgan", "noise", "real")
     }
@@ -537,11 +536,10 @@ def test_two_jobs_run_the_cells_of_a_comparison(recipe: Path, tmp_path: Path) ->
 
 
 def test_without_the_engine_the_cells_run_in_order(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said
 ) -> None:
     monkeypatch.setattr("zsq.comparison.compare.available", lambda: False)
-    said: list[str] = []
-    compare(recipe, out=tmp_path / "out", only="*/noise/ptq-8/seed0", jobs=3, say=said.append)
+    compare(recipe, out=tmp_path / "out", only="*/noise/ptq-8/seed0", jobs=3)
     assert said[0] == "submitit is not installed (pip install 'zsq[cluster]'): the cells run in order"
     assert len(read_lines(tmp_path / "out")) == 1
 

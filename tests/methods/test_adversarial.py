@@ -17,7 +17,8 @@ from zsq.quantization.qat import Distiller
 from zsq.quantization.quantizers import set_mode
 from zsq.reports.pictures import summary_rows
 from zsq.runs.quantize import quantize
-from zsq.training.loop import Run, load_tensors, save_tensors
+from zsq.runtime.files import load_tensors, save_tensors
+from zsq.training.loop import Run
 from zsq.training.losses import kl_divergence
 
 WARM_UP = Adversarial(steps=60, batch_size=16, width=8, learning_rate=5e-3)
@@ -232,8 +233,7 @@ def test_settings_are_checked(settings, text):
 
 
 @pytest.mark.slow
-def test_a_whole_run_claims_no_recognition(teacher, tmp_path):
-    said: list[str] = []
+def test_a_whole_run_claims_no_recognition(teacher, tmp_path, said):
     settings = ("method.steps=5", "method.batch_size=8", "method.width=8", "quantizer.num_samples=40")
     result = quantize(
         teacher,
@@ -241,7 +241,6 @@ def test_a_whole_run_claims_no_recognition(teacher, tmp_path):
         method="adversarial",
         quantizer="qat",
         settings=(*settings, "quantizer.steps=3"),
-        say=said.append,
     )
     assert result.record["label_recognition"] is None
     assert result.record["kd_weight"] == 1.0

@@ -13,7 +13,8 @@ from zsq.errors import InputError, MissingExtraError, TeacherError
 from zsq.methods import BigGAN, Real
 from zsq.methods.biggan import fit_images, truncated_normal
 from zsq.models.teacher import Teacher, load_teacher, teacher_from_module
-from zsq.training.loop import Run, stream
+from zsq.runtime.random_streams import stream
+from zsq.training.loop import Run
 from zsq.types import Batch
 
 LAYERS = [[True, 16, 8], [False, 8, 4], [False, 4, 2], [True, 2, 1]]

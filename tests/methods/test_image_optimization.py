@@ -16,7 +16,8 @@ from zsq.methods.image_optimization import Inversion, InversionSource
 from zsq.methods.zeroq import plateau
 from zsq.models.teacher import Teacher, load_teacher, teacher_from_module
 from zsq.quantization.quantizers import straight_through
-from zsq.training.loop import Run, save_tensors
+from zsq.runtime.files import save_tensors
+from zsq.training.loop import Run
 from zsq.training.losses import (
     bns_loss,
     competition,

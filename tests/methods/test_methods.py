@@ -18,7 +18,8 @@ from zsq.quantization.convert import convert
 from zsq.quantization.ptq import quantize_ptq
 from zsq.quantization.qat import distill
 from zsq.runs.settings import resolve
-from zsq.training.loop import Run, load_tensors, save_tensors
+from zsq.runtime.files import load_tensors, save_tensors
+from zsq.training.loop import Run
 from zsq.types import Batch, ImageSpec
 
 SMALL = {"steps": 3, "batch_size": 8, "width": 8, "data": "digits:train", "limit": 200}

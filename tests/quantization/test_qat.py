@@ -15,7 +15,8 @@ from zsq.quantization.prepare import Student
 from zsq.quantization.ptq import quantize_ptq
 from zsq.quantization.qat import Distiller, distill, layer_views
 from zsq.quantization.quantizers import ActivationQuantizer, WeightQuantizer, quantizers
-from zsq.training.loop import Run, load_tensors, save_tensors
+from zsq.runtime.files import load_tensors, save_tensors
+from zsq.training.loop import Run
 from zsq.training.losses import distillation_loss, intermediate_loss, soft_cross_entropy
 from zsq.types import SampleSource
 

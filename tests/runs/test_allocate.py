@@ -95,10 +95,9 @@ def test_the_frontier_is_drawn(mixed):
     assert len(colours) > 20  # a line, a mark and text, not an empty frame
 
 
-def test_without_matplotlib_the_rest_is_written(teacher, tmp_path, monkeypatch):
+def test_without_matplotlib_the_rest_is_written(teacher, tmp_path, monkeypatch, said):
     monkeypatch.setattr("zsq.runs.allocate.importlib.util.find_spec", lambda name: None)
-    said = []
-    done = allocate(teacher, out=tmp_path / "a", average=4, num_images=8, method="noise", say=said.append)
+    done = allocate(teacher, out=tmp_path / "a", average=4, num_images=8, method="noise")
     assert [path.name for path in done.files] == ["bits.toml", "frontier.csv"]
     assert not (tmp_path / "a" / "frontier.png").exists()
     assert said == ["frontier.png needs matplotlib: pip install 'zsq[plots]'"]

@@ -28,7 +28,8 @@ from zsq.runs.folder import (
     versions,
 )
 from zsq.runs.settings import resolve, write_settings
-from zsq.training.loop import Run, save_tensors
+from zsq.runtime.files import save_tensors
+from zsq.training.loop import Run
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +303,7 @@ def test_a_record_is_read(tmp_path):
         ({"method": "noise", "quantizer": "qat"}, None, None, 600),
     ],
 )
-def test_a_budget_is_the_default_where_steps_are_open(monkeypatch, teacher, arguments, budget, recipe, planned):
+def test_a_budget_is_the_default_where_steps_are_open(monkeypatch, teacher, arguments, budget, recipe, planned, said):
     asked = []
 
     def fake(settings, teacher, run, seconds, **rest):
@@ -311,29 +312,25 @@ def test_a_budget_is_the_default_where_steps_are_open(monkeypatch, teacher, argu
 
     monkeypatch.setattr(folder, "plan", fake)
     wanted = resolve(**arguments)
-    said = []
-    chosen, facts = choose_schedule(
-        wanted, teacher, Run(), budget, recipe=recipe, num_eval_images=0, fitted=False, say=said.append
-    )
+    chosen, facts = choose_schedule(wanted, teacher, Run(), budget, recipe=recipe, num_eval_images=0, fitted=False)
     assert chosen == wanted
     assert asked == ([] if planned is None else [planned])
     assert facts.get("budget_seconds") == planned
     assert bool(said) == (planned is not None)
 
 
-def test_a_resumed_run_on_other_versions_says_so(run_folder, teacher):
-    said = []
+def test_a_resumed_run_on_other_versions_says_so(run_folder, teacher, said):
     facts = {"seed": 0, "threads": torch.get_num_threads()} | versions()
     settings = resolve(assignments=["method.steps=5"])
     write_settings(run_folder / "settings.toml", settings, teacher_table(teacher), facts)
-    stored_settings(run_folder, resolve(), teacher, 0, say=said.append)
+    stored_settings(run_folder, resolve(), teacher, 0)
     assert said == []
     write_settings(run_folder / "settings.toml", settings, teacher_table(teacher), facts | {"torch": "1.0"})
-    stored_settings(run_folder, resolve(), teacher, 0, say=said.append)
+    stored_settings(run_folder, resolve(), teacher, 0)
     assert len(said) == 1
     assert "started with torch 1.0, now" in said[0]
     write_settings(run_folder / "settings.toml", settings, teacher_table(teacher), facts | {"device": "cuda"})
-    stored_settings(run_folder, resolve(), teacher, 0, say=said.append)
+    stored_settings(run_folder, resolve(), teacher, 0)
     assert "started with device cuda, now cpu" in said[1]
 
 
@@ -358,16 +355,16 @@ def test_a_folder_is_kept_to_one_process(tmp_path):
     assert not (tmp_path / "empty").exists()
 
 
-def test_a_recipe_of_another_network_or_of_a_reused_generator_is_named(run_folder, teacher):
-    path, said = run_folder / "settings.toml", []
-    check_recipe(path, teacher, reuses=False, say=said.append)
+def test_a_recipe_of_another_network_or_of_a_reused_generator_is_named(run_folder, teacher, said):
+    path = run_folder / "settings.toml"
+    check_recipe(path, teacher, reuses=False)
     assert said == []
-    check_recipe(path, dataclasses.replace(teacher, weights_sha256="0" * 64), reuses=False, say=said.append)
+    check_recipe(path, dataclasses.replace(teacher, weights_sha256="0" * 64), reuses=False)
     assert "is of a run of 'digits' with other weights; its settings are taken" in said.pop()
     write_settings(path, resolve(), teacher_table(teacher), {"seed": 0, "generator_sha256": "1" * 64})
-    check_recipe(path, teacher, reuses=True, say=said.append)
+    check_recipe(path, teacher, reuses=True)
     assert said == []
-    check_recipe(path, teacher, reuses=False, say=said.append)
+    check_recipe(path, teacher, reuses=False)
     assert "took its generator from another run; --from DIR repeats that" in said.pop()
 
 

@@ -32,7 +32,8 @@ from zsq.runs.folder import ARTIFACTS
 from zsq.runs.pipeline import HASHED
 from zsq.runs.quantize import Result, quantize
 from zsq.runs.settings import resolve
-from zsq.training.loop import Run, load_tensors
+from zsq.runtime.files import load_tensors
+from zsq.training.loop import Run
 from zsq.types import ImageSpec
 
 FIT = ("method.steps=5", "method.batch_size=16", "method.width=8")
@@ -146,11 +147,10 @@ def test_metrics_tell_each_loss_of_both_phases(qat):
     assert lines[1].keys() >= {"kd", "agreement", "ce", "bns", "label_recognition"}
 
 
-def test_low_recognition_is_a_loud_warning(teacher, tmp_path, monkeypatch):
+def test_low_recognition_is_a_loud_warning(teacher, tmp_path, monkeypatch, said):
     monkeypatch.setattr(pipeline, "write_onnx", _stop)
-    said = []
     with pytest.raises(InputError, match="far enough"):
-        quantize(teacher, out=tmp_path, settings=PTQ, say=said.append)
+        quantize(teacher, out=tmp_path, settings=PTQ)
     assert [text for text in said if text.startswith("WARNING: the teacher recognises ")]
 
 
@@ -391,16 +391,15 @@ def test_a_mistake_beside_overwrite_loses_nothing(ptq, teacher, wrong):
     assert contents(ptq.folder) == before
 
 
-def test_a_budget_chooses_steps_that_repeat_the_run(ptq, teacher, tmp_path, monkeypatch):
+def test_a_budget_chooses_steps_that_repeat_the_run(ptq, teacher, tmp_path, monkeypatch, said):
     def chosen(settings, *_, **__):
         return Plan(settings.with_steps(method=5), 0.25, 0.0, 3.0)
 
     monkeypatch.setattr(folder, "plan", chosen)
     monkeypatch.setattr(pipeline, "write_onnx", _stop)
-    said = []
     settings = tuple(text for text in PTQ if "steps" not in text)
     with pytest.raises(InputError, match="far enough"):
-        quantize(teacher, out=tmp_path, settings=settings, budget="1m", say=said.append)
+        quantize(teacher, out=tmp_path, settings=settings, budget="1m")
     content = tomllib.loads((tmp_path / "settings.toml").read_text())
     assert content["method"]["steps"] == 5
     assert content["run"]["budget_seconds"] == 60
@@ -466,7 +465,7 @@ def run(kind, name, count, arguments):
         replace(source, target)
 
     os.replace = watched
-    zsq.quantize(teacher, progress=Watch(), checkpoint_every=1, **arguments)
+    zsq.quantize(teacher, observer=Watch(), checkpoint_every=1, **arguments)
 
 run(*json.loads(sys.argv[1]))
 """
@@ -542,27 +541,25 @@ def test_data_may_be_a_path(teacher, tmp_path):
     assert result.record["data"] == str(tmp_path / "x.npz")
 
 
-def test_agreement_on_fresh_samples_stands_for_accuracy_where_no_data_is_given(teacher, tmp_path):
+def test_agreement_on_fresh_samples_stands_for_accuracy_where_no_data_is_given(teacher, tmp_path, said):
     """Real images in the place of samples: then both are known."""
-    said = []
     settings = {"method.data": "digits:train", "method.limit": 500}
-    result = quantize(teacher, out=tmp_path / "8", method="real", settings=settings, say=said.append, quiet=True)
+    result = quantize(teacher, out=tmp_path / "8", method="real", settings=settings, quiet=True)
     assert result.record["samples"]["num_images"] == 449  # every second of 898
     assert result.record["samples"]["num_classes"] == 10
     assert result.record["samples"]["teacher_agreement"] > 98
     assert not [text for text in said if "WARNING" in text]
-    low = quantize(
-        teacher, out=tmp_path / "2", method="real", bits=2, settings=settings, say=said.append, quiet=True
-    ).record["samples"]["teacher_agreement"]
+    low = quantize(teacher, out=tmp_path / "2", method="real", bits=2, settings=settings, quiet=True).record["samples"][
+        "teacher_agreement"
+    ]
     assert low < 80
     assert [f"for only {low:.1f} % of the samples; --quantizer qat or more bits" in said[-1]] == [True]
 
 
-def test_samples_of_few_classes_tell_nothing(ptq, teacher, tmp_path):
-    said = []
+def test_samples_of_few_classes_tell_nothing(ptq, teacher, tmp_path, said):
     settings = ("method.steps=1", "method.batch_size=8", "method.width=8", "quantizer.num_samples=16")
     settings += ("method.bound_contrast=false",)
-    result = quantize(teacher, out=tmp_path, settings=settings, say=said.append, quiet=True)
+    result = quantize(teacher, out=tmp_path, settings=settings, quiet=True)
     assert result.record["samples"]["teacher_agreement"] is None
     assert 1 <= result.record["samples"]["num_classes"] < 5
     assert "too few to tell how good model.onnx is" in said[-1]
@@ -609,19 +606,17 @@ def test_the_recipe_of_a_run_brings_its_seed(teacher, tmp_path, monkeypatch):
         quantize(teacher, out=tmp_path / "first", resume=True)
 
 
-def test_a_generator_that_was_cut_is_written_anew_on_resume(ptq, teacher, tmp_path):
+def test_a_generator_that_was_cut_is_written_anew_on_resume(ptq, teacher, tmp_path, said):
     folder = tmp_path / "run"
     shutil.copytree(ptq.folder, folder)
     os.truncate(folder / "generator.safetensors", 1000)
-    said = []
-    quantize(teacher, out=folder, settings=PTQ, data="digits", resume=True, say=said.append, quiet=True)
+    quantize(teacher, out=folder, settings=PTQ, data="digits", resume=True, quiet=True)
     assert hashes(folder) == hashes(ptq.folder)
     assert "generator.safetensors is not a readable safetensors file" in "".join(said)
 
 
-def test_resuming_nothing_says_so(teacher, tmp_path, monkeypatch):
+def test_resuming_nothing_says_so(teacher, tmp_path, monkeypatch, said):
     monkeypatch.setattr(pipeline, "write_onnx", _stop)
-    said = []
     with pytest.raises(InputError, match="far enough"):
-        quantize(teacher, out=tmp_path / "run", settings=PTQ, resume=True, say=said.append)
+        quantize(teacher, out=tmp_path / "run", settings=PTQ, resume=True)
     assert f"{tmp_path / 'run'} holds no run to continue; this one starts anew" in said

@@ -95,9 +95,8 @@ def test_real_images_come_back_as_they_are(tmp_path, digits):
     ("method", "settings", "held"),
     [("real", ("method.data=digits:train",), 898), ("zeroq", ("method.steps=2", "method.batch_size=8"), 8)],
 )
-def test_a_source_that_holds_fewer_images_gives_all_it_has(tmp_path, digits, method, settings, held):
-    said = []
-    path, _ = synthesize(digits, out=tmp_path, count=2000, method=method, settings=settings, say=said.append)
+def test_a_source_that_holds_fewer_images_gives_all_it_has(tmp_path, digits, method, settings, held, said):
+    path, _ = synthesize(digits, out=tmp_path, count=2000, method=method, settings=settings)
     with np.load(path) as stored:
         assert len(stored["images"]) == len(stored["labels"]) == held
     assert f"WARNING: method {method} holds {held} images; these are written instead of 2000." in said

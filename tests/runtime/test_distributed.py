@@ -28,7 +28,8 @@ from zsq.runs.budget import plan
 from zsq.runs.pipeline import HASHED
 from zsq.runs.settings import resolve
 from zsq.runtime import distributed
-from zsq.training.loop import Run, load_tensors
+from zsq.runtime.files import load_tensors
+from zsq.training.loop import Run
 from zsq.training.losses import intermediate_loss
 
 COUNT = 9
@@ -434,7 +435,7 @@ def broken_run(folder: Path, phase: str, step: int, whom: str) -> None:
         zsq.quantize(
             load_teacher("digits"),
             out=folder,
-            progress=Watch(),
+            observer=Watch(),
             checkpoint_every=1,
             resume=resume,
             device="cpu",

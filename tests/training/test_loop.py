@@ -10,8 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from zsq.errors import InputError, NumericsError
-from zsq.training.loop import FLUSH_EVERY, Run, load_tensors, part, replacing, save_tensors, stream, under
+from zsq.runtime.files import load_tensors, replacing, save_tensors
+from zsq.runtime.random_streams import stream
+from zsq.training.checkpoints import Checkpoints
+from zsq.training.loop import LOG_EVERY, Run
 from zsq.training.optim import cosine, flatten_optimizer, rate_on, restore_optimizer, set_learning_rate
+from zsq.training.state import part, under
 
 
 class Toy:
@@ -215,7 +219,7 @@ def test_a_run_resumes_from_its_checkpoint_exactly(tmp_path, every, stop):
     assert resumed.taken == list(range(stop - stop % every, 40))
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
-    if every < FLUSH_EVERY:  # elsewhere a resumed run reads its losses at other steps
+    if every < LOG_EVERY:  # elsewhere a resumed run reads its losses at other steps
         assert metrics(tmp_path / "broken") == metrics(tmp_path / "whole")
 
 
@@ -255,7 +259,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_term_and_step(tmp_pat
     learner = Toy(bad_at=bad_at)
     with pytest.raises(NumericsError, match=rf"fit: loss 'distance' is nan at step {bad_at} of 25"):
         Run(tmp_path, checkpoint_steps=5).train("fit", learner, 25)
-    assert len(learner.taken) <= bad_at + FLUSH_EVERY
+    assert len(learner.taken) <= bad_at + LOG_EVERY
     path = tmp_path / "checkpoints" / "fit.safetensors"
     assert path.exists() == (bad_at >= 5)  # no state after the bad step is kept
     if path.exists():
@@ -297,7 +301,7 @@ def test_each_counts_what_is_done():
         def update(self, phase: str, done: int, total: int, values: dict[str, float]) -> None:
             seen.append((phase, done, total, values))
 
-    assert list(Run(progress=Recorder()).each("calibrate", ["ab", "c"], 3, len)) == ["ab", "c"]
+    assert list(Run(observer=Recorder()).each("calibrate", ["ab", "c"], 3, len)) == ["ab", "c"]
     assert seen == [("calibrate", 2, 3, {}), ("calibrate", 3, 3, {})]
 
 
@@ -308,7 +312,7 @@ def test_progress_shows_the_latest_losses():
         def update(self, phase: str, done: int, total: int, values: dict[str, float]) -> None:
             seen.append((phase, done, total, sorted(values)))
 
-    Run(progress=Recorder()).train("fit", Toy(), 12)
+    Run(observer=Recorder()).train("fit", Toy(), 12)
     assert seen == [("fit", 10, 12, ["distance", "fine"]), ("fit", 12, 12, ["distance", "fine"])]
 
 
@@ -365,11 +369,14 @@ def test_a_second_interrupt_takes_effect_at_once(tmp_path):
 
 
 def test_a_checkpoint_that_takes_long_is_written_less_often():
-    ago = time.monotonic() - 40
-    assert Run()._due(1, ago, True, cost=0.1)
-    assert not Run()._due(1, ago, True, cost=2.0)  # 2 % of the time: every 100 seconds
-    assert Run()._due(1, time.monotonic() - 101, True, cost=2.0)
-    assert not Run()._due(1, time.monotonic() - 20, True, cost=0.1)
+    def due(seconds_ago: float, cost: float) -> bool:
+        saved_at = time.monotonic() - seconds_ago
+        return Checkpoints(None, "fit", None, saved_at=saved_at, seconds=cost).due(1, logged=True)
+
+    assert due(40, cost=0.1)
+    assert not due(40, cost=2.0)  # 2 % of the time: every 100 seconds
+    assert due(101, cost=2.0)
+    assert not due(20, cost=0.1)
 
 
 def test_tensors_that_share_memory_or_lie_within_others_are_stored_whole(tmp_path):
@@ -391,7 +398,7 @@ def test_a_signal_while_losses_are_read_saves_too(tmp_path):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            Run(tmp_path, progress=Pressed()).train("fit", Toy(), 1000)
+            Run(tmp_path, observer=Pressed()).train("fit", Toy(), 1000)
     finally:
         signal.signal(signal.SIGINT, before)
     assert load_tensors(tmp_path / "checkpoints" / "fit.safetensors")[1]["step"] == "20"

@@ -42,9 +42,8 @@ def gradients(module: nn.Module) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("method", [ZSCGAN, Adversarial])
-def test_a_generator_learns_in_parts_that_fit(method: type, teacher: Teacher) -> None:
-    said: list[str] = []
-    run = Run(say=said.append)
+def test_a_generator_learns_in_parts_that_fit(method: type, teacher: Teacher, said: list[str]) -> None:
+    run = Run()
     source = method(steps=3, batch_size=16, width=4).source(teacher, run, 0)
     seen = limit(source.teacher, 4)
     run.train("fit", source, 3)
@@ -94,9 +93,8 @@ def test_a_student_in_parts_has_the_gradients_of_the_whole(teacher: Teacher, bat
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
-def test_distillation_goes_on_in_parts(teacher: Teacher) -> None:
-    said: list[str] = []
-    run = Run(say=said.append)
+def test_distillation_goes_on_in_parts(teacher: Teacher, said: list[str]) -> None:
+    run = Run()
     distiller = distiller_of(teacher, ZSCGAN(steps=0, batch_size=16, width=4).source(teacher, run, 4))
     seen = limit(distiller.trained, 8)
     run.train("distill", distiller, 2)

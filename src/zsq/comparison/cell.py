@@ -23,7 +23,10 @@ from zsq.quantization.prepare import check_weight_names
 from zsq.runs.folder import FittedRun, teacher_table, versions
 from zsq.runs.pipeline import PREDICTIONS, Job
 from zsq.runs.settings import Settings, read_toml, to_tables, write_settings
-from zsq.training.loop import Progress, Run, Say, clear_memory_errors, replacing
+from zsq.runtime.files import replacing
+from zsq.runtime.memory import clear_memory_errors
+from zsq.runtime.observer import Observer
+from zsq.training.loop import Run
 
 KEPT = (
     *("model", "weights", "weights_sha256", "data_free", "data", "activation_scope", "range_rule"),
@@ -99,8 +102,7 @@ class Bench:
     folder: Path
     root: Path | None
     device: torch.device
-    progress: Progress | None
-    say: Say
+    observer: Observer
     teachers: dict[str, Loaded] = field(default_factory=dict)
 
     def load(self, chosen: Iterable[Cell]) -> None:
@@ -164,14 +166,14 @@ class Bench:
         folder = self.folder / "fits" / cell.fit_name
         settings = self._resolved(cell.fit_settings)
         resumed = self._begin(folder, cell, settings, fit_digest(cell, loaded.teacher))
-        run = Run(folder, seed=cell.seed, device=self.device, progress=self.progress, say=self.say)
+        run = Run(folder, seed=cell.seed, device=self.device, observer=self.observer)
         stored = folder / "fit.json"
         known = json.loads(stored.read_text()) if stored.exists() else None
         fitted = None
         if known and (folder / "generator.safetensors").exists():
             fitted = FittedRun.open(folder, loaded.teacher)
         start = time.perf_counter()
-        job = Job(loaded.teacher, folder, run, None, self.say, fitted)
+        job = Job(loaded.teacher, folder, run, None, fitted)
         surrogate = job.fit(settings)
         if known is None:
             seconds = round(time.perf_counter() - start, 2)
@@ -215,9 +217,9 @@ class Bench:
             loaded.float_results = evaluate(loaded.teacher.network, loaded.data)
         begin = time.perf_counter()
         settings = self._resolved(cell.settings)
-        run = Run(folder, seed=cell.seed, device=self.device, progress=self.progress, say=self.say)
+        run = Run(folder, seed=cell.seed, device=self.device, observer=self.observer)
         resumed = self._begin(folder, cell, settings, digest(cell) + loaded.teacher.weights_sha256)
-        job = Job(loaded.teacher, folder, run, loaded.data, self.say, known=loaded.float_results)
+        job = Job(loaded.teacher, folder, run, loaded.data, known=loaded.float_results)
         surrogate = self._surrogate(cell, fit, settings, run)
         record = job.finish(settings, surrogate, fit.recognition, fit.seconds, begin).record
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)

@@ -1,6 +1,7 @@
 """Comparisons: run the cells of a grid that are missing, and write one line a cell and the tables."""
 
 import fnmatch
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +12,12 @@ from zsq.comparison.grid import LINES, Comparison, Grid, read_lines, write_table
 from zsq.comparison.recipe import Cell, Recipe, cells, read_recipe
 from zsq.comparison.submit import available, run_jobs
 from zsq.errors import InputError
-from zsq.runs.console import nothing, shown
+from zsq.runs.console import shown
 from zsq.runs.folder import claimed, pick_device
-from zsq.training.loop import Progress, Say, replacing
+from zsq.runtime.files import replacing
+from zsq.runtime.observer import Observer, Silent
+
+logger = logging.getLogger(__name__)
 
 FOLDERS = ("cells", "fits", "figures", "jobs")
 TABLES = ("table.md", "table.csv", "table.tex", "figures.csv")
@@ -41,7 +45,7 @@ def check(recipe: str | Path, only: str = "*", data_root: str | Path | None = No
     read = read_recipe(Path(recipe))
     chosen = list_cells(read, only)
     root = None if data_root is None else Path(data_root)
-    bench = Bench(read, Path(), root, pick_device("cpu"), None, nothing)
+    bench = Bench(read, Path(), root, pick_device("cpu"), Silent())
     bench.load([cell for cell in chosen if not cell.reason])
     return chosen
 
@@ -57,8 +61,7 @@ def compare(
     device: str = "auto",
     jobs: int = 1,
     job_options: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
-    say: Say | None = None,
+    observer: Observer | None = None,
     quiet: bool = False,
 ) -> Comparison:
     """Run the cells of a recipe that are missing, and write `cells.jsonl`, `table.md`, `.csv` and `.tex` to a folder.
@@ -74,7 +77,7 @@ def compare(
         jobs: at a time, on a SLURM cluster where there is one, else processes of this machine; needs submitit (extra
             `cluster`), without which cells run in order. Cells that share a fit stay in one job.
         job_options: parameters of submitit's executor, such as `slurm_partition`.
-        progress, say, quiet: as for `zsq.quantize`.
+        observer, quiet: as for `zsq.quantize`.
 
     Raises:
         InputError: recipe, folder, teacher or data set does not fit; nothing has been run or changed then.
@@ -86,8 +89,8 @@ def compare(
     folder, root = Path(out), None if data_root is None else Path(data_root)
     text = Path(recipe).read_bytes()
     _check_folder(folder, resume=resume, overwrite=overwrite)
-    with shown(progress, say, quiet=quiet) as (where_shown, speak), claimed(folder):
-        bench = Bench(read, folder, root, pick_device(device), where_shown, speak)
+    with shown(observer, quiet=quiet) as watching, claimed(folder):
+        bench = Bench(read, folder, root, pick_device(device), watching)
         bench.load([cell for cell in chosen if not cell.reason])
         if overwrite:
             _discard(folder)
@@ -98,10 +101,10 @@ def compare(
 
 def _run(bench: Bench, chosen: list[Cell], root: Path | None, jobs: int, options: Mapping[str, Any]) -> Comparison:
     """Run the cells that are missing, here or as jobs."""
-    folder, say = bench.folder, bench.say
-    grid = Grid(bench, say, read_lines(folder))
+    folder = bench.folder
+    grid = Grid(bench, read_lines(folder))
     if jobs > 1 and not available():
-        say("submitit is not installed (pip install 'zsq[cluster]'): the cells run in order")
+        logger.info("submitit is not installed (pip install 'zsq[cluster]'): the cells run in order")
     missing = grid.missing(chosen)
     if jobs > 1 and available() and missing:
         run_jobs(
@@ -111,8 +114,7 @@ def _run(bench: Bench, chosen: list[Cell], root: Path | None, jobs: int, options
             root=root,
             device=bench.device,
             options=options,
-            progress=bench.progress,
-            say=say,
+            observer=bench.observer,
         )
         grid.lines = read_lines(folder)
         write_tables(grid.comparison())

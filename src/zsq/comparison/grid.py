@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import time
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -13,7 +14,9 @@ from zsq.comparison.cell import Bench, Fit, digest
 from zsq.comparison.recipe import Cell, Recipe, cells
 from zsq.errors import ZsqError
 from zsq.reports.text_tables import to_csv, to_latex
-from zsq.training.loop import Say, replacing
+from zsq.runtime.files import replacing
+
+logger = logging.getLogger(__name__)
 
 LINES = "cells.jsonl"
 
@@ -74,7 +77,6 @@ class Grid:
     """Keeps the lines of the cells while the bench runs them."""
 
     bench: Bench
-    say: Say
     lines: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def comparison(self) -> Comparison:
@@ -108,7 +110,7 @@ class Grid:
         """Run the cells that are missing, and write the tables even if that is interrupted."""
         missing = self.missing(chosen)
         if len(missing) < len(chosen):
-            self.say(f"{len(chosen) - len(missing)} of {len(chosen)} cells are finished")
+            logger.info(f"{len(chosen) - len(missing)} of {len(chosen)} cells are finished")
         begin, done = time.monotonic(), 0
         try:
             for _, sharing in itertools.groupby(missing, key=lambda cell: cell.fit_name):
@@ -116,7 +118,7 @@ class Grid:
                 for cell in sharing:
                     seconds = (time.monotonic() - begin) / max(done, 1) * (len(missing) - done)
                     left = f", about {seconds:.0f} s left" if done else ""
-                    self.say(f"== cell {done + 1} of {len(missing)}: {cell.name}{left}")
+                    logger.info(f"== cell {done + 1} of {len(missing)}: {cell.name}{left}")
                     fit = self._one(cell, fit)
                     done += 1
         finally:
@@ -138,7 +140,7 @@ class Grid:
             except ZsqError as error:
                 reason = " ".join(str(error).split())
         if reason:
-            self.say(f"skipped {cell.name}: {reason}")
+            logger.info(f"skipped {cell.name}: {reason}")
         self._write(cell, {"status": SKIPPED, "reason": reason} if reason else {"status": FINISHED, **facts})
         return fit
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from zsq.comparison.recipe import Figure, below
 from zsq.errors import InputError, unknown_name
 from zsq.reports.pictures import grid_labels, rows_of_images
-from zsq.training.loop import replacing
+from zsq.runtime.files import replacing
 from zsq.types import ImageSpec, SampleSource
 
 TILE = 112

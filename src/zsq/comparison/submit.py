@@ -2,7 +2,9 @@
 
 import importlib.util
 import itertools
+import logging
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +16,10 @@ from zsq.comparison.cell import Bench
 from zsq.comparison.grid import Grid, read_lines
 from zsq.comparison.recipe import Cell, cells, read_recipe
 from zsq.errors import InputError, ZsqError
-from zsq.training.loop import Progress, Say, Silent
+from zsq.runs.console import lines_on
+from zsq.runtime.observer import Observer, Silent
+
+logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 2.0
 WEEK_MINUTES = 7 * 24 * 60
@@ -44,9 +49,10 @@ def run_share(
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     recipe = read_recipe(folder / "recipe.toml")
     chosen = [cell for cell in cells(recipe) if cell.name in set(names)]
-    bench = Bench(recipe, folder, root, torch.device(device), None, print)
-    bench.load([cell for cell in chosen if not cell.reason])
-    Grid(bench, print, read_lines(folder)).run(chosen)
+    bench = Bench(recipe, folder, root, torch.device(device), Silent())
+    with lines_on(sys.stdout):
+        bench.load([cell for cell in chosen if not cell.reason])
+        Grid(bench, read_lines(folder)).run(chosen)
 
 
 def visible_gpus() -> list[str]:
@@ -72,8 +78,7 @@ def run_jobs(
     root: Path | None,
     device: torch.device,
     options: Mapping[str, Any],
-    progress: Progress | None,
-    say: Say,
+    observer: Observer,
 ) -> None:
     """Run cells in `count` jobs and wait for them: on a SLURM cluster where there is one, else in processes here.
 
@@ -84,7 +89,7 @@ def run_jobs(
         root: folder of the data.
         device: where each job computes.
         options: parameters of submitit's executor, such as `slurm_partition`.
-        progress, say: of the caller.
+        observer: of the caller.
 
     Raises:
         InputError: an option is not known to submitit.
@@ -100,17 +105,16 @@ def run_jobs(
         raise InputError(f"--job-set: {str(error).splitlines()[0]}") from error
     shares = share_out(missing, count)
     threads = max(1, (os.cpu_count() or 1) // len(shares)) if here else torch.get_num_threads()
-    say(f"{len(missing)} cells in {len(shares)} jobs on {executor.cluster}, logs in {folder / 'jobs'}")
+    logger.info(f"{len(missing)} cells in {len(shares)} jobs on {executor.cluster}, logs in {folder / 'jobs'}")
     gpus = itertools.cycle(visible_gpus() if here and device.type == "cuda" else [None])
     jobs = [
         executor.submit(run_share, folder.resolve(), [cell.name for cell in share], root, device.type, threads, gpu)
         for share, gpu in zip(shares, gpus, strict=False)
     ]
-    shown = progress or Silent()
     try:
         while not all(job.done() for job in jobs):
             lines = read_lines(folder)
-            shown.update("compare", sum(cell.name in lines for cell in missing), len(missing), {})
+            observer.update("compare", sum(cell.name in lines for cell in missing), len(missing), {})
             time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
         for job in jobs:

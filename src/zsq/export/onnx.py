@@ -36,7 +36,7 @@ from torch import fx
 from zsq.errors import ExportError, InputError
 from zsq.export.first_conv import pad_channels
 from zsq.export.verify import SPEC_KEY, OnnxClassifier, Verification, require, verify_onnx
-from zsq.training.loop import replacing
+from zsq.runtime.files import replacing
 from zsq.types import ImageSpec
 
 __all__ = [

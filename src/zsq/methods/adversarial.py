@@ -12,7 +12,8 @@ from zsq.methods.pool import require_positive
 from zsq.models.teacher import Teacher
 from zsq.quantization.quantizers import straight_through
 from zsq.runtime import distributed
-from zsq.training.loop import Run, stream
+from zsq.runtime.random_streams import stream
+from zsq.training.loop import Run
 from zsq.training.losses import batch_entropy, instance_entropy, kl_divergence
 from zsq.types import Batch
 

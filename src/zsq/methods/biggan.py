@@ -17,7 +17,8 @@ from zsq.methods.pool import Stateless, require_positive
 from zsq.models.teacher import Teacher
 from zsq.models.weights import load_weights
 from zsq.runtime import distributed
-from zsq.training.loop import Run, stream
+from zsq.runtime.random_streams import stream
+from zsq.training.loop import Run
 from zsq.types import Batch, ImageSpec
 
 LIBRARY, INSTALL = "pytorch-pretrained-biggan", "pip install 'zsq[biggan]'"

@@ -15,7 +15,8 @@ from zsq.quantization.prepare import Bits, Student
 from zsq.quantization.ptq import PTQ, quantize_ptq
 from zsq.quantization.quantizers import straight_through
 from zsq.runtime import distributed
-from zsq.training.loop import Run, stream
+from zsq.runtime.random_streams import stream
+from zsq.training.loop import Run
 from zsq.training.losses import competition, feature_norm, image_norm, label_cross_entropy, total_variation
 from zsq.training.optim import cosine
 from zsq.types import ImageSpec

@@ -17,7 +17,8 @@ from zsq.methods.noise_and_real import Noise, NoiseSource
 from zsq.methods.pool import require_positive
 from zsq.models.teacher import Teacher
 from zsq.quantization.bias_correction import channel_dim, channel_mean
-from zsq.training.loop import Run, stream
+from zsq.runtime.random_streams import stream
+from zsq.training.loop import Run
 from zsq.types import ImageSpec, Statistics
 
 ROWS = 256

@@ -15,9 +15,11 @@ from zsq.methods.pool import require_positive
 from zsq.models.teacher import Teacher
 from zsq.runtime import distributed
 from zsq.runtime.cuda_graphs import Replays
-from zsq.training.loop import Run, part, stream, under
+from zsq.runtime.random_streams import stream
+from zsq.training.loop import Run
 from zsq.training.losses import bns_loss
 from zsq.training.optim import cosine, flatten_optimizer, rate_on, restore_optimizer, set_learning_rate
+from zsq.training.state import part, under
 from zsq.types import Batch, ImageSpec, joined
 
 LARGE_IMAGE = 96

@@ -14,8 +14,10 @@ from zsq.methods.pool import PoolSource, require_positive
 from zsq.models.teacher import Teacher
 from zsq.runtime import distributed
 from zsq.runtime.cuda_graphs import Replays
-from zsq.training.loop import Run, part, stream, under
+from zsq.runtime.random_streams import stream
+from zsq.training.loop import Run
 from zsq.training.optim import flatten_optimizer, rate_on, restore_optimizer, set_learning_rate
+from zsq.training.state import part, under
 from zsq.types import Batch, ImageSpec
 
 

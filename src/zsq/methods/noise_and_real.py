@@ -1,5 +1,6 @@
 """Images that are given, not learnt: noise, the lower bound, and a labelled set, the upper bound."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -13,8 +14,11 @@ from zsq.methods.base import Surrogate
 from zsq.methods.pool import PoolSource, Stateless, require_positive
 from zsq.models.teacher import Teacher
 from zsq.runtime import distributed
-from zsq.training.loop import Run, stream
+from zsq.runtime.random_streams import stream
+from zsq.training.loop import Run
 from zsq.types import Batch, ImageSpec
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +132,7 @@ class LabelledPool(PoolSource, Stateless):
         self.spec = spec
         images = open_dataset(data, spec)
         if images.notice:
-            run.say(images.notice)
+            logger.info(images.notice)
         every = max(1, -(-images.num_images // limit))
         pixels, labels, seen = [], [], 0
         for batch in images.batches():

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from zsq.errors import InputError
 from zsq.runtime import distributed
-from zsq.training.loop import Run, stream
+from zsq.runtime.random_streams import stream
+from zsq.training.loop import Run
 from zsq.types import Batch
 
 
@@ -23,7 +24,15 @@ def require_positive(settings: object, *names: str) -> None:
             raise InputError(f"method.{name} is {getattr(settings, name)}; it must be at least 1.")
 
 
-class Stateless:
+class WholeBatches:
+    """A source whose batches do not go through a network in parts."""
+
+    def halve(self) -> bool:
+        """Return False: there are no parts."""
+        return False
+
+
+class Stateless(WholeBatches):
     """A source that does not learn: its batches are pure functions of seed and step."""
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -35,7 +44,7 @@ class Stateless:
         del state
 
 
-class PoolSource(ABC):
+class PoolSource(WholeBatches, ABC):
     """Draws from a set of images that is held in memory.
 
     Attributes:

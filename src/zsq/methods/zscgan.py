@@ -13,7 +13,8 @@ from zsq.methods.generators import label_codes
 from zsq.methods.pool import require_positive
 from zsq.models.teacher import Teacher
 from zsq.runtime import distributed
-from zsq.training.loop import Run, stream
+from zsq.runtime.random_streams import stream
+from zsq.training.loop import Run
 from zsq.training.losses import label_cross_entropy
 from zsq.types import Batch
 

@@ -18,9 +18,10 @@ from zsq.quantization.quantizers import ActivationQuantizer, WeightQuantizer, co
 from zsq.quantization.training_view import merged
 from zsq.runtime import distributed
 from zsq.runtime.cuda_graphs import Replays
-from zsq.training.loop import Run, part, under
+from zsq.training.loop import Run
 from zsq.training.losses import distillation_loss, intermediate_loss
 from zsq.training.optim import cosine, flatten_optimizer, rate_on, restore_optimizer, set_learning_rate
+from zsq.training.state import part, under
 from zsq.types import Batch, SampleSource, joined
 
 
@@ -168,8 +169,7 @@ class Distiller:
     def halve(self) -> bool:
         """Let the batch go through what cannot hold it in twice as many parts, where it has as many images."""
         if self.batch is None:  # it is the source
-            halve = getattr(self.source, "halve", None)
-            return halve is not None and halve()
+            return self.source.halve()
         if 2 * self.parts > len(self.batch.labels):
             return False
         self.parts *= 2

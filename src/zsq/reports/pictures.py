@@ -10,7 +10,7 @@ from PIL import Image
 from rich.table import Table
 from torch import Tensor
 
-from zsq.training.loop import replacing
+from zsq.runtime.files import replacing
 from zsq.types import Batch, ImageSpec
 
 GRID_ROWS, GRID_COLUMNS = 10, 10

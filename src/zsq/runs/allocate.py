@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,7 +21,11 @@ from zsq.runs.pipeline import Job
 from zsq.runs.quantize import Wanted, started
 from zsq.runs.settings import Settings
 from zsq.runtime import distributed
-from zsq.training.loop import Progress, Say, clear_memory_errors, replacing
+from zsq.runtime.files import replacing
+from zsq.runtime.memory import clear_memory_errors
+from zsq.runtime.observer import Observer
+
+logger = logging.getLogger(__name__)
 
 MOST_ROWS = 1000
 """Points of the frontier that are written, evenly spaced; a frontier can have a hundred thousand."""
@@ -65,8 +70,7 @@ def allocate(
     device: str = "auto",
     resume: bool = False,
     overwrite: bool = False,
-    progress: Progress | None = None,
-    say: Say | None = None,
+    observer: Observer | None = None,
     quiet: bool = False,
 ) -> Allocated:
     """Choose the widths of least summed sensitivity that fit a size, and write them as a file that `--bits` takes.
@@ -100,8 +104,7 @@ def allocate(
         device=device,
         resume=resume,
         overwrite=overwrite,
-        progress=progress,
-        say=say,
+        observer=observer,
         quiet=quiet,
     ) as (job, chosen):
         surrogate = job.fit(chosen)
@@ -133,8 +136,10 @@ def _allocate(
     )
     frontier = pareto_frontier(found, weight_sizes(teacher.network))
     if not frontier.exact:
-        job.say("the frontier has too many points; its size axis is cut into steps, so a better point may be left out")
-    result = Allocated(frontier, frontier.within(most), found, files if can_draw(job.say) else files[:2])
+        logger.info(
+            "the frontier has too many points; its size axis is cut into steps, so a better point may be left out"
+        )
+    result = Allocated(frontier, frontier.within(most), found, files if can_draw() else files[:2])
     facts = {
         "network": f"{teacher.name}, weights sha256 {teacher.weights_sha256[:12]}",
         "images": f"{len(images)} of method {chosen.method.name}, seed {run.seed}",
@@ -146,11 +151,11 @@ def _allocate(
     return result
 
 
-def can_draw(say: Say) -> bool:
+def can_draw() -> bool:
     """Return whether matplotlib is installed, and say what brings it where it is not."""
     installed = importlib.util.find_spec("matplotlib") is not None
     if not installed:
-        say("frontier.png needs matplotlib: pip install 'zsq[plots]'")
+        logger.info("frontier.png needs matplotlib: pip install 'zsq[plots]'")
     return installed
 
 

@@ -16,7 +16,8 @@ from zsq.quantization.qat import QAT, Distiller
 from zsq.runs.settings import Settings
 from zsq.runtime import distributed
 from zsq.runtime.cuda_graphs import forgetting
-from zsq.training.loop import Learner, Run
+from zsq.training.learner import Learner
+from zsq.training.loop import Run
 
 MOST_FIT_STEPS = 200_000
 MOST_DISTILL_STEPS = 50_000

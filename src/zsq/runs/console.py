@@ -1,16 +1,18 @@
 """What a run shows while it works, on stderr: a bar in a terminal, a line now and then in a log."""
 
+import logging
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import TextIO
 
 from rich import progress as bars
 from rich.console import Console
 
 from zsq.runtime import distributed
-from zsq.training.loop import Progress, Say, Silent
+from zsq.runtime.observer import Observer, Silent
 
 LINE_EVERY = 30
 """Seconds between two lines where stderr is not a terminal."""
@@ -21,26 +23,60 @@ def say_line(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def nothing(text: str) -> None:
-    """Say nothing."""
-    del text
+class Lines(logging.Handler):
+    """Prints what is logged as lines, warnings marked as such.
+
+    Args:
+        stream: where; None takes the stderr of the moment.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        super().__init__(logging.INFO)
+        self.stream = stream
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record."""
+        marked = "WARNING: " if record.levelno >= logging.WARNING else ""
+        return marked + record.getMessage()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print it."""
+        print(self.format(record), file=self.stream or sys.stderr, flush=True)
 
 
 @contextmanager
-def shown(progress: Progress | None, say: Say | None, *, quiet: bool) -> Iterator[tuple[Progress, Say]]:
-    """Yield where a run shows its progress, and what it says lines with: on stderr, unless the caller gives his own.
+def lines_on(stream: TextIO | None = None) -> Iterator[None]:
+    """Print what zsq logs within the block, on stderr unless another stream is given."""
+    logger = logging.getLogger("zsq")
+    handler, level = Lines(stream), logger.level
+    logger.addHandler(handler)
+    if logger.getEffectiveLevel() > logging.INFO:
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+@contextmanager
+def shown(observer: Observer | None, *, quiet: bool) -> Iterator[Observer]:
+    """Yield who is told how far a run is, and print what it logs.
 
     Args:
-        progress, say: the caller's; None takes a bar and lines on stderr.
-        quiet: show nothing that the caller did not ask for; of several processes, all but the first are quiet anyway.
+        observer: the caller's; None shows a bar on stderr.
+        quiet: show and print nothing; of several processes, all but the first are quiet anyway.
     """
     if not distributed.is_main():
-        yield Silent(), nothing
-    elif quiet or progress is not None:
-        yield progress or Silent(), say or (nothing if quiet else say_line)
+        yield Silent()
+    elif quiet:
+        yield observer or Silent()
+    elif observer is not None:
+        with lines_on():
+            yield observer
     else:
-        with TerminalProgress() as terminal:
-            yield terminal, say or say_line
+        with lines_on(), TerminalProgress() as terminal:
+            yield terminal
 
 
 class TerminalProgress:

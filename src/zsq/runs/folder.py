@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +22,11 @@ from zsq.quantization import PTQ
 from zsq.runs.budget import Plan, parse_duration, plan
 from zsq.runs.settings import Settings, read_toml, resolve, to_tables
 from zsq.runtime import distributed
-from zsq.training.loop import Run, Say, load_tensors
+from zsq.runtime.files import load_tensors
+from zsq.training.loop import Run
 from zsq.types import ImageSpec
+
+logger = logging.getLogger(__name__)
 
 ARTIFACTS = (
     "settings.toml",
@@ -164,14 +168,14 @@ def chosen_seed(seed: int | None, recipe: str | Path | None, folder: Path, *, re
     return found if isinstance(found, int) else 0
 
 
-def check_recipe(recipe: str | Path | None, teacher: Teacher, *, reuses: bool, say: Say) -> None:
+def check_recipe(recipe: str | Path | None, teacher: Teacher, *, reuses: bool) -> None:
     """Say where a run's settings.toml, taken as a recipe, cannot repeat that run."""
     content = {} if recipe is None else read_toml(Path(recipe))
     was = content.get("teacher", {})
     if was.get("weights_sha256", teacher.weights_sha256) != teacher.weights_sha256:
-        say(f"WARNING: {recipe} is of a run of '{was.get('model')}' with other weights; its settings are taken.")
+        logger.warning(f"{recipe} is of a run of '{was.get('model')}' with other weights; its settings are taken.")
     elif "generator_sha256" in content.get("run", {}) and not reuses:
-        say(f"WARNING: the run of {recipe} took its generator from another run; --from DIR repeats that.")
+        logger.warning(f"the run of {recipe} took its generator from another run; --from DIR repeats that.")
 
 
 def clear_folder(folder: Path, *, everything: bool) -> None:
@@ -236,7 +240,6 @@ def choose_schedule(
     recipe: str | Path | None,
     num_eval_images: int,
     fitted: bool,
-    say: Say,
 ) -> tuple[Settings, dict[str, Any]]:
     """Fit the schedule to the budget; return settings and what was measured, for the record."""
     if budget is None and recipe is None and not _has_schedule(wanted):
@@ -245,11 +248,11 @@ def choose_schedule(
         return wanted, {}
     seconds = parse_duration(budget)
     if _has_schedule(wanted):
-        say("no number of steps is left to choose, so --budget changes nothing")
+        logger.info("no number of steps is left to choose, so --budget changes nothing")
         return wanted, {}
-    say(f"measuring a step, to fit the schedule into {seconds:.0f} s")
+    logger.info(f"measuring a step, to fit the schedule into {seconds:.0f} s")
     planned = plan(wanted, teacher, run, seconds, num_eval_images=num_eval_images, fitted=fitted)
-    say(_describe(planned))
+    logger.info(_describe(planned))
     return planned.settings, {
         "budget_seconds": seconds,
         "fit_step_seconds": round(planned.fit_step_seconds, 4),
@@ -264,7 +267,6 @@ def stored_settings(
     seed: int,
     source_run: FittedRun | None = None,
     device: str = "cpu",
-    say: Say = lambda text: None,
 ) -> Settings:
     """Return the settings of the run that is resumed.
 
@@ -296,7 +298,7 @@ def stored_settings(
     machine = {"device": device, "processes": distributed.processes(), "threads": torch.get_num_threads()}
     for name, now in (machine | versions()).items():
         if name in facts and facts[name] != now:
-            say(f"WARNING: the run was started with {name} {facts[name]}, now {now}; its files may differ in bits.")
+            logger.warning(f"the run was started with {name} {facts[name]}, now {now}; its files may differ in bits.")
     return stored
 
 

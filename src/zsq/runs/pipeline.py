@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -36,8 +37,12 @@ from zsq.runs.folder import (
 )
 from zsq.runs.settings import Settings, to_tables, write_settings
 from zsq.runtime import distributed
-from zsq.training.loop import Run, Say, clear_memory_errors, load_tensors, replacing, save_tensors
+from zsq.runtime.files import load_tensors, replacing, save_tensors
+from zsq.runtime.memory import clear_memory_errors
+from zsq.training.loop import Run
 from zsq.types import Batch, SampleSource
+
+logger = logging.getLogger(__name__)
 
 HASHED = ("generator.safetensors", "model.onnx", "model.pt2")
 """Artifacts that are the same, bit for bit, whenever a run is repeated on the CPU."""
@@ -94,7 +99,6 @@ class Job:
     folder: Path
     run: Run
     data: LabelledImages | None
-    say: Say
     reused: FittedRun | None = None
     known: Evaluation | None = None
     """The teacher's results on `data`: given for a cell of a comparison, which keeps predictions and writes no
@@ -106,11 +110,9 @@ class Job:
         def work() -> Settings | None:
             if not open_folder(self.folder, resume=resume, overwrite=overwrite):
                 if resume:
-                    self.say(f"{self.folder} holds no run to continue; this one starts anew")
+                    logger.info(f"{self.folder} holds no run to continue; this one starts anew")
                 return None
-            found = stored_settings(
-                self.folder, wanted, self.teacher, self.run.seed, self.reused, self.run.device.type, self.say
-            )
+            found = stored_settings(self.folder, wanted, self.teacher, self.run.seed, self.reused, self.run.device.type)
             clear_folder(self.folder, everything=False)
             return found
 
@@ -135,7 +137,6 @@ class Job:
             recipe=recipe,
             num_eval_images=self.data.num_images if self.data else 0,
             fitted=self.reused is not None,
-            say=self.say,
         )
         facts = {"seed": self.run.seed, "device": self.run.device.type, "processes": distributed.processes()}
         facts |= {"threads": torch.get_num_threads()} | measured | versions()
@@ -169,7 +170,7 @@ class Job:
         student = timed("quantize", lambda: self._quantize(settings, surrogate))
 
         def conclude() -> Result:
-            self.say(f"writing and checking model.onnx{'' if self.known else ' and model.pt2'}")
+            logger.info(f"writing and checking model.onnx{'' if self.known else ' and model.pt2'}")
             verification = timed("export", lambda: self._export(student, surrogate))
             accuracy = timed("evaluate", lambda: self._evaluate(student))
             record = self._record(settings, surrogate, verification, accuracy)
@@ -210,7 +211,7 @@ class Job:
         try:
             load_tensors(path)
         except InputError as error:
-            self.say(f"WARNING: {error} It is written anew.")
+            logger.warning(f"{error} It is written anew.")
             return False
         return True
 
@@ -228,8 +229,8 @@ class Job:
             count += len(batch.labels)
         recognition = 100 * hits / count
         if recognition < LOW_RECOGNITION:
-            self.say(
-                f"WARNING: the teacher recognises {recognition:.1f} % of the labels that the samples were asked for; "
+            logger.warning(
+                f"the teacher recognises {recognition:.1f} % of the labels that the samples were asked for; "
                 "they do not show its classes."
             )
         return recognition
@@ -252,14 +253,14 @@ class Job:
         classes = len(np.unique(named))
         meaningful = classes >= min(self.teacher.spec.classes, MANY_CLASSES) / 2
         if self.data is None and not meaningful:
-            self.say(
-                f"WARNING: the float network sees {classes} classes in the samples, too few to tell how good "
+            logger.warning(
+                f"the float network sees {classes} classes in the samples, too few to tell how good "
                 "model.onnx is; a longer --budget may help, and labelled images (--data) tell the accuracy."
             )
         elif self.data is None and agreement < LOW_AGREEMENT:
             hint = "" if quantizer == "qat" else "--quantizer qat or "
-            self.say(
-                f"WARNING: model.onnx and the float network name the same class for only {agreement:.1f} % of the "
+            logger.warning(
+                f"model.onnx and the float network name the same class for only {agreement:.1f} % of the "
                 f"samples; {hint}more bits may help, and labelled images (--data) tell the accuracy."
             )
         return {
@@ -279,7 +280,7 @@ class Job:
             statistics=surrogate.statistics,
         )
         if isinstance(quantizer, QAT):
-            self.say(f"distilling {quantizer.steps} steps at learning rate {quantizer.learning_rate:g}")
+            logger.info(f"distilling {quantizer.steps} steps at learning rate {quantizer.learning_rate:g}")
             distill(student, self.teacher.network, surrogate.source, quantizer, self.run)
         return student
 
@@ -326,7 +327,7 @@ class Job:
         return ask
 
     def _show(self, done: int, total: int) -> None:
-        self.run.progress.update("evaluate", done, total, {})
+        self.run.observer.update("evaluate", done, total, {})
 
     def _keep_predictions(self, found: Evaluation) -> None:
         """Write the class of each image, so that results can be compared image by image."""

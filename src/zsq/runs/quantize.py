@@ -1,5 +1,6 @@
 """One run from teacher to verified files: what is asked for is checked, the folder taken, the work done."""
 
+import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,8 +23,11 @@ from zsq.runs.folder import FittedRun, check_recipe, chosen_seed, claimed, pick_
 from zsq.runs.pipeline import Job, Result
 from zsq.runs.settings import Settings
 from zsq.runtime import distributed
-from zsq.training.loop import Progress, Run, Say
+from zsq.runtime.observer import Observer
+from zsq.training.loop import Run
 from zsq.types import ImageSpec
+
+logger = logging.getLogger(__name__)
 
 
 def quantize(
@@ -44,8 +48,7 @@ def quantize(
     resume: bool = False,
     overwrite: bool = False,
     checkpoint_every: int | None = None,
-    progress: Progress | None = None,
-    say: Say | None = None,
+    observer: Observer | None = None,
     quiet: bool = False,
 ) -> Result:
     """Quantize a classifier without its training data and write the files to a folder.
@@ -69,9 +72,8 @@ def quantize(
         resume: continue the run that `out` holds.
         overwrite: discard the run that `out` holds.
         checkpoint_every: steps between checkpoints; None saves every 30 seconds, or in 2 % of the time.
-        progress: where progress is shown; None shows it on stderr.
-        say: called with lines that the user should read; None prints them on stderr.
-        quiet: show and say nothing, warnings included, but to the `progress` and `say` that are given.
+        observer: is told how far the work is; None shows it on stderr.
+        quiet: show and print nothing, warnings included; the logger `zsq` has them all the same.
 
     Returns:
         The record and the folder.
@@ -98,8 +100,7 @@ def quantize(
         resume=resume,
         overwrite=overwrite,
         checkpoint_every=checkpoint_every,
-        progress=progress,
-        say=say,
+        observer=observer,
         quiet=quiet,
     ) as (job, chosen):
         return job.carry_out(chosen, begin)
@@ -129,8 +130,7 @@ def started(
     device: str,
     resume: bool,
     overwrite: bool,
-    progress: Progress | None,
-    say: Say | None,
+    observer: Observer | None,
     quiet: bool,
     data: str | Path | None = None,
     checkpoint_every: int | None = None,
@@ -158,14 +158,14 @@ def started(
     if asked.quantizer.weight_bits:  # before hours are spent on the fit
         check_weight_names(fold(teacher.network)[0], asked.quantizer.weight_bits)
     drawn = distributed.on_main(lambda: chosen_seed(seed, wanted.recipe, folder, resume=resume))
-    with shown(progress, say, quiet=quiet) as (where_shown, speak), claimed(folder):
-        run = Run(folder, seed=drawn, device=where, checkpoint_steps=checkpoint_every, progress=where_shown, say=speak)
+    with shown(observer, quiet=quiet) as watching, claimed(folder):
+        run = Run(folder, seed=drawn, device=where, checkpoint_steps=checkpoint_every, observer=watching)
         if images is not None and images.notice:
-            speak(images.notice)
-        job = Job(teacher, folder, run, images, speak, reused)
+            logger.info(images.notice)
+        job = Job(teacher, folder, run, images, reused)
         chosen = job.stored(asked, resume=resume, overwrite=overwrite)
         if chosen is None:
-            check_recipe(wanted.recipe, teacher, reuses=reused is not None, say=speak)
+            check_recipe(wanted.recipe, teacher, reuses=reused is not None)
             chosen = job.scheduled(asked, wanted.budget, wanted.recipe, overwrite=overwrite)
         yield job, chosen
 

@@ -14,7 +14,7 @@ from zsq.errors import InputError, unknown_name
 from zsq.methods import METHODS, Method
 from zsq.quantization import PTQ, QUANTIZERS
 from zsq.quantization.prepare import Bits
-from zsq.training.loop import replacing
+from zsq.runtime.files import replacing
 
 SECTIONS = ("method", "quantizer")
 RECORD_SECTIONS = (*SECTIONS, "teacher", "run")

@@ -1,5 +1,6 @@
 """Write synthetic images for use in other tools."""
 
+import logging
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,8 +14,12 @@ from zsq.methods.pool import PoolSource
 from zsq.models.teacher import Teacher
 from zsq.runs.quantize import Wanted, started
 from zsq.runtime import distributed
-from zsq.training.loop import Progress, Say, clear_memory_errors, replacing
+from zsq.runtime.files import replacing
+from zsq.runtime.memory import clear_memory_errors
+from zsq.runtime.observer import Observer
 from zsq.types import Batch, ImageSpec
+
+logger = logging.getLogger(__name__)
 
 
 @clear_memory_errors()
@@ -32,8 +37,7 @@ def synthesize(
     device: str = "auto",
     resume: bool = False,
     overwrite: bool = False,
-    progress: Progress | None = None,
-    say: Say | None = None,
+    observer: Observer | None = None,
     quiet: bool = False,
 ) -> list[Path]:
     """Write `images.npz` (images uint8 [N, H, W, C], labels int64 [N]) and `samples.png`, one row a class.
@@ -56,14 +60,13 @@ def synthesize(
         device=device,
         resume=resume,
         overwrite=overwrite,
-        progress=progress,
-        say=say,
+        observer=observer,
         quiet=quiet,
     ) as (job, chosen):
         source = job.fit(chosen).source
         held = len(source.labels) if isinstance(source, PoolSource) else count
         if held < count:
-            job.say(f"WARNING: method {chosen.method.name} holds {held} images; these are written instead of {count}.")
+            logger.warning(f"method {chosen.method.name} holds {held} images; these are written instead of {count}.")
 
         def write() -> list[Path]:
             write_npz(folder / "images.npz", source.sample(count), teacher.spec, min(count, held))

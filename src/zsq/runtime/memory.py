@@ -1,10 +1,14 @@
-"""The C library's allocator, told to keep what one step frees for the next."""
+"""The C library's allocator, told to keep what one step frees for the next; and memory that is not there."""
 
 import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import torch
+
+from zsq.errors import InputError
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's `mallopt`: free bytes at the end of the heap, and bytes of a block, from which on the system
@@ -51,3 +55,19 @@ def _glibc() -> Any:
     except OSError:  # not Linux with glibc
         return None
     return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
+
+
+@contextmanager
+def clear_memory_errors() -> Iterator[None]:
+    """Turn a device that runs out of memory into an expected fault; also a decorator.
+
+    Raises:
+        InputError: it does.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            "the device has too little memory for this network; --device cpu, a smaller --set method.batch_size=N or "
+            f"images of fewer pixels may fit. ({str(error).splitlines()[0]})"
+        ) from error

@@ -1,0 +1,42 @@
+"""Signals that wait until a step is finished and saved."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+
+@contextmanager
+def held_signals() -> Iterator[list[int]]:
+    """Hold SIGINT and SIGTERM back until the block ends, so that a step can be finished and saved.
+
+    Yields the signals received; the block is to look at them and end. A second one takes effect at once. Outside of the
+    main thread, where Python delivers no signals, none are held.
+    """
+    received: list[int] = []
+    before: dict[int, Any] = {}
+
+    def restore() -> None:
+        for number in list(before):
+            signal.signal(number, before.pop(number))
+
+    def note(number: int, frame: FrameType | None) -> None:
+        del frame
+        if received:
+            restore()
+            signal.raise_signal(number)
+        received.append(number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if handler not in (None, signal.SIG_IGN):
+                before[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        restore()
+    if received:
+        signal.raise_signal(received[0])
