@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo test check bench bench-peers clean
+.PHONY: help demo test check bench bench-peers docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -40,6 +40,11 @@ bench: $(STAMP)  ## measure steps, growth, memory and the deployed file at small
 
 bench-peers: $(STAMP)  ## compare ways of making images and quantizers on ../shared/data, about ten minutes
 	$(BIN)/python benchmarks/peers.py --small
+
+docs: $(STAMP)  ## write the reference pages from the code and build the site into site/
+	$(BIN)/python tools/reference.py
+	$(BIN)/python benchmarks/results_page.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:  ## remove the environment and the runs
 	rm -rf .venv runs

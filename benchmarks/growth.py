@@ -6,7 +6,7 @@
 Times the generator's step and the distillation step of CIFAR ResNets with random weights, one axis at a time, and fits
 the exponent on a log-log line: 1 is linear. The axis `generators` sets each generator's forward and backward against
 the pass of MobileNetV1 0.25, or of another network, at its own image size. Appends a dated line to
-benchmarks/results/growth.jsonl; `--plot` draws docs/growth.png and needs matplotlib, which the extra `zsq[plots]`
+benchmarks/results/growth.jsonl; `--plot` draws docs/images/growth.png and needs matplotlib, which `zsq[plots]`
 brings.
 """
 
@@ -42,7 +42,7 @@ from zsq.runtime.device import pick_device
 sys.path.insert(0, str(EXAMPLES))
 from cifar10 import SPEC, CifarResNet
 
-PICTURE = Path(__file__).parents[1] / "docs" / "growth.png"
+PICTURE = Path(__file__).parents[1] / "docs" / "images" / "growth.png"
 
 LINEAR = 1.1
 """Largest exponent that counts as linear: caches that overflow and noise take up the rest."""
@@ -212,7 +212,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of the processor; default: torch's own")
     parser.add_argument("--steps", type=int, help="timed rounds; default 7, and 3 with --small")
     parser.add_argument("--small", action="store_true", help="fewer and smaller points")
-    parser.add_argument("--plot", action="store_true", help=f"draw {PICTURE.parent.name}/{PICTURE.name}")
+    parser.add_argument("--plot", action="store_true", help=f"draw docs/images/{PICTURE.name}")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder to which the line is appended")
     return parser.parse_args(given)
 

@@ -2,7 +2,7 @@
 
 Integer kernels first gather the pixels under a filter, row by row, and multiply four bytes at a time. With three
 channels, a row of a small filter is few bytes, and no multiple of four: with a fourth, a layer of 3x3 takes 28 to 48 %
-less time, and a MobileNet 4 to 9 % (docs/performance.md).
+less time, and a MobileNet 4 to 9 % (benchmarks/reports/2026-11-cost.md).
 """
 
 from typing import Any

@@ -15,7 +15,8 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 gets them back as soon as they are free."""
 
 LARGEST_IN_HEAP = 12 * 2**20
-"""Bytes of a block. glibc itself comes to 32 MiB, with which larger gaps are left in the heap (docs/performance.md)."""
+"""Bytes of a block. glibc itself comes to 32 MiB, with which larger gaps are left in the heap; see
+benchmarks/reports/2026-11-cost.md."""
 
 KEPT = 2**31 - 1
 """Most free bytes at the end of the heap that are kept."""
@@ -29,8 +30,8 @@ def kept_memory() -> Iterator[None]:
     """Keep freed memory for what is allocated next, and give it back at the end of the block.
 
     Else glibc returns what a step has freed, and the system clears it anew, page by page, for the next: at 224x224,
-    80,000 pages and a tenth of each step's time (docs/performance.md). Nothing is done where the C library is another,
-    or where the environment sets these thresholds.
+    80,000 pages and a tenth of each step's time (benchmarks/reports/2026-11-cost.md). Nothing is done where the C
+    library is another, or where the environment sets these thresholds.
     """
     libc = _glibc()
     if libc is None:

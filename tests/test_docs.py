@@ -1,0 +1,184 @@
+"""Commands, links and code of README and documentation work, and generated pages say what the code says."""
+
+import inspect
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import zsq
+from zsq.cli import main
+from zsq.comparison.recipe import cells, read_recipe
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+
+import reference
+import results_page
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+REPORTS = sorted((ROOT / "benchmarks").rglob("*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *REPORTS]
+SOURCES = sorted(path for folder in ("examples", "benchmarks", "recipes") for path in (ROOT / folder).glob("*.[pt]*"))
+
+START = r"(?:\.venv/bin/)?zsq|python3? -m zsq|torchrun .*?-m zsq"
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return [code for name, code in FENCED.findall(text) if name == language]
+
+
+def shown(text: str, indent: str) -> list[str]:
+    """Return the arguments of each zsq command that stands on a line of its own with this indent."""
+    lines = text.replace("\\\n", " ").splitlines()
+    found = [re.match(rf"{indent}(?:{START}) +(.*)", line) for line in lines]
+    return [match[1].partition("  #")[0].strip() for match in found if match]
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """Yield place and arguments: fenced blocks, indented ones, comments, and the examples of each command's help."""
+    for page in PAGES:
+        text = page.read_text()
+        name = str(page.relative_to(ROOT))
+        yield from ((name, command) for block in blocks(text, "sh") for command in shown(block, ""))
+        yield from ((name, command) for command in shown(FENCED.sub("", text), r"(?: {4}|\t)+"))
+    for path in SOURCES:
+        yield from ((str(path.relative_to(ROOT)), command) for command in shown(path.read_text(), r"#? {4,}"))
+    for verb, kind in main.COMMANDS.items():
+        _, _, examples = inspect.cleandoc(kind.__doc__ or "").partition("Examples:\n")
+        yield from ((f"zsq {verb} --help", command) for command in shown(examples, "  "))
+
+
+COMMANDS = sorted(set(commands()))
+
+
+def slug(heading: str) -> str:
+    """Return the anchor that the site gives to a heading."""
+    text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading)
+    return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", text).strip().lower())
+
+
+def test_there_are_commands_of_every_kind() -> None:
+    places = {place for place, _ in COMMANDS}
+    assert {
+        "README.md",
+        "docs/quickstart.md",
+        "recipes/digits.toml",
+        "benchmarks/reports/2026-11-accuracy.md",
+    } <= places
+    assert {f"zsq {verb} --help" for verb in main.COMMANDS} <= places
+
+
+@pytest.mark.parametrize(("place", "command"), COMMANDS)
+def test_command_parses(place: str, command: str) -> None:
+    assert main.parse(shlex.split(command)), place
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_in_sentences_exist(page: Path) -> None:
+    text = FENCED.sub("", page.read_text())
+    for command in re.findall(r"`zsq ([^`\s]+)", text):
+        assert command in {*main.COMMANDS, "--version", "COMMAND"}, f"{page.name}: zsq {command}"
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    shell = "\n".join(block for page in PAGES for block in blocks(page.read_text(), "sh"))
+    targets = re.findall(r"^make (\w+)", shell, flags=re.MULTILINE)
+    assert targets[:2] == ["demo", "test"]
+    assert all(f"\n{target}:" in makefile for target in targets)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", FENCED.sub("", page.read_text())):
+        assert "://" not in target, f"{page.name}: {target}"
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), f"{page.name}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)", FENCED.sub("", file.read_text()), flags=re.MULTILINE)
+            assert anchor in map(slug, headings), f"{page.name}: {target}"
+
+
+def test_recipe_of_the_guide_is_one(tmp_path: Path) -> None:
+    (recipe,) = blocks((ROOT / "docs" / "guides" / "comparing.md").read_text(), "toml")
+    (tmp_path / "recipe.toml").write_text(recipe)
+    assert cells(read_recipe(tmp_path / "recipe.toml"))
+
+
+def test_reference_pages_say_what_the_code_says() -> None:
+    assert reference.stale() == [], "run make docs"
+
+
+def test_table_of_results_is_that_of_the_recorded_lines() -> None:
+    assert results_page.stale() == [], "run python benchmarks/results_page.py"
+
+
+def test_readme_gives_the_figures_of_the_results_page() -> None:
+    measured, floats = results_page.read()
+    for network, title in results_page.NETWORKS.items():
+        (row,) = [line for line in README.splitlines() if line.startswith(f"| {title} ")]
+        columns = [("8", "ptq"), ("8", "qat"), ("6", "qat"), ("4", "ptq"), ("4", "qat")]
+        found = [measured.get((network, "zscgan", *column)) for column in columns]
+        figures = [f"{floats[network][0]:.2f}", *(cell.shown() if cell else "" for cell in found)]
+        assert [cell.strip() for cell in row.strip("|").split("|")][1:] == figures
+
+
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `zsq.quantize` take a few steps, whatever budget is asked for."""
+    whole = zsq.quantize
+
+    def quantize(*arguments: Any, budget: str | None = None, **named: Any) -> zsq.Result:
+        settings = {"quantizer.num_samples": 50}
+        settings |= {} if "from_run" in named else {"method.steps": 5}
+        settings |= {"quantizer.steps": 2} if named.get("quantizer") == "qat" else {}
+        return whole(*arguments, settings=settings, quiet=True, **named)
+
+    monkeypatch.setattr(zsq, "quantize", quantize)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [str(page.relative_to(ROOT)) for page in PAGES if blocks(page.read_text(), "python")])
+def test_python_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    images = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    np.savez("test.npz", images=images, labels=np.arange(20) % 10)
+    layers = [nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    names: dict[str, Any] = {"net": nn.Sequential(*layers, nn.Linear(8, 10)), "images": torch.zeros(2, 3, 32, 32)}
+    text = (ROOT / name).read_text()
+    if "onnxruntime.InferenceSession" in text:  # the page starts from the folder of a run
+        settings = {"quantizer.num_samples": 50}
+        zsq.quantize(zsq.load_teacher("digits"), out="runs/int8", method="noise", settings=settings, quiet=True)
+    short(monkeypatch)
+    logits = []
+    for code in blocks(text, "python"):
+        exec(code, names)
+        logits += [names["logits"]] if "logits" in code else []
+    assert all(found.shape == (len(found), 10) for found in logits)
+    assert all(np.allclose(np.asarray(found), np.asarray(logits[0]), atol=1e-5) for found in logits)
+    if "result" in names:
+        assert names["result"].record["bits"] in ("8", "4")
+
+
+@pytest.mark.slow
+def test_keys_of_the_record_are_those_of_the_page(tmp_path: Path) -> None:
+    settings = {"quantizer.num_samples": 50}
+    zsq.quantize(zsq.load_teacher("digits"), out=tmp_path / "run", method="noise", settings=settings, quiet=True)
+    record = json.loads((tmp_path / "run" / "result.json").read_text())
+    page = (ROOT / "docs" / "guides" / "run-folder.md").read_text()
+    section = page.partition("## The record\n")[2].partition("\n## ")[0]
+    keys = [key for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for key in re.findall(r"`(\w+)`", row)]
+    assert len(keys) > 10
+    assert set(keys) <= set(record)
