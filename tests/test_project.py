@@ -3,6 +3,7 @@
 import re
 import tomllib
 from pathlib import Path
+from textwrap import dedent
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -63,3 +64,18 @@ def test_the_changelog_has_its_fixed_headings() -> None:
     for section in sections:
         headings = re.findall(r"^### (.*)", section, flags=re.MULTILINE)
         assert headings == [heading for heading in order if heading in headings]
+
+
+def test_the_contributing_guide_shows_the_example_and_files_that_exist() -> None:
+    guide = (ROOT / "CONTRIBUTING.md").read_text()
+    (entry,) = re.findall(r"```toml\n(.*?)```", guide, flags=re.DOTALL)
+    assert dedent(f"   {entry.strip()}") in (ROOT / "examples" / "toy_method" / "pyproject.toml").read_text()
+    links = re.findall(r"\]\(([^)#:]+)\)", guide)
+    code = re.findall(r"`((?:src|tests|benchmarks|docs|examples)/[\w/.]+)`", guide)
+    methods = [f"src/zsq/{path}" for path in re.findall(r"`(methods/\w+\.py)`", guide)]
+    paths = [path for path in [*links, *code, *methods] if "NAME" not in path]
+    assert len(paths) > 10
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    packages = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", guide, flags=re.MULTILINE)))
+    found = {path.name.removesuffix(".py") for path in (ROOT / "src" / "zsq").glob("[a-z]*") if path.name != "py.typed"}
+    assert found <= set(packages)
