@@ -1,7 +1,9 @@
 # Everything runs in .venv; it is made once, and again only when pyproject.toml changes.
+# PYTHON=python3.12 chooses the interpreter, TORCH=2.11.0 the version of PyTorch, which stays until `make clean`.
 PYTHON ?= python3
+TORCH ?=
 BIN := .venv/bin
-STAMP := .venv/.installed
+STAMP := .venv/.installed$(TORCH:%=-torch-%)
 
 .PHONY: help demo test check bench bench-peers docs clean
 
@@ -13,7 +15,8 @@ $(STAMP): pyproject.toml
 		{ echo "Error: $(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=24'
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' $(TORCH:%='torch==%')
+	@rm -f .venv/.installed*
 	@touch $(STAMP)
 
 demo: $(STAMP)  ## quantize the bundled network to INT8, INT6 and INT4 and print one table
@@ -23,8 +26,8 @@ test: $(STAMP)  ## run all tests
 	$(BIN)/python -m pytest -n 2
 
 check: $(STAMP)  ## format, lint, types and the fast tests
-	$(BIN)/ruff format --check src tests examples benchmarks
-	$(BIN)/ruff check src tests examples benchmarks
+	$(BIN)/ruff format --check src tests examples benchmarks tools
+	$(BIN)/ruff check src tests examples benchmarks tools
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python -m pytest -n 2 -m 'not slow and not real'

@@ -24,13 +24,13 @@ def few_threads() -> None:
     torch.set_num_threads(1)
 
 
-class _Kept(Lines):
+class _Kept(logging.Handler):
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(logging.INFO)
         self.lines: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(self.format(record))
+        self.lines.append(Lines().format(record))
 
 
 @pytest.fixture

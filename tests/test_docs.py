@@ -169,7 +169,7 @@ def test_python_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert all(found.shape == (len(found), 10) for found in logits)
     assert all(np.allclose(np.asarray(found), np.asarray(logits[0]), atol=1e-5) for found in logits)
     if "result" in names:
-        assert names["result"].record["bits"] in ("8", "4")
+        assert names["result"].record.bits in ("8", "4")
 
 
 @pytest.mark.slow

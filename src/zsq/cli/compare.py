@@ -26,7 +26,7 @@ class Compare:
     """
 
     recipe: Annotated[Positional[Path], arg(metavar="FILE")]
-    """TOML file of the comparison; docs/compare.md says what it holds."""
+    """TOML file of the comparison; docs/guides/comparing.md says what it holds."""
     out: Annotated[Path, option("DIR", required=True)]
     """Folder of cells.jsonl, table.md, table.csv, table.tex and the files of each cell."""
     only: Annotated[str, arg(metavar="GLOB")] = "*"

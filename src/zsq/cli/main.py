@@ -21,6 +21,7 @@ from zsq.cli.models import Models
 from zsq.cli.quantize import Quantize
 from zsq.cli.synthesize import Synthesize
 from zsq.errors import InputError, LostProcessError, ZsqError
+from zsq.runs.console import lines_on
 from zsq.runtime import distributed
 from zsq.runtime.device import pick_device
 from zsq.runtime.versions import versions
@@ -78,7 +79,8 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(command, Quantize | Synthesize) and _needs_workers(command):
             words = sys.argv[1:] if arguments is None else arguments
             sys.exit(run_workers([*WORKER, *words], command.devices))
-        command.run(Console(markup=False, emoji=False, highlight=False))
+        with lines_on():
+            command.run(Console(markup=False, emoji=False, highlight=False))
     except LostProcessError as error:
         if SUPERVISED in os.environ:
             sys.exit(LOST)

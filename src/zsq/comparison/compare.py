@@ -67,7 +67,7 @@ def compare(
     """Run the cells of a recipe that are missing, and write `cells.jsonl`, `table.md`, `.csv` and `.tex` to a folder.
 
     Args:
-        recipe: TOML file (see docs/compare.md).
+        recipe: TOML file (see docs/guides/comparing.md).
         out: folder of the comparison.
         only: pattern of the names of the cells to run.
         resume: continue the comparison that `out` holds: its finished cells stay unless the recipe changed them.

@@ -1,7 +1,5 @@
 """What stands in for the training data: one frozen dataclass of settings a method."""
 
-from typing import Any
-
 from zsq.methods.adversarial import Adversarial
 from zsq.methods.base import Method, Surrogate
 from zsq.methods.biggan import BigGAN
@@ -11,12 +9,15 @@ from zsq.methods.knowledge_within import KnowledgeWithin
 from zsq.methods.noise_and_real import Noise, Real
 from zsq.methods.zeroq import ZeroQ
 from zsq.methods.zscgan import ZSCGAN
+from zsq.runtime.plugins import Registry
 
-METHODS: dict[str, Any] = {
-    method.name: method
-    for method in (ZSCGAN, Adversarial, BigGAN, ZeroQ, DeepInversion, KnowledgeWithin, DFQ, Noise, Real)
-}
-"""Every method by its name on the command line."""
+METHODS = Registry(
+    "zsq.methods",
+    kind="method",
+    protocol=Method,
+    own=(ZSCGAN, Adversarial, BigGAN, ZeroQ, DeepInversion, KnowledgeWithin, DFQ, Noise, Real),
+)
+"""Every method by its name on the command line: zsq's own, and those that installed packages register."""
 
 __all__ = [
     "DFQ",

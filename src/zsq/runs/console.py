@@ -44,9 +44,17 @@ class Lines(logging.Handler):
         print(self.format(record), file=self.stream or sys.stderr, flush=True)
 
 
+def _printing() -> list[Lines]:
+    """Return what prints the lines now."""
+    return [handler for handler in logging.getLogger("zsq").handlers if isinstance(handler, Lines)]
+
+
 @contextmanager
 def lines_on(stream: TextIO | None = None) -> Iterator[None]:
-    """Print what zsq logs within the block, on stderr unless another stream is given."""
+    """Print what zsq logs within the block, on stderr unless another stream is given; once, where blocks are nested."""
+    if _printing():
+        yield
+        return
     logger = logging.getLogger("zsq")
     handler, level = Lines(stream), logger.level
     logger.addHandler(handler)
@@ -60,6 +68,19 @@ def lines_on(stream: TextIO | None = None) -> Iterator[None]:
 
 
 @contextmanager
+def lines_off() -> Iterator[None]:
+    """Print nothing of what zsq logs within the block."""
+    logger, printing = logging.getLogger("zsq"), _printing()
+    for handler in printing:
+        logger.removeHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in printing:
+            logger.addHandler(handler)
+
+
+@contextmanager
 def shown(observer: Observer | None, *, quiet: bool) -> Iterator[Observer]:
     """Yield who is told how far a run is, and print what it logs.
 
@@ -68,9 +89,11 @@ def shown(observer: Observer | None, *, quiet: bool) -> Iterator[Observer]:
         quiet: show and print nothing; of several processes, all but the first are quiet anyway.
     """
     if not distributed.is_main():
-        yield Silent()
+        with lines_off():
+            yield Silent()
     elif quiet:
-        yield observer or Silent()
+        with lines_off():
+            yield observer or Silent()
     elif observer is not None:
         with lines_on():
             yield observer

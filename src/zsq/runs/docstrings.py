@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import textwrap
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from typing import Any
@@ -25,8 +26,11 @@ def settings_of(kind: type) -> Iterator[tuple[str, str, str]]:
 
 
 def _own_texts(kind: type) -> dict[str, str]:
-    """Return the string that stands below each annotated name of a class."""
-    body = ast.parse(inspect.getsource(kind)).body[0]
+    """Return the string that stands below each annotated name of a class; none where its source cannot be read."""
+    try:
+        body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+    except (OSError, TypeError, SyntaxError):
+        return {}
     assert isinstance(body, ast.ClassDef)
     texts = {}
     for above, below in zip(body.body, body.body[1:], strict=False):
