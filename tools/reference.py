@@ -6,21 +6,21 @@
 """
 
 import argparse
-import ast
 import contextlib
 import inspect
 import io
 import os
 import re
-import textwrap
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from importlib import import_module, util
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal
 from unittest import mock
+
+from zsq.runs.docstrings import field_texts
+from zsq.runs.record import Record
 
 FOLDER = Path(__file__).parents[1] / "docs" / "reference"
 WIDTH = 80
@@ -103,13 +103,9 @@ def python() -> str:
     return _page(parts)
 
 
-def record() -> str | None:
-    """Return the keys of `result.json`, or None where the record has no type yet."""
-    if util.find_spec("zsq.runs.record") is None:
-        return None
-    kind = getattr(import_module("zsq.runs.record"), "Record", None)
-    if kind is None:
-        return None
+def record() -> str:
+    """Return the keys of `result.json`."""
+    kind: Any = Record
     parts = ["# Record", "`result.json` holds one object with these keys.", f"## {kind.__name__}", _summary(kind)]
     waiting, seen = [kind], {kind}
     while waiting:
@@ -126,7 +122,7 @@ def record() -> str | None:
     return _page(parts)
 
 
-PAGES: dict[str, Callable[[], str | None]] = {
+PAGES: dict[str, Callable[[], str]] = {
     "cli.md": command_line,
     "settings.md": settings,
     "python.md": python,
@@ -136,7 +132,7 @@ PAGES: dict[str, Callable[[], str | None]] = {
 
 def pages() -> dict[str, str]:
     """Return the text of each page by its file name."""
-    return {name: text for name, make in PAGES.items() if (text := make()) is not None}
+    return {name: make() for name, make in PAGES.items()}
 
 
 def stale() -> list[str]:
@@ -175,7 +171,7 @@ def _member(name: str, value: Any) -> Iterator[str]:
     if not inspect.isclass(value):
         return
     if is_dataclass(value):
-        texts = _field_texts(value)
+        texts = field_texts(value)
         hints = typing.get_type_hints(value, include_extras=False)
         rows = [(f"`{f.name}`", _alternatives(_type_name(hints[f.name])), texts.get(f.name, "")) for f in fields(value)]
         yield _table(("field", "type", "what it is"), rows)
@@ -196,19 +192,21 @@ def _is_synthetic_docstring(name: str, value: Any) -> bool:
 
 
 def _signature(name: str, value: Any) -> str:
+    if getattr(value, "_is_protocol", False):
+        return ""
     try:
-        signature = inspect.signature(value)
+        signature = inspect.signature(value, eval_str=True)
     except ValueError:
         return ""
-    hints = typing.get_type_hints(value.__init__ if inspect.isclass(value) else value)
     lines, keyword_only = [], False
     for parameter in signature.parameters.values():
         if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
             keyword_only = True
             lines.append("*,")
         default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
-        lines.append(f"{parameter.name}: {_type_name(hints[parameter.name])}{default},")
-    end = "" if inspect.isclass(value) or "return" not in hints else f" -> {_type_name(hints['return'])}"
+        lines.append(f"{parameter.name}: {_type_name(parameter.annotation)}{default},")
+    returned = signature.return_annotation
+    end = "" if inspect.isclass(value) or returned is signature.empty else f" -> {_type_name(returned)}"
     one_line = f"zsq.{name}({' '.join(lines).rstrip(',')}){end}"
     if len(one_line) <= 88:
         return one_line
@@ -245,7 +243,7 @@ def _docstring(value: Any) -> str:
 
 
 def _settings_table(section: str, kind: type) -> str:
-    texts = _field_texts(kind)
+    texts = field_texts(kind)
     hints = typing.get_type_hints(kind)
     rows = []
     for field in fields(kind):
@@ -258,44 +256,25 @@ def _settings_table(section: str, kind: type) -> str:
 
 
 def _keys(kind: Any) -> Iterator[tuple[str, Any, str]]:
-    """Yield name, type and description of each field of a pydantic model, dataclass or TypedDict."""
-    texts = _field_texts(kind)
-    models = getattr(kind, "model_fields", {})
-    for name, hint in typing.get_type_hints(kind).items():
-        if name.startswith(("_", "model_")) or typing.get_origin(hint) is typing.ClassVar:
-            continue
-        described = models[name].description if name in models else None
-        alias = models[name].alias if name in models else None
-        yield alias or name, hint, texts.get(name) or described or ""
+    """Yield name, type and description of each key that a dataclass writes: fields that it shows, then properties."""
+    texts, hints = field_texts(kind), typing.get_type_hints(kind)
+    for field in fields(kind):
+        if field.repr:  # others are not written
+            yield field.name, hints[field.name], texts.get(field.name, "")
+    for name, member in vars(kind).items():
+        if isinstance(member, property):
+            hint = typing.get_type_hints(member.fget)["return"]
+            yield name, hint, inspect.cleandoc(member.__doc__ or "").partition("\n\n")[0]
 
 
 def _has_keys(kind: Any) -> bool:
-    return inspect.isclass(kind) and (is_dataclass(kind) or hasattr(kind, "model_fields") or typing.is_typeddict(kind))
+    return inspect.isclass(kind) and is_dataclass(kind)
 
 
 def _parts(hint: Any) -> Iterator[Any]:
     yield hint
     for inner in typing.get_args(hint):
         yield from _parts(inner)
-
-
-def _field_texts(kind: type) -> dict[str, str]:
-    """Return the string that stands below each annotated name of a class and its bases."""
-    texts: dict[str, str] = {}
-    for base in reversed(kind.__mro__):
-        try:
-            source = textwrap.dedent(inspect.getsource(base))
-        except (OSError, TypeError):
-            continue
-        body = ast.parse(source).body[0]
-        if not isinstance(body, ast.ClassDef):
-            continue
-        for above, below in zip(body.body, body.body[1:], strict=False):
-            if not isinstance(above, ast.AnnAssign) or not isinstance(above.target, ast.Name):
-                continue
-            if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-                texts[above.target.id] = " ".join(str(below.value.value).split())
-    return texts
 
 
 def _type_name(hint: Any) -> str:

@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 
 import pytest
 
-from zsq.runs.docstrings import settings_of
 from zsq.errors import InputError
 from zsq.methods import METHODS, Method, Noise
+from zsq.runs.docstrings import settings_of
 from zsq.runtime.plugins import Registry
 
 ROOT = Path(__file__).parents[2]

@@ -35,17 +35,21 @@ class Request:
     spec: Suppress[ImageSpec | None] = None
     """What a module in memory takes and gives."""
     _: KW_ONLY
-    out: Annotated[Path, option("DIR", required=True)]
+    out: Annotated[str | Path, text("DIR", Path), option("DIR", required=True)]
     """Folder of what is written."""
     method: Annotated[str | Method | None, text("NAME"), option("NAME")] = None
     """What stands in for the training data; see `zsq methods`. Default zscgan."""
-    recipe: Annotated[Path | None, option("FILE")] = None
+    recipe: Annotated[str | Path | None, text("FILE", Path), option("FILE")] = None
     """TOML file of settings, such as a run's settings.toml."""
     budget: Annotated[str | float | None, text("TIME"), option("TIME")] = None
     """Wall-clock time to fill, such as 90s, 5m or 1h; 10m without recipe and chosen steps."""
-    settings: Annotated[UseAppendAction[tuple[str, ...]], arg(name="set", metavar="SECTION.NAME=VALUE")] = ()
+    settings: Annotated[
+        tuple[str, ...] | Mapping[str, Any],
+        UseAppendAction,
+        arg(name="set", metavar="SECTION.NAME=VALUE", constructor=tuple[str, ...]),
+    ] = ()
     """A setting, such as method.steps=500 or quantizer.range_rule=minmax; may be repeated. `zsq methods` lists them."""
-    from_run: Annotated[Path | None, option("DIR", name="from")] = None
+    from_run: Annotated[str | Path | None, text("DIR", Path), option("DIR", name="from")] = None
     """Use the generator that another run has fitted."""
     seed: Annotated[int | None, option("N")] = None
     """Of every random draw; unset, that of the recipe or of the run that is resumed, else 0."""
@@ -61,11 +65,22 @@ class Request:
     """Show and print nothing, warnings included; the logger `zsq` has them all the same."""
 
     def __post_init__(self) -> None:
-        given: Any = self.settings
-        object.__setattr__(self, "settings", assignments(given))
-        for name in ("out", "recipe", "from_run"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, None if value is None else Path(value))
+        assignments(self.settings)
+
+    @property
+    def folder(self) -> Path:
+        """`out`."""
+        return Path(self.out)
+
+    @property
+    def recipe_path(self) -> Path | None:
+        """`recipe`."""
+        return None if self.recipe is None else Path(self.recipe)
+
+    @property
+    def assignments(self) -> tuple[str, ...]:
+        """`settings`, each as `method.steps=500`."""
+        return assignments(self.settings)
 
     def teacher(self) -> Teacher:
         """Return the float network.
@@ -116,6 +131,7 @@ def takes(
         call.__name__ = call.__qualname__ = work.__name__.removesuffix("_request")
         parameters = [p.replace(annotation=_plain(p.annotation)) for p in signature.parameters.values()]
         call.__signature__ = inspect.Signature(parameters, return_annotation=returned)  # type: ignore[attr-defined]
+        call.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": returned}
         assert isinstance(kind, type)
         texts = field_texts(kind)
         lines = [f"    {name}: {texts[name]}" for name in signature.parameters]

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,17 +61,17 @@ def started(
         if check is not None:
             check(teacher)
         images = None if data is None else open_dataset(os.fspath(data), teacher.spec)
-        fitted = None if request.from_run is None else FittedRun.open(request.from_run, teacher)
+        fitted = None if request.from_run is None else FittedRun.open(Path(request.from_run), teacher)
         wanted = wanted_settings(request, quantizer, bits, fitted)
         _check_settings(wanted, teacher, needs_images=needs_images)
         seed = distributed.on_main(
-            lambda: chosen_seed(request.seed, request.recipe, request.out, resume=request.resume)
+            lambda: chosen_seed(request.seed, request.recipe_path, request.folder, resume=request.resume)
         )
-        with claimed(request.out):
-            run = Run(request.out, seed=seed, device=device, checkpoint_steps=checkpoint_every, observer=observer)
+        with claimed(request.folder):
+            run = Run(request.folder, seed=seed, device=device, checkpoint_steps=checkpoint_every, observer=observer)
             if images is not None and images.notice:
                 logger.info(images.notice)
-            job = Job(teacher=teacher, run=run, folder=request.out, settings=wanted, data=images, fitted=fitted)
+            job = Job(teacher=teacher, run=run, folder=request.folder, settings=wanted, data=images, fitted=fitted)
             yield _resumed(job, request) or _begun(job, request)
 
 
@@ -110,15 +111,15 @@ def wanted_settings(
         method=names["method"] or (fitted.method.name if fitted else None),
         quantizer=names["quantizer"],
         bits=bits,
-        recipe=request.recipe,
+        recipe=request.recipe_path,
         given=tables,
-        assignments=request.settings,
+        assignments=request.assignments,
     )
     if fitted is None:
         return merged
     asked = tables.get("method", {})
     clash = [f"method.{key}" for key, value in asked.items() if value != getattr(fitted.method, key, None)]
-    clash += [text.partition("=")[0] for text in request.settings if text.startswith("method.")]
+    clash += [text.partition("=")[0] for text in request.assignments if text.startswith("method.")]
     if names["method"] not in (None, fitted.method.name) or clash:
         raise InputError(
             f"--from reuses a generator fitted by method {fitted.method.name} with the settings of "
@@ -148,13 +149,13 @@ def _begun(job: Job, request: Request) -> Job:
 
     What is to be overwritten is deleted only when the method has been seen to start.
     """
-    warn_of_recipe(request.recipe, job.teacher, reuses=job.fitted is not None)
+    warn_of_recipe(request.recipe_path, job.teacher, reuses=job.fitted is not None)
     settings, measured = choose_schedule(
         job.settings,
         job.teacher,
         job.run,
         request.budget,
-        recipe=request.recipe,
+        recipe=request.recipe_path,
         num_eval_images=job.data.num_images if job.data else 0,
         fitted=job.fitted is not None,
     )

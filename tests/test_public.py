@@ -1,0 +1,71 @@
+"""What `import zsq` promises: names, signatures and fields are those of the snapshot.
+
+    python tests/test_public.py
+
+writes the snapshot anew. A change of it is a change that users of the library meet: it goes into the changelog.
+"""
+
+import dataclasses
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import zsq
+
+SNAPSHOT = Path(__file__).with_name("public_face.json")
+
+
+def described(value: Any) -> Any:
+    if inspect.isclass(value):
+        if issubclass(value, Exception):
+            return [base.__name__ for base in value.__mro__[1:-1]]
+        members = [name for name, _ in inspect.getmembers(value) if not name.startswith("_")]
+        if dataclasses.is_dataclass(value):
+            fields = {f.name: str(f.default) if f.default is not dataclasses.MISSING else "" for f in fields_of(value)}
+            return {"fields": fields, "members": [name for name in members if name not in fields]}
+        return {"members": members}
+    if callable(value):
+        parameters = inspect.signature(value).parameters.values()
+        return {
+            p.name: f"{p.kind.description}{'' if p.default is p.empty else f' = {p.default!r}'}" for p in parameters
+        }
+    return type(value).__name__
+
+
+def fields_of(kind: Any) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(kind)
+
+
+def face() -> dict[str, Any]:
+    return {name: described(getattr(zsq, name)) for name in sorted(zsq.__all__)}
+
+
+def test_names_and_signatures_are_those_promised() -> None:
+    assert face() == json.loads(SNAPSHOT.read_text())
+
+
+def test_dir_shows_what_is_promised_and_no_inner_modules() -> None:
+    assert set(dir(zsq)) == {*zsq.__all__, "__version__"}
+
+
+def test_no_package_is_named_like_a_public_function() -> None:
+    packages = {path.parent.name for path in Path(zsq.__file__).parent.rglob("__init__.py")}
+    assert packages & set(zsq.__all__) == set()
+
+
+def test_every_module_can_be_imported_by_its_name() -> None:
+    """In one fresh process, where no function of the public face hides a package of its name."""
+    root = Path(zsq.__file__).parent
+    paths = [path.relative_to(root.parent).with_suffix("") for path in root.rglob("*.py")]
+    names = [".".join(path.parts).removesuffix(".__init__") for path in paths]
+    chosen = [name for name in names if "kernels" not in name and not name.endswith("__main__")]  # Triton; runs
+    assert len(chosen) > 80
+    text = "import importlib, sys\nfor name in sys.argv[1:]:\n    importlib.import_module(name)"
+    subprocess.run([sys.executable, "-c", text, *chosen], check=True)
+
+
+if __name__ == "__main__":
+    SNAPSHOT.write_text(json.dumps(face(), indent=1) + "\n")
