@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
+from torch import nn
 from torch.fx import GraphModule
 
 from zsq.errors import InputError
@@ -13,8 +14,9 @@ from zsq.quantization.bias_correction import correct_biases, correct_biases_by_m
 from zsq.quantization.prepare import ENDS_BITS, Bits, Scheme, Student, prepare, prepared_layers, quantized_weight
 from zsq.quantization.quantizers import ActivationQuantizer, quantizers, set_mode
 from zsq.quantization.range_rules import NEEDS_HISTOGRAM, RULES, minmax, weight_mse
+from zsq.training.learner import Learner
 from zsq.training.loop import Run
-from zsq.types import Batch, Statistics
+from zsq.types import Batch, SampleSource, Statistics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +64,37 @@ class PTQ:
         if self.range_rule != "auto":
             return self.range_rule
         return "minmax" if Bits.parse(self.bits).activation == ENDS_BITS else "mse"
+
+    @property
+    def distill_steps(self) -> int:
+        """Steps of distillation: none."""
+        return 0
+
+    @property
+    def trains_scales(self) -> bool:
+        """Whether distillation trains the grids: nothing is trained."""
+        return False
+
+    def with_steps(self, steps: int) -> Self:
+        """Return these settings with another number of distillation steps: the same, since there are none."""
+        del steps
+        return self
+
+    def resolved_kd_weight(self, source: SampleSource) -> float | None:
+        """Return the weight of the teacher's answers in the loss that is used with this source: there is no loss."""
+        del source
+        return None
+
+    def learner(
+        self, student: Student, teacher: nn.Module, source: SampleSource, device: torch.device
+    ) -> Learner | None:
+        """Return what takes the steps of distillation: nothing does."""
+        del student, teacher, source, device
+        return None
+
+    def train(self, student: Student, teacher: nn.Module, source: SampleSource, run: Run) -> None:
+        """Train the student in place: it stays as it is."""
+        del student, teacher, source, run
 
     def scheme(self, *, learnable: bool = False) -> Scheme:
         """Return what is quantized, and how."""

@@ -1,7 +1,8 @@
 """Quantization-aware training by distillation from the float teacher (paper, section 2.3)."""
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+import logging
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from zsq.training.losses import distillation_loss, intermediate_loss
 from zsq.training.optim import cosine, flatten_optimizer, rate_on, restore_optimizer, set_learning_rate
 from zsq.training.state import part, under
 from zsq.types import Batch, SampleSource, joined
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,11 +67,34 @@ class QAT(PTQ):
         if self.intermediate_weight < 0:
             raise InputError(f"quantizer.intermediate_weight is {self.intermediate_weight}; it must be at least 0.")
 
+    @property
+    def distill_steps(self) -> int:
+        """Steps of distillation."""
+        return self.steps
+
+    @property
+    def trains_scales(self) -> bool:
+        """Whether distillation trains the grids; else they follow the values."""
+        return self.scales == "learnable"
+
+    def with_steps(self, steps: int) -> Self:
+        """Return these settings with another number of distillation steps."""
+        return replace(self, steps=steps)
+
     def resolved_kd_weight(self, source: SampleSource) -> float:
         """Return the weight of the teacher's answers that is used with this source."""
         if self.kd_weight is not None:
             return self.kd_weight
         return 0.0 if source.true_labels else 1.0
+
+    def learner(self, student: Student, teacher: nn.Module, source: SampleSource, device: torch.device) -> "Distiller":
+        """Return what takes the steps of distillation."""
+        return Distiller(student, teacher, source, self, device)
+
+    def train(self, student: Student, teacher: nn.Module, source: SampleSource, run: Run) -> None:
+        """Train the student in place; see `distill`."""
+        logger.info(f"distilling {self.steps} steps at learning rate {self.learning_rate:g}")
+        distill(student, teacher, source, self, run)
 
 
 def layer_views(student: Student, teacher: GraphModule) -> tuple[GraphModule, GraphModule]:

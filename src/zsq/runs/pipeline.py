@@ -20,11 +20,9 @@ from zsq.export.onnx import canonical_sha256, output_step, write_onnx, write_pt2
 from zsq.export.verify import OnnxClassifier, Verification, require, verify_onnx
 from zsq.methods import Surrogate
 from zsq.models.teacher import Teacher
-from zsq.quantization import QAT
 from zsq.quantization.convert import convert
 from zsq.quantization.prepare import Bits, Student, mean_weight_bits
 from zsq.quantization.ptq import quantize_ptq
-from zsq.quantization.qat import distill
 from zsq.reports.pictures import save_grid
 from zsq.runs.folder import (
     FittedRun,
@@ -276,12 +274,10 @@ class Job:
             lambda: surrogate.source.sample(quantizer.num_samples),
             quantizer,
             self.run,
-            learnable=isinstance(quantizer, QAT) and quantizer.scales == "learnable",
+            learnable=quantizer.trains_scales,
             statistics=surrogate.statistics,
         )
-        if isinstance(quantizer, QAT):
-            logger.info(f"distilling {quantizer.steps} steps at learning rate {quantizer.learning_rate:g}")
-            distill(student, self.teacher.network, surrogate.source, quantizer, self.run)
+        quantizer.train(student, self.teacher.network, surrogate.source, self.run)
         return student
 
     def _export(self, student: Student, surrogate: Surrogate) -> Verification:
@@ -350,7 +346,7 @@ class Job:
             "bits": quantizer.bits,
             "activation_scope": quantizer.activation_scope,
             "range_rule": "batch-norm" if surrogate.statistics else quantizer.resolved_range_rule,
-            "kd_weight": quantizer.resolved_kd_weight(surrogate.source) if isinstance(quantizer, QAT) else None,
+            "kd_weight": quantizer.resolved_kd_weight(surrogate.source),
             "seed": self.run.seed,
             "data": self.data.name if self.data else None,
             **{

@@ -42,13 +42,13 @@ class Settings:
         if method is not None:
             changed = replace(changed, method=replace(changed.method, steps=method))  # type: ignore[type-var]
         if quantizer is not None:
-            changed = replace(changed, quantizer=replace(changed.quantizer, steps=quantizer))  # type: ignore[call-arg]
+            changed = replace(changed, quantizer=changed.quantizer.with_steps(quantizer))
         return changed
 
     @property
     def distill_steps(self) -> int:
         """Steps of distillation, 0 for PTQ."""
-        return int(getattr(self.quantizer, "steps", 0))
+        return self.quantizer.distill_steps
 
 
 def read_toml(path: Path) -> dict[str, Any]:
