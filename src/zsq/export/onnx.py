@@ -15,7 +15,6 @@ import hashlib
 import io
 import json
 import logging
-import math
 import warnings
 import zipfile
 from collections import Counter
@@ -36,6 +35,7 @@ from torch import fx
 from zsq.errors import ExportError, InputError
 from zsq.export.first_conv import pad_channels
 from zsq.export.verify import SPEC_KEY, OnnxClassifier, Verification, require, verify_onnx
+from zsq.graph.activations import clamp_limits
 from zsq.runtime.files import replacing
 from zsq.types import ImageSpec
 
@@ -55,16 +55,6 @@ OPSET = 20
 _QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
 _DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_tensor.default
 _aten = torch.ops.aten
-_CLAMPS: dict[Any, tuple[float, float]] = {
-    _aten.relu.default: (0.0, math.inf),
-    _aten.relu_.default: (0.0, math.inf),
-    _aten.relu6.default: (0.0, 6.0),
-    _aten.hardtanh.default: (-1.0, 1.0),
-    _aten.hardtanh_.default: (-1.0, 1.0),
-    _aten.clamp.default: (-math.inf, math.inf),
-    _aten.clamp_.default: (-math.inf, math.inf),
-}
-"""Operations that only limit a value, with the limits that hold where the call names none."""
 
 
 def output_step(converted: fx.GraphModule) -> float:
@@ -185,9 +175,10 @@ def _export_program(network: fx.GraphModule, spec: ImageSpec) -> torch.export.Ex
 def _drop_implied_clamps(graph: fx.Graph) -> None:
     """Remove each ReLU or clamp whose limits the quantizations behind it impose anyway, so that kernels fuse."""
     for node in list(graph.nodes):
-        if node.target not in _CLAMPS or not all(user.target == _QUANTIZE for user in node.users):
+        limits = clamp_limits(node)
+        if limits is None or not all(user.target == _QUANTIZE for user in node.users):
             continue
-        low, high = _limits(node)
+        low, high = limits
         for user in node.users:
             _, scale, zero_point, quant_min, quant_max, _ = user.args
             if np.rint(low / scale) + zero_point > quant_min or np.rint(high / scale) + zero_point < quant_max:
@@ -195,18 +186,6 @@ def _drop_implied_clamps(graph: fx.Graph) -> None:
         else:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-
-
-def _limits(clamp: fx.Node) -> tuple[float, float]:
-    """Return the lower and upper limit that a call of one of `_CLAMPS` imposes."""
-    operator: Any = clamp.target
-    limits = list(_CLAMPS[operator])
-    names = [argument.name for argument in operator._schema.arguments[1:]]
-    given: dict[str, Any] = dict(zip(names, clamp.args[1:], strict=False)) | clamp.kwargs
-    for index, name in enumerate(names):
-        if given.get(name) is not None:
-            limits[index] = float(given[name])
-    return limits[0], limits[1]
 
 
 def _make_activations_unsigned(graph: fx.Graph) -> None:
