@@ -83,6 +83,16 @@ def test_it_is_frozen_settings_with_a_name_and_a_summary(name: str) -> None:
 
 
 @every_method
+def test_it_takes_other_steps_where_it_learns_and_names_its_files(name: str) -> None:
+    settings = small(name)
+    learns = "steps" in {field.name for field in dataclasses.fields(settings)}
+    assert settings.with_steps(7) == (dataclasses.replace(settings, steps=7) if learns else settings)
+    assert settings.with_steps(7).steps == (7 if learns else 0)
+    assert all(isinstance(getattr(settings, path), str) for path in settings.paths)
+    assert settings.data_set in (None, *(getattr(settings, path) for path in settings.paths))
+
+
+@every_method
 def test_the_teacher_is_left_alone_bit_for_bit(name: str, teacher: Teacher) -> None:
     def facts() -> tuple[object, ...]:
         network = teacher.network
@@ -269,8 +279,8 @@ def test_zscgan_losses_can_be_switched_off(weights: dict[str, float], teacher: T
         ({"steps": -1}, "method.steps is -1; it must be at least 0"),
         ({"batch_size": 1}, "method.batch_size is 1; batch statistics need at least 2 images"),
         ({"learning_rate": 0.0}, "method.learning_rate is 0.0; it must be above 0"),
-        ({"ce_weight": 0.0, "bns_weight": 0.0}, "neither may be negative and one must be above 0"),
-        ({"bns_weight": -1.0}, "method.bns_weight -1.0"),
+        ({"ce_weight": 0.0, "bns_weight": 0.0}, "ce_weight and method.bns_weight are both 0; one must be above 0"),
+        ({"bns_weight": -1.0}, "method.bns_weight is -1.0; it must be at least 0"),
     ],
 )
 def test_zscgan_settings_are_checked(settings: dict[str, object], text: str) -> None:

@@ -1,7 +1,5 @@
 """What stands in for the training data: one frozen dataclass of settings a method."""
 
-from typing import Any
-
 from zsq.methods.adversarial import Adversarial
 from zsq.methods.base import Method, Surrogate
 from zsq.methods.biggan import BigGAN
@@ -12,7 +10,7 @@ from zsq.methods.noise_and_real import Noise, Real
 from zsq.methods.zeroq import ZeroQ
 from zsq.methods.zscgan import ZSCGAN
 
-METHODS: dict[str, Any] = {
+METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (ZSCGAN, Adversarial, BigGAN, ZeroQ, DeepInversion, KnowledgeWithin, DFQ, Noise, Real)
 }

@@ -121,8 +121,7 @@ def _measured_plan(
     patience = max(2.0, MEASURING_SHARE * budget_seconds)
     method, quantizer = settings.method, settings.quantizer
     probe = Run(seed=run.seed, device=run.device)
-    tiny = replace(method, steps=0) if method.steps else method  # type: ignore[type-var]
-    surrogate = tiny.fit(teacher, probe, distill_steps=MOST_DISTILL_STEPS)
+    surrogate = method.with_steps(0).fit(teacher, probe, distill_steps=MOST_DISTILL_STEPS)
     source = surrogate.source
     fit_seconds = 0.0
     if method.steps and not fitted:

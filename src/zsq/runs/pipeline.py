@@ -5,7 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +124,7 @@ class Job:
         What is to be overwritten is deleted only when the method has been seen to start.
         """
         if overwrite and self.reused is None:
-            method: Any = wanted.method
-            tiny = replace(method, steps=0) if method.steps else method
-            tiny.fit(self.teacher, Run(seed=self.run.seed, device=self.run.device))
+            wanted.method.with_steps(0).fit(self.teacher, Run(seed=self.run.seed, device=self.run.device))
         chosen, measured = choose_schedule(
             wanted,
             self.teacher,
