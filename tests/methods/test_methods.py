@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from zsq.data.datasets import open_dataset
 from zsq.errors import InputError
-from zsq.graph.batchnorm import fold
+from zsq.graph.fold import fold
 from zsq.methods import METHODS, ZSCGAN, Method, Noise, Real, Surrogate, ZeroQ
 from zsq.models.teacher import Teacher, load_teacher, state_sha256, teacher_from_module
 from zsq.quantization import QAT, QUANTIZERS

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from toys import SPEC, Branchy, ConvHead, Plain, SharedLayer, Tokens, graph, images
 
 from zsq.errors import InputError
-from zsq.graph.batchnorm import fold
+from zsq.graph.fold import fold
 from zsq.graph.trace import trace
 from zsq.quantization.fake_quantize import quantize_bias
 from zsq.quantization.prepare import Bits, Scheme, Student, mean_weight_bits, prepare, prepared_layers, quantized_weight

@@ -6,7 +6,7 @@ from torch import Tensor
 from toys import Branchy, ConvHead, Plain, graph, images, quantized, stream_of
 
 from zsq.errors import InputError
-from zsq.graph.batchnorm import fold
+from zsq.graph.fold import fold
 from zsq.quantization import PTQ
 from zsq.quantization.bias_correction import first_images
 from zsq.quantization.prepare import Student

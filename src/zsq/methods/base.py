@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 
 from zsq.checked import Checked
 from zsq.errors import InputError
-from zsq.graph.batchnorm import ObservedTeacher
+from zsq.graph.observe import ObservedTeacher
 from zsq.models.teacher import Teacher
 from zsq.training.loop import Run
 from zsq.types import SampleSource, Statistics

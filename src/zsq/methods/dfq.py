@@ -10,9 +10,10 @@ from torch.fx import GraphModule, Interpreter, Node
 from zsq.checked import Count, Factor, Positive
 from zsq.errors import InputError
 from zsq.graph import edit
-from zsq.graph.batchnorm import batch_norms, fold
+from zsq.graph.batchnorm import batch_norms
 from zsq.graph.edit import aten
 from zsq.graph.equalize import Record, absorb, equalize, replace_relu6, weight_name
+from zsq.graph.fold import fold
 from zsq.methods.base import Method, Surrogate
 from zsq.methods.noise_and_real import Noise, NoiseSource
 from zsq.models.teacher import Teacher

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zsq.checked import Count, Factor
-from zsq.graph.batchnorm import moments as moments_of
+from zsq.graph.moments import moments as moments_of
 from zsq.methods.image_optimization import Inversion, InversionSource
 from zsq.models.teacher import Teacher
 from zsq.training.loop import Run

@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 
 from zsq.checked import AtLeastOne, Checked, Count, Text, Width
 from zsq.errors import InputError
-from zsq.graph.batchnorm import fold
+from zsq.graph.fold import fold
 from zsq.quantization.bias_correction import correct_biases, correct_biases_by_means, first_images
 from zsq.quantization.prepare import ENDS_BITS, Bits, Scheme, Student, prepare, prepared_layers, quantized_weight
 from zsq.quantization.quantizers import ActivationQuantizer, quantizers, set_mode

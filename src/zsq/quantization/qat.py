@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from zsq.checked import Count, CountOrZero, Factor, Momentum, Positive, Share
 from zsq.errors import InputError
 from zsq.graph import edit
-from zsq.graph.batchnorm import fold
+from zsq.graph.fold import fold
 from zsq.quantization.bias_centring import centre_biases, plain_biases
 from zsq.quantization.bias_correction import IMAGES, first_images
 from zsq.quantization.prepare import Student, prepared_layers

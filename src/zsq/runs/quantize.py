@@ -13,7 +13,7 @@ from torch import nn
 
 from zsq.data.datasets import open_dataset
 from zsq.errors import InputError
-from zsq.graph.batchnorm import fold
+from zsq.graph.fold import fold
 from zsq.methods import Method
 from zsq.models.teacher import Teacher, teacher_from_module
 from zsq.quantization import PTQ
