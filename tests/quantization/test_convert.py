@@ -26,7 +26,8 @@ from toys import (
     settle,
 )
 
-from zsq.export.onnx import output_step, write_onnx
+from zsq.export.converted import output_step
+from zsq.export.onnx import write_onnx
 from zsq.export.verify import verify_onnx
 from zsq.graph.batchnorm import batch_norms
 from zsq.graph.trace import trace

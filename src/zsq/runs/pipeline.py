@@ -16,7 +16,10 @@ from torch import Tensor
 from zsq.data.datasets import LabelledImages
 from zsq.errors import InputError
 from zsq.evaluation.accuracy import Evaluation, Predict, evaluate_many
-from zsq.export.onnx import canonical_sha256, output_step, write_onnx, write_pt2
+from zsq.export.content_hash import canonical_sha256
+from zsq.export.converted import output_step
+from zsq.export.onnx import write_onnx
+from zsq.export.pt2 import write_pt2
 from zsq.export.verify import OnnxClassifier, Verification, require, verify_onnx
 from zsq.methods import Surrogate
 from zsq.models.teacher import Teacher
