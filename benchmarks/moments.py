@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from records import append
 
-from zsq.graph.batchnorm import moments, observed_norm
+from zsq.graph.moments import moments, observed_norm
 
 SHAPE = (64, 16, 32, 32)
 REPEATS = 30

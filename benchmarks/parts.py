@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from zsq.graph import edit
-from zsq.graph.batchnorm import batch_norms, fold, moments
+from zsq.graph.batchnorm import batch_norms
+from zsq.graph.fold import fold
+from zsq.graph.moments import moments
 from zsq.methods.zscgan import ZSCGAN, ConditionalSource
 from zsq.models.teacher import Teacher, load_teacher
 from zsq.quantization.ptq import quantize_ptq

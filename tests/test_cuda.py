@@ -13,7 +13,7 @@ from torch import Tensor
 import zsq
 from zsq.cli.main import main
 from zsq.comparison.compare import compare
-from zsq.graph.batchnorm import moments, observed_norm
+from zsq.graph.moments import moments, observed_norm
 from zsq.methods import METHODS, ZSCGAN, Adversarial, DeepInversion
 from zsq.methods.generator_training import GeneratorSource
 from zsq.models.teacher import Teacher, load_teacher

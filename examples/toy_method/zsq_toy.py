@@ -12,29 +12,26 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from zsq.methods import Surrogate
-from zsq.methods.pool import PoolSource, Stateless, require_positive
+from zsq.checked import Count
+from zsq.methods import Method, Surrogate
+from zsq.methods.pool import PoolSource, Stateless
 from zsq.models.teacher import Teacher
 from zsq.training.loop import Run
 from zsq.types import ImageSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Toy:
+class Toy(Method):
     """Stripes of random direction, width and brightness."""
 
     name: ClassVar[str] = "toy"
     summary: ClassVar[str] = "striped images, an example of a method in another package"
     quantizers: ClassVar[tuple[str, ...]] = ("ptq", "qat")
-    steps: ClassVar[int] = 0
 
-    images: int = 1000
+    images: Count = 1000
     """Number of images in the pool."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Images per distillation step."""
-
-    def __post_init__(self) -> None:
-        require_positive(self, "images", "batch_size")
 
     def fit(
         self, teacher: Teacher, run: Run, *, distill_steps: int = 0, fitted: dict[str, Tensor] | None = None

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 import zsq as package
 from zsq.cli import main
 from zsq.data import digits
-from zsq.export.onnx import canonical_sha256
+from zsq.export.content_hash import canonical_sha256
 from zsq.methods import METHODS
 from zsq.quantization import QUANTIZERS
 from zsq.runs.console import TerminalProgress

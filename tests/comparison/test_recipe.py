@@ -118,7 +118,7 @@ def test_the_gap_is_that_from_noise_to_real_where_both_are_there(read):
         ('name = "zscgan"', 'name = "zs-cgan"', "Unknown method 'zs-cgan'. Did you mean 'zscgan'?"),
         ('name = "zscgan"', 'nam = "zscgan"', "a method without 'name'"),
         ("bns_weight", "bns_weigth", "Unknown method setting 'method.bns_weigth'. Did you mean 'method.bns_weight'?"),
-        ("bns_weight = 0", "bns_weight = -1", "method.bns_weight -1"),
+        ("bns_weight = 0", "bns_weight = -1", "method.bns_weight is -1; it must be at least 0"),
         ("learning_rate", "learnin_rate", "Did you mean 'quantizer.learning_rate'?"),
         ('name = "ptq"', 'name = "ptqs"', "Unknown quantizer 'ptqs'. Did you mean 'ptq'?"),
         ("num_samples", "num_sample", "Did you mean 'quantizer.num_samples'?"),

@@ -10,8 +10,10 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+from zsq.export.converted import output_step
 from zsq.export.first_conv import pad_channels
-from zsq.export.onnx import output_step, verify_onnx, write_onnx
+from zsq.export.onnx import write_onnx
+from zsq.export.verify import verify_onnx
 from zsq.models.teacher import teacher_from_module
 from zsq.quantization import PTQ
 from zsq.quantization.convert import convert

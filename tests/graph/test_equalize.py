@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from toys import SPEC, Branchy, ConvHead, Plain, SharedLayer, Tokens, graph, images
 
 from zsq.graph import edit
-from zsq.graph.batchnorm import batch_norms, fold
+from zsq.graph.batchnorm import batch_norms
 from zsq.graph.equalize import (
     absorb,
     equalising_factors,
@@ -19,6 +19,7 @@ from zsq.graph.equalize import (
     replace_relu6,
     weight_name,
 )
+from zsq.graph.fold import fold
 
 
 class Separable(nn.Module):

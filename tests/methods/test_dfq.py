@@ -13,7 +13,8 @@ from toys import SPEC, Branchy, ConvHead, Plain, SharedLayer, Tokens, graph, ima
 import zsq
 from zsq.errors import InputError
 from zsq.graph import edit
-from zsq.graph.batchnorm import batch_norms, fold
+from zsq.graph.batchnorm import batch_norms
+from zsq.graph.fold import fold
 from zsq.methods import DFQ
 from zsq.methods.dfq import ROWS, implied_statistics, normal_quantiles
 from zsq.models.teacher import teacher_from_module

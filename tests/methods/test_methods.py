@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from zsq.data.datasets import open_dataset
 from zsq.errors import InputError
-from zsq.graph.batchnorm import fold
+from zsq.graph.fold import fold
 from zsq.methods import METHODS, ZSCGAN, Method, Noise, Real, Surrogate, ZeroQ
 from zsq.models.teacher import Teacher, load_teacher, state_sha256, teacher_from_module
 from zsq.quantization import QAT, QUANTIZERS
@@ -80,6 +80,16 @@ def test_it_is_frozen_settings_with_a_name_and_a_summary(name: str) -> None:
         setattr(settings, dataclasses.fields(settings)[0].name, 3)
     with pytest.raises(TypeError):
         method(3)  # settings are named
+
+
+@every_method
+def test_it_takes_other_steps_where_it_learns_and_names_its_files(name: str) -> None:
+    settings = small(name)
+    learns = "steps" in {field.name for field in dataclasses.fields(settings)}
+    assert settings.with_steps(7) == (dataclasses.replace(settings, steps=7) if learns else settings)
+    assert settings.with_steps(7).steps == (7 if learns else 0)
+    assert all(isinstance(getattr(settings, path), str) for path in settings.paths)
+    assert settings.data_set in (None, *(getattr(settings, path) for path in settings.paths))
 
 
 @every_method
@@ -269,8 +279,8 @@ def test_zscgan_losses_can_be_switched_off(weights: dict[str, float], teacher: T
         ({"steps": -1}, "method.steps is -1; it must be at least 0"),
         ({"batch_size": 1}, "method.batch_size is 1; batch statistics need at least 2 images"),
         ({"learning_rate": 0.0}, "method.learning_rate is 0.0; it must be above 0"),
-        ({"ce_weight": 0.0, "bns_weight": 0.0}, "neither may be negative and one must be above 0"),
-        ({"bns_weight": -1.0}, "method.bns_weight -1.0"),
+        ({"ce_weight": 0.0, "bns_weight": 0.0}, "ce_weight and method.bns_weight are both 0; one must be above 0"),
+        ({"bns_weight": -1.0}, "method.bns_weight is -1.0; it must be at least 0"),
     ],
 )
 def test_zscgan_settings_are_checked(settings: dict[str, object], text: str) -> None:

@@ -7,7 +7,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from toys import Branchy, ConvHead, Plain, SharedLayer, Tokens, graph, images, stream_of
 
 from zsq.graph import edit
-from zsq.graph.batchnorm import fold
+from zsq.graph.fold import fold
 from zsq.quantization import PTQ
 from zsq.quantization.bias_correction import correct_biases
 from zsq.quantization.prepare import Student, prepared_layers

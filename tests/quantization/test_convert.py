@@ -26,7 +26,8 @@ from toys import (
     settle,
 )
 
-from zsq.export.onnx import output_step, write_onnx
+from zsq.export.converted import output_step
+from zsq.export.onnx import write_onnx
 from zsq.export.verify import verify_onnx
 from zsq.graph.batchnorm import batch_norms
 from zsq.graph.trace import trace
@@ -191,6 +192,28 @@ def test_the_file_agrees_for_unusual_networks(make: Callable[[], nn.Module], tmp
     x = images(100, seed=5)
     found = verify_onnx(tmp_path / "model.onnx", student, [x], output_step(converted), threads=1)
     assert found.agreement_literal >= 99
+
+
+class PartlyRectified(nn.Module):
+    """An activation that writes to a part of what is read later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, SPEC.classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        x[:, 1:4].relu_()
+        return self.head(x.mean((2, 3)))
+
+
+def test_an_activation_that_writes_in_place_is_kept_in_the_file(tmp_path: Path) -> None:
+    student = student_of(PartlyRectified)
+    converted = convert(student)
+    write_onnx(converted, SPEC, tmp_path / "model.onnx")
+    x = images(100, seed=5)
+    found = verify_onnx(tmp_path / "model.onnx", student, [x], output_step(converted), threads=1)
+    assert found.max_logit_difference_steps <= 2.01
 
 
 FACTORS = {

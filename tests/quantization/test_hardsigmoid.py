@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from toys import SPEC, Mobile, fused_operators, graph, images, quantized
 
-from zsq.export.onnx import output_step, write_onnx
+from zsq.export.converted import output_step
+from zsq.export.onnx import write_onnx
 from zsq.export.verify import verify_onnx
 from zsq.quantization import PTQ
 from zsq.quantization.convert import convert

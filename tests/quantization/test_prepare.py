@@ -2,11 +2,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
-from toys import Branchy, ConvHead, Plain, SharedLayer, Tokens, graph, images
+from torch import Tensor, nn
+from torch.nn import functional as F
+from toys import SPEC, Branchy, ConvHead, Plain, SharedLayer, Tokens, graph, images
 
 from zsq.errors import InputError
-from zsq.graph.batchnorm import fold
+from zsq.graph.fold import fold
+from zsq.graph.trace import trace
 from zsq.quantization.fake_quantize import quantize_bias
 from zsq.quantization.prepare import Bits, Scheme, Student, mean_weight_bits, prepare, prepared_layers, quantized_weight
 from zsq.quantization.quantizers import ActivationQuantizer, WeightQuantizer, quantizers, set_mode
@@ -87,6 +89,42 @@ def test_scope_layers_leaves_the_shortcut_in_float() -> None:
 def test_fused_activations_and_their_layers_round_once(scope: bool) -> None:
     names = [name for name, _ in activations(student_of(Plain, all_activations=scope))]
     assert names == ["input", "relu", {True: "relu6", False: "mean"}[scope], *["mean"] * scope, "linear"]
+
+
+class Activated(nn.Module):
+    """A layer with an activation behind it."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.head, self.activation = nn.Conv2d(3, 6, 3), nn.Linear(6, SPEC.classes), activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.activation(self.conv(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("activation", "names"),
+    [
+        (F.relu, ["relu"]),
+        (F.relu6, ["relu6"]),
+        (F.hardtanh, ["hardtanh"]),
+        (lambda x: x.clamp(-1, 2), ["clamp"]),
+        (lambda x: x.clamp(max=2), ["clamp"]),
+        (lambda x: torch.clamp_min(x, 0.1), ["clamp_min"]),
+        (lambda x: x.clamp(None, torch.full((1, 6, 1, 1), 2.0)), ["clamp"]),
+        (lambda x: x.relu_(), ["relu"]),
+        (lambda x: F.hardtanh(x, inplace=True), ["hardtanh"]),
+        (lambda x: x.clamp_(0, 6), ["clamp"]),
+        (torch.sigmoid, ["conv2d", "sigmoid"]),
+        (F.leaky_relu, ["conv2d", "leaky_relu"]),
+    ],
+)
+def test_activations_that_limit_are_computed_before_rounding(
+    activation: Callable[[Tensor], Tensor], names: list[str]
+) -> None:
+    network = trace(Activated(activation).eval(), SPEC, "toy")
+    found = [name for name, _ in activations(prepare(fold(network)[0], scheme()))]
+    assert found == ["input", *names, "mean", "linear"]
 
 
 @pytest.mark.parametrize("scope", [True, False])

@@ -6,7 +6,7 @@ from torch import Tensor
 from toys import Branchy, ConvHead, Plain, graph, images, quantized, stream_of
 
 from zsq.errors import InputError
-from zsq.graph.batchnorm import fold
+from zsq.graph.fold import fold
 from zsq.quantization import PTQ
 from zsq.quantization.bias_correction import first_images
 from zsq.quantization.prepare import Student
@@ -199,7 +199,7 @@ def test_recalibration_starts_afresh_only_in_a_new_student() -> None:
     ("settings", "text"),
     [
         ({"bits": "9"}, "widths from 2 to 8 work"),
-        ({"num_samples": 0}, "quantizer.num_samples is 0; at least 1 image"),
+        ({"num_samples": 0}, "quantizer.num_samples is 0; it must be at least 1"),
         ({"first_last_bits": 16}, "quantizer.first_last_bits is 16; widths from 2 to 8"),
         ({"logit_headroom": 0.5}, "quantizer.logit_headroom is 0.5; it must be at least 1"),
     ],

@@ -221,7 +221,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(teacher: Teacher) -> None:
         ({"temperature": 0.0}, "quantizer.temperature is 0.0; it must be above 0"),
         ({"kd_weight": 1.5}, r"quantizer.kd_weight is 1.5; it must lie in \[0, 1\]"),
         ({"bits": "12"}, "widths from 2 to 8 work"),
-        ({"weight_bits": {"fc.weight": 1}}, "quantizer.weight_bits says 1 for 'fc.weight'; widths from 2 to 8 work"),
+        ({"weight_bits": {"fc.weight": 1}}, "quantizer.weight_bits.fc.weight is 1; widths from 2 to 8 work"),
         ({"intermediate_weight": -1.0}, "quantizer.intermediate_weight is -1.0; it must be at least 0"),
     ],
 )

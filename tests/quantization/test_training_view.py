@@ -7,12 +7,13 @@ from torch.fx import GraphModule
 from torch.nn import functional as F
 from toys import SPEC, Branchy, ConvHead, Grouped, Mobile, Plain, SharedLayer, Tokens, graph, images, quantized
 
+from zsq.graph.activations import clamp_limits
 from zsq.graph.edit import aten
 from zsq.quantization import PTQ
 from zsq.quantization.bias_centring import centre_biases
 from zsq.quantization.prepare import Student
 from zsq.quantization.quantizers import ActivationQuantizer, quantizers, set_mode, straight_through
-from zsq.quantization.training_view import clip_of, merged
+from zsq.quantization.training_view import merged
 
 
 class Limited(nn.Module):
@@ -80,9 +81,9 @@ def targets(network: GraphModule) -> list[object]:
 
 def test_functions_that_clip_are_left_to_the_quantizers() -> None:
     student = student_of(Limited)
-    assert sum(clip_of(node) is not None for node in student.network.graph.nodes) == 3
+    assert sum(clamp_limits(node) is not None for node in student.network.graph.nodes) == 3
     view = merged(student.network)
-    assert [clip_of(node) for node in view.graph.nodes if clip_of(node)] == []
+    assert [node for node in view.graph.nodes if clamp_limits(node)] == []
     clips = [
         node.args[1]
         for node in view.graph.nodes
@@ -92,6 +93,23 @@ def test_functions_that_clip_are_left_to_the_quantizers() -> None:
     ]
     assert clips == [(0, torch.inf), (0, 6), (-0.1, 0.2)]
     assert targets(student.network).count(aten.relu.default) == 1  # the student keeps its own
+
+
+@pytest.mark.parametrize("function", [lambda x: x.clamp(0, 6), lambda x: torch.clamp_min(x, 0)])
+def test_a_function_with_a_gradient_at_its_limits_stays(function: Callable[[Tensor], Tensor]) -> None:
+    class Clamped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, SPEC.classes)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(function(self.first(x)).mean((2, 3)))
+
+    view = merged(student_of(Clamped).network)
+    assert sum(clamp_limits(node) is not None for node in view.graph.nodes) == 1
+    ends = torch.tensor([0.0, 6.0], requires_grad=True)
+    function(ends).sum().backward()
+    assert ends.grad.tolist() == [1, 1]
 
 
 def test_a_function_that_others_read_stays() -> None:

@@ -1,9 +1,13 @@
 import re
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 
 from zsq.errors import InputError
 from zsq.models.teacher import load_teacher
+from zsq.quantization.qat import Distiller
+from zsq.quantization.quantizers import quantizers
 from zsq.runs import budget
 from zsq.runs.budget import (
     FIT_SHARE,
@@ -130,3 +134,21 @@ def test_a_plan_measures_and_touches_no_folder(tmp_path, monkeypatch):
     assert planned.expected_seconds == pytest.approx(RESERVE * 60, rel=0.05)
     assert list(tmp_path.iterdir()) == []
     assert all(value.equal(before[name]) for name, value in teacher.network.state_dict().items())
+
+
+@pytest.mark.parametrize(("scales", "trained"), [("learnable", True), ("moving-average", False)])
+def test_the_student_that_is_timed_trains_the_scales_that_the_run_trains(
+    scales: str, trained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[Distiller] = []
+
+    def noted(action: Callable[[int], object], **_: float) -> float:
+        if isinstance(action, partial) and isinstance(action.args[0], Distiller):
+            timed.append(action.args[0])
+        return 0.01
+
+    monkeypatch.setattr(budget, "seconds_each", noted)
+    wanted = resolve(method="noise", quantizer="qat", assignments=[f"quantizer.scales={scales}"])
+    plan(wanted, load_teacher("digits"), Run(), 60.0, num_eval_images=0, fitted=False)
+    (distiller,) = timed
+    assert {quantizer.learnable for quantizer in quantizers(distiller.student)} == {trained}

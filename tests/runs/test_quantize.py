@@ -21,7 +21,7 @@ import zsq
 from zsq.data.datasets import open_dataset
 from zsq.errors import ExportError, InputError, NumericsError
 from zsq.evaluation.accuracy import evaluate
-from zsq.export.onnx import canonical_sha256
+from zsq.export.content_hash import canonical_sha256
 from zsq.export.verify import OnnxClassifier
 from zsq.methods import ZSCGAN
 from zsq.models.teacher import Teacher, load_teacher

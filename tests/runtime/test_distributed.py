@@ -17,8 +17,8 @@ import zsq
 from zsq.cli import launcher
 from zsq.cli.launcher import LOST, run_workers, watch_starter
 from zsq.errors import InputError, LostProcessError, NumericsError
-from zsq.export.onnx import canonical_sha256
-from zsq.graph.batchnorm import moments
+from zsq.export.content_hash import canonical_sha256
+from zsq.graph.moments import moments
 from zsq.methods import ZSCGAN, Adversarial, DeepInversion, Method, Noise, Real, ZeroQ
 from zsq.models.teacher import load_teacher
 from zsq.quantization import QAT

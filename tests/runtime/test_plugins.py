@@ -55,14 +55,14 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def registry() -> Registry:
-    return Registry("zsq.methods", kind="method", protocol=Method, own=[Noise])
+    return Registry("zsq.methods", kind="method", base=Method, own=[Noise])
 
 
 def toy(**changes: str) -> str:
     """Return the code of a method, with some lines of it replaced; an empty one is left out."""
     lines = {
         "decorator": "@dataclass(frozen=True, kw_only=True)",
-        "class": "class Toy:",
+        "class": "class Toy(Method):",
         "name": 'name: ClassVar[str] = "toy"',
         "summary": 'summary: ClassVar[str] = "a toy"',
         "quantizers": 'quantizers: ClassVar[tuple[str, ...]] = ("ptq",)',
@@ -93,7 +93,7 @@ def test_a_plugin_is_imported_only_when_it_is_asked_for(site: Path, registry: Re
 
 
 def test_without_plugins_it_holds_what_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    registry = Registry("zsq.no_such_group", kind="thing", protocol=Method, own=[Noise])
+    registry = Registry("zsq.no_such_group", kind="thing", base=Method, own=[Noise])
     assert dict(registry) == {"noise": Noise}
 
 
@@ -108,13 +108,8 @@ BROKEN = {
     "plain class": ("toy_plugin:Toy", toy(decorator=""), "is not a frozen dataclass"),
     "not frozen": ("toy_plugin:Toy", toy(decorator="@dataclass"), "is not a frozen dataclass"),
     "no summary": ("toy_plugin:Toy", toy(summary=""), "Toy has no 'summary'"),
-    "no steps": ("toy_plugin:Toy", toy(steps=""), "Toy has no 'steps'"),
+    "no subclass": ("toy_plugin:Toy", toy(**{"class": "class Toy:"}), "Toy is no subclass of zsq.methods.base.Method"),
     "no fit": ("toy_plugin:Toy", toy(fit=""), "Toy has no method 'fit'"),
-    "fit of the protocol": (
-        "toy_plugin:Toy",
-        toy(**{"class": "class Toy(Method):"}, fit=""),
-        "Toy has no method 'fit'",
-    ),
     "fit is a value": ("toy_plugin:Toy", toy(fit="fit: ClassVar[int] = 3"), "Toy has no method 'fit'"),
     "fit takes less": (
         "toy_plugin:Toy",

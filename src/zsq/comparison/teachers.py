@@ -11,7 +11,7 @@ from zsq.comparison.recipe import Cell, Figure, TeacherEntry, below
 from zsq.comparison.sample_figure import class_names, shown_labels
 from zsq.data.datasets import LabelledImages, open_dataset
 from zsq.evaluation.accuracy import Evaluation, evaluate
-from zsq.graph.batchnorm import fold
+from zsq.graph.fold import fold
 from zsq.models.teacher import Teacher
 from zsq.quantization.prepare import check_weight_names
 from zsq.runs.settings import Settings

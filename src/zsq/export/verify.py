@@ -1,11 +1,9 @@
 """Run an ONNX file and prove that it computes what was simulated."""
 
-import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -14,6 +12,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as runtime_status
 from torch import Tensor
 
 from zsq.errors import ExportError, InputError
+from zsq.export.image_spec import KEY, from_json
 from zsq.runtime.gpu import full_float32
 from zsq.types import ImageSpec
 
@@ -25,10 +24,6 @@ _RUNTIME_ERRORS = (
     runtime_status.InvalidProtobuf,
     runtime_status.NotImplemented,
 )
-
-
-SPEC_KEY = "image_spec"
-"""Name of the metadata of a file that holds its `ImageSpec` as JSON."""
 
 
 class OnnxClassifier:
@@ -64,13 +59,10 @@ class OnnxClassifier:
         Raises:
             InputError: it holds no such note.
         """
-        stored = self._session.get_modelmeta().custom_metadata_map.get(SPEC_KEY)
+        stored = self._session.get_modelmeta().custom_metadata_map.get(KEY)
         if stored is None:
             raise InputError(f"{self._path} does not say how its images are normalised; zsq has not written it.")
-        values: dict[str, Any] = {
-            name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(stored).items()
-        }
-        return ImageSpec(**values)
+        return from_json(stored)
 
     def __call__(self, images: Tensor | np.ndarray) -> Tensor:
         """Return the logits, float [N, classes], of normalised images, float [N, C, H, W].

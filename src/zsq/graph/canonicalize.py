@@ -4,6 +4,7 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
+from zsq.graph.activations import clamp_limits
 from zsq.graph.edit import argument, aten
 
 SIXTH = 1 / 6
@@ -75,12 +76,7 @@ def _sixth(node: Node) -> object:
 
 def _gate(node: object) -> Node | None:
     """Return x where the node is x + 3, clipped to [0, 6]."""
-    if not isinstance(node, Node):
-        return None
-    clips = node.target is aten.relu6.default
-    if node.target in (aten.hardtanh.default, aten.clamp.default):
-        clips = (argument(node, 1), argument(node, 2)) == (0, 6)
-    added = node.args[0] if clips else None
+    added = node.args[0] if isinstance(node, Node) and clamp_limits(node) == (0, 6) else None
     if isinstance(added, Node) and added.target is aten.add.Tensor and added.args[1] == 3 and not added.kwargs:
         x = added.args[0]
         return x if isinstance(x, Node) else None

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from zsq.graph import edit
+from zsq.graph.activations import clamp_limits
 from zsq.graph.edit import argument, aten, tensor_of, weight_times_mean
 
 Record = dict[str, tuple[Tensor, Tensor]]
@@ -43,8 +44,6 @@ RESHAPES = {
     aten.squeeze.dims,
 }
 """Operators that keep the channels where they are if all other dimensions are 1."""
-
-RELU6 = {aten.relu6.default: (), aten.hardtanh.default: (0, 6), aten.clamp.default: (0, 6)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +83,8 @@ def replace_relu6(network: GraphModule, *, clip: bool) -> int:
     layers = set(edit.layers(network))
     count = 0
     for node in list(network.graph.nodes):
-        ends = RELU6.get(node.target)
-        behind = node.args[0] if node.args else None
-        if ends is None or tuple(node.args[1:]) != ends or not isinstance(behind, Node):
+        behind = node.args[0] if clamp_limits(node) == (0, 6) else None
+        if not isinstance(behind, Node):
             continue
         if behind in layers or (behind.target is aten.batch_norm.default and not clip):
             node.target, node.args = aten.relu.default, (behind,)

@@ -14,7 +14,7 @@ from zsq.runtime.plugins import Registry
 METHODS = Registry(
     "zsq.methods",
     kind="method",
-    protocol=Method,
+    base=Method,
     own=(ZSCGAN, Adversarial, BigGAN, ZeroQ, DeepInversion, KnowledgeWithin, DFQ, Noise, Real),
 )
 """Every method by its name on the command line: zsq's own, and those that installed packages register."""

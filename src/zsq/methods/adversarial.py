@@ -6,9 +6,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from zsq.checked import Count, Factor
 from zsq.errors import InputError
 from zsq.methods.generator_training import GeneratorSettings, GeneratorSource
-from zsq.methods.pool import require_positive
 from zsq.models.teacher import Teacher
 from zsq.quantization.quantizers import straight_through
 from zsq.runtime import distributed
@@ -17,8 +17,6 @@ from zsq.training.loop import Run
 from zsq.training.losses import batch_entropy, instance_entropy, kl_divergence
 from zsq.types import Batch
 
-WEIGHTS = ("bns_weight", "instance_entropy_weight", "batch_entropy_weight", "adversarial_weight")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adversarial(GeneratorSettings):
@@ -26,28 +24,25 @@ class Adversarial(GeneratorSettings):
 
     name: ClassVar[str] = "adversarial"
     summary: ClassVar[str] = "generators without labels that look for images on which the student errs"
-    quantizers: ClassVar[tuple[str, ...]] = ("ptq", "qat")
 
-    generators: int = 1
+    generators: Count = 1
     """Number of generators, updated in turn; a sample comes from any of them."""
-    bns_weight: float = 1.0
+    bns_weight: Factor = 1.0
     """Factor of the batch-norm statistics loss."""
-    instance_entropy_weight: float | None = None
+    instance_entropy_weight: Factor | None = None
     """Factor of the teacher's entropy on each image, lowered; unset: 1 up to 32 classes and classes / 32 above."""
-    batch_entropy_weight: float | None = None
+    batch_entropy_weight: Factor | None = None
     """Factor of the entropy of the batch's mean answer, raised; unset: as the other entropy."""
-    adversarial_weight: float = 1.0
+    adversarial_weight: Factor = 1.0
     """Factor of the student's KL divergence from the teacher, raised during distillation."""
 
-    def __post_init__(self) -> None:
-        super(Adversarial, self).__post_init__()
-        require_positive(self, "generators")
-        for name in WEIGHTS:
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise InputError(f"method.{name} is {value}; it must be at least 0.")
+    def check(self) -> None:
+        """Check that the generator has something to learn from before there is a student."""
         if self.bns_weight == self.instance_entropy_weight == self.batch_entropy_weight == 0:
-            raise InputError(f"method.{', method.'.join(WEIGHTS[:3])} are all 0; the generator would learn nothing.")
+            raise InputError(
+                "method.bns_weight, method.instance_entropy_weight, method.batch_entropy_weight are all 0; "
+                "the generator would learn nothing."
+            )
 
     def source(self, teacher: Teacher, run: Run, distill_steps: int) -> "AdversarialSource":
         """Make the source, its generators untrained."""

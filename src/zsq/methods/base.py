@@ -1,14 +1,16 @@
 """What every method gives: something to quantize, and images to do it with."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from zsq.checked import Checked
 from zsq.errors import InputError
-from zsq.graph.batchnorm import ObservedTeacher
+from zsq.graph.observe import ObservedTeacher
 from zsq.models.teacher import Teacher
 from zsq.training.loop import Run
 from zsq.types import SampleSource, Statistics
@@ -41,18 +43,37 @@ def restore(source: SampleSource, state: dict[str, Tensor]) -> None:
         ) from error
 
 
-class Method(Protocol):
+class Method(Checked, ABC):
     """A frozen dataclass whose fields are its settings, with one verb."""
 
+    __slots__ = ()
+
+    section: ClassVar[str] = "method"
     name: ClassVar[str]
     """Name on the command line."""
     summary: ClassVar[str]
     """What it is, in half a line."""
-    quantizers: ClassVar[tuple[str, ...]]
+    quantizers: ClassVar[tuple[str, ...]] = ("ptq", "qat")
     """Names of the quantizers that can use it."""
-    steps: int
-    """Steps of `fit`; 0 where nothing is learnt."""
+    paths: ClassVar[tuple[str, ...]] = ()
+    """Names of the settings that name files or folders."""
 
+    @property
+    def steps(self) -> int:
+        """Steps of `fit`: none, since nothing is learnt."""
+        return 0
+
+    @property
+    def data_set(self) -> str | None:
+        """Name or path of the labelled images that the method reads; None where it reads none."""
+        return None
+
+    def with_steps(self, steps: int) -> Self:
+        """Return these settings with another number of steps of `fit`: the same where nothing is learnt."""
+        del steps
+        return self
+
+    @abstractmethod
     def fit(
         self, teacher: Teacher, run: Run, *, distill_steps: int = 0, fitted: dict[str, Tensor] | None = None
     ) -> Surrogate:
@@ -64,12 +85,11 @@ class Method(Protocol):
             distill_steps: steps of distillation that will follow, for schedules that span both.
             fitted: the state of a source fitted before, by these settings; nothing is learnt again.
         """
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Arithmetic:
-    """How a method that learns from the teacher computes."""
+class LearningMethod(Method, ABC):
+    """What methods that learn from the teacher share: how they compute."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of layers while the method learns; statistics, losses and samples stay float32."""

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zsq.checked import Count, PositiveShare, Text
 from zsq.errors import InputError, MissingExtraError
-from zsq.methods.base import Surrogate
+from zsq.methods.base import Method, Surrogate
 from zsq.methods.noise_and_real import LabelledPool
-from zsq.methods.pool import Stateless, require_positive
+from zsq.methods.pool import Stateless
 from zsq.models.teacher import Teacher
 from zsq.models.weights import load_weights
 from zsq.runtime import distributed
@@ -34,33 +35,35 @@ CHUNK = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BigGAN:
+class BigGAN(Method):
     """Take images from a pretrained BigGAN: ready-made ones, or a checkpoint that makes them."""
 
     name: ClassVar[str] = "biggan"
     summary: ClassVar[str] = "samples of a BigGAN that was trained on real images; not data-free"
-    quantizers: ClassVar[tuple[str, ...]] = ("ptq", "qat")
-    steps: ClassVar[int] = 0
+    paths: ClassVar[tuple[str, ...]] = ("data", "checkpoint")
 
-    data: str = ""
+    data: Text = ""
     """Ready-made labelled samples: an .npz file or a folder of images; else give `checkpoint`."""
-    checkpoint: str = ""
+    checkpoint: Text = ""
     """Folder with config.json and pytorch_model.bin of pytorch-pretrained-biggan; else give `data`."""
-    truncation: float = 1.0
+    truncation: PositiveShare = 1.0
     """Truncation of the checkpoint's noise, above 0 and at most 1: lower is cleaner and less diverse."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Images a distillation step."""
-    limit: int = 20_000
+    limit: Count = 20_000
     """Most images of `data` kept in memory, as bytes; drawn evenly from the set."""
 
-    def __post_init__(self) -> None:
-        require_positive(self, "batch_size", "limit")
-        if not 0 < self.truncation <= 1:
-            raise InputError(f"method.truncation is {self.truncation}; it must lie in (0, 1].")
+    def check(self) -> None:
+        """Check that the images come from one place."""
         if self.data and self.checkpoint:
             raise InputError(
                 f"method.data is '{self.data}' and method.checkpoint '{self.checkpoint}'; give one of them."
             )
+
+    @property
+    def data_set(self) -> str | None:
+        """Name or path of the labelled images, where they are given."""
+        return self.data or None
 
     def fit(
         self, teacher: Teacher, run: Run, *, distill_steps: int = 0, fitted: dict[str, Tensor] | None = None

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zsq.checked import CountOrZero, Factor, Text
 from zsq.errors import InputError
-from zsq.methods.image_optimization import Inversion, InversionSource, is_large, require_weights
+from zsq.methods.image_optimization import Inversion, InversionSource, is_large
 from zsq.methods.noise_and_real import Noise, NoiseSource
 from zsq.models.teacher import Teacher
 from zsq.quantization.prepare import Bits, Student
@@ -42,28 +43,25 @@ class DeepInversion(Inversion):
     name: ClassVar[str] = "deepinversion"
     summary: ClassVar[str] = "pixels with wanted labels and stored statistics, (Adaptive) DeepInversion"
 
-    feature_weight: float | None = None
+    feature_weight: Factor | None = None
     """Factor of the statistics loss; unset, 1, and 0.01 from 96 pixels on."""
-    tv_weight: float | None = None
+    tv_weight: Factor | None = None
     """Factor of the total variation; unset, 2.5e-5, and 1e-4 from 96 pixels on."""
-    l2_weight: float | None = None
+    l2_weight: Factor | None = None
     """Factor of the images' norm; unset, 3e-8, and 1e-5 from 96 pixels on."""
-    jitter: int | None = None
+    jitter: CountOrZero | None = None
     """Most pixels by which the images are rolled at a step, each way; unset, 2, and 30 from 96 pixels on."""
     flip: bool = True
     """Mirror the whole batch at every other step, drawn at random."""
     two_resolutions: bool | None = None
     """Optimise at half resolution for the first two thirds of the iterations; unset: from 96 pixels on."""
-    competition_weight: float = 0.0
+    competition_weight: Factor = 0.0
     """Factor of Adaptive DeepInversion's 1 - JS(teacher, student); 0: no student is made; published: 0.2."""
-    student_bits: str = "4"
+    student_bits: Text = "4"
     """Widths of that student, which is calibrated on noise."""
 
-    def __post_init__(self) -> None:
-        super(DeepInversion, self).__post_init__()
-        require_weights(self, "feature_weight", "tv_weight", "l2_weight", "competition_weight")
-        if self.jitter is not None and self.jitter < 0:
-            raise InputError(f"method.jitter is {self.jitter}; it must be at least 0.")
+    def check(self) -> None:
+        """Check that the student's widths can be read."""
         try:
             Bits.parse(self.student_bits)
         except InputError as error:

@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from zsq.checked import Count, Factor, Positive
 from zsq.errors import InputError
 from zsq.graph import edit
-from zsq.graph.batchnorm import batch_norms, fold
+from zsq.graph.batchnorm import batch_norms
 from zsq.graph.edit import aten
 from zsq.graph.equalize import Record, absorb, equalize, replace_relu6, weight_name
-from zsq.methods.base import Surrogate
+from zsq.graph.fold import fold
+from zsq.methods.base import Method, Surrogate
 from zsq.methods.noise_and_real import Noise, NoiseSource
-from zsq.methods.pool import require_positive
 from zsq.models.teacher import Teacher
 from zsq.quantization.bias_correction import channel_dim, channel_mean
 from zsq.runtime.random_streams import stream
@@ -29,33 +30,25 @@ SUMS = (*edit.LAYERS, aten.add.Tensor)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DFQ:
+class DFQ(Method):
     """Equalise the weights of neighbouring layers; take ranges and mean inputs from batch norm."""
 
     name: ClassVar[str] = "dfq"
     summary: ClassVar[str] = "weight equalization, ranges and bias correction from batch norm, no images"
     quantizers: ClassVar[tuple[str, ...]] = ("ptq",)
-    steps: ClassVar[int] = 0
 
     equalize: bool = True
     """Give neighbouring layers equal weight ranges, channel by channel."""
-    iterations: int = 100
+    iterations: Count = 100
     """Most sweeps of equalisation; fewer where no factor changes by more than 0.1 %."""
     absorb: bool = False
     """Move what a channel nearly always exceeds into the next layer's bias."""
-    absorb_sigmas: float = 3.0
+    absorb_sigmas: Factor = 3.0
     """Standard deviations below a channel's mean that nearly all of its values exceed."""
     relu6: Literal["relu", "clip", "keep"] = "clip"
     """A ReLU6 becomes a ReLU, or one clipped at a bound a channel, or stays and keeps layers from being equalised."""
-    range_sigmas: float = 6.0
+    range_sigmas: Positive = 6.0
     """Standard deviations on both sides of a channel's mean that an activation's range spans."""
-
-    def __post_init__(self) -> None:
-        require_positive(self, "iterations")
-        if self.range_sigmas <= 0:
-            raise InputError(f"method.range_sigmas is {self.range_sigmas}; it must be above 0.")
-        if self.absorb_sigmas < 0:
-            raise InputError(f"method.absorb_sigmas is {self.absorb_sigmas}; it must be at least 0.")
 
     def fit(
         self, teacher: Teacher, run: Run, *, distill_steps: int = 0, fitted: dict[str, Tensor] | None = None

@@ -2,16 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from zsq.errors import InputError
-from zsq.methods.base import Arithmetic, Surrogate, restore
+from zsq.checked import BatchSize, Count, CountOrZero, Momentum, Positive
+from zsq.methods.base import LearningMethod, Surrogate, restore
 from zsq.methods.generators import Generator, make_generator
-from zsq.methods.pool import require_positive
 from zsq.models.teacher import Teacher
 from zsq.runtime import distributed
 from zsq.runtime.cuda_graphs import Replays
@@ -27,47 +26,37 @@ LARGE_IMAGE = 96
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GeneratorSettings(Arithmetic, ABC):
+class GeneratorSettings(LearningMethod, ABC):
     """Settings of a generator and of its training."""
 
-    steps: int = 4000
+    steps: CountOrZero = 4000
     """Generator updates before the first sample is taken."""
-    batch_size: int | None = None
+    batch_size: BatchSize | None = None
     """Images a step, in `fit` and in distillation; unset, 64, and 32 from 96 pixels on."""
-    learning_rate: float = 1e-3
+    learning_rate: Positive = 1e-3
     """Adam's step size, annealed by a cosine over fit and distillation together."""
-    beta1: float = 0.5
+    beta1: Momentum = 0.5
     """Adam's first momentum."""
-    beta2: float = 0.999
+    beta2: Momentum = 0.999
     """Adam's second momentum."""
     generator: Literal["unet", "light"] = "light"
     """Network: the paper's U-Net or the light decoder, which costs a fraction of it."""
-    width: int = 32
+    width: Count = 32
     """Channels of the generator's layers."""
-    levels: int = 5
+    levels: Count = 5
     """Most levels of the U-Net."""
-    skip: int = 4
+    skip: Count = 4
     """Channels of the U-Net's skip connections."""
-    noise_channels: int = 32
+    noise_channels: Count = 32
     """Channels of the noise map: of the image's size for the U-Net, of the smallest map's for the light decoder."""
-    style_size: int = 16
+    style_size: CountOrZero = 16
     """Length of the noise that every batch norm sees beside the label's code."""
     bound_contrast: bool = True
     """Keep brightness and contrast of each image near those learnt for all images."""
 
-    def __post_init__(self) -> None:
-        require_positive(self, "width", "levels", "skip", "noise_channels")
-        if self.steps < 0:
-            raise InputError(f"method.steps is {self.steps}; it must be at least 0.")
-        if self.batch_size is not None and self.batch_size < 2:
-            raise InputError(f"method.batch_size is {self.batch_size}; batch statistics need at least 2 images.")
-        if self.style_size < 0:
-            raise InputError(f"method.style_size is {self.style_size}; it must be at least 0.")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"method.{name} is {getattr(self, name)}; it must lie in [0, 1).")
-        if self.learning_rate <= 0:
-            raise InputError(f"method.learning_rate is {self.learning_rate}; it must be above 0.")
+    def with_steps(self, steps: int) -> Self:
+        """Return these settings with another number of steps."""
+        return replace(self, steps=steps)
 
     @property
     def needs_statistics(self) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zsq.errors import unknown_name
-from zsq.graph.batchnorm import moments
+from zsq.graph.moments import moments
 from zsq.training.losses import blurred
 from zsq.types import ImageSpec
 

@@ -1,16 +1,16 @@
 """Images found by optimising their pixels: what ZeroQ, DeepInversion and The Knowledge Within share."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from zsq.errors import InputError
-from zsq.methods.base import Arithmetic, Surrogate, restore
+from zsq.checked import BatchSize, Count, CountOrZero, Positive
+from zsq.methods.base import LearningMethod, Surrogate, restore
 from zsq.methods.generator_training import LARGE_IMAGE
-from zsq.methods.pool import PoolSource, require_positive
+from zsq.methods.pool import PoolSource
 from zsq.models.teacher import Teacher
 from zsq.runtime import distributed
 from zsq.runtime.cuda_graphs import Replays
@@ -26,43 +26,22 @@ def is_large(spec: ImageSpec) -> bool:
     return min(spec.height, spec.width) >= LARGE_IMAGE
 
 
-def require_weights(settings: object, *names: str) -> None:
-    """Check that factors of losses, where set, are not negative.
-
-    Raises:
-        InputError: one is; the text names it.
-    """
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and value < 0:
-            raise InputError(f"method.{name} is {value}; it must be at least 0.")
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Inversion(Arithmetic, ABC):
+class Inversion(LearningMethod, ABC):
     """Settings of every method that optimises pixels."""
 
-    name: ClassVar[str]
-    summary: ClassVar[str]
-    quantizers: ClassVar[tuple[str, ...]] = ("ptq", "qat")
-
-    steps: int = 4000
+    steps: CountOrZero = 4000
     """Optimisation steps in all; they are divided evenly among as many batches as `iterations` asks for."""
-    iterations: int = 500
+    iterations: Count = 500
     """Most steps of one batch of images: there are steps / iterations batches, rounded up."""
-    batch_size: int | None = None
+    batch_size: BatchSize | None = None
     """Images optimised together, and of a distillation step; unset, 64, and 32 from 96 pixels on."""
-    learning_rate: float | None = None
+    learning_rate: Positive | None = None
     """Adam's step size, in units of the normalised image; unset, the method's own."""
 
-    def __post_init__(self) -> None:
-        require_positive(self, "iterations")
-        if self.steps < 0:
-            raise InputError(f"method.steps is {self.steps}; it must be at least 0.")
-        if self.batch_size is not None and self.batch_size < 2:
-            raise InputError(f"method.batch_size is {self.batch_size}; batch statistics need at least 2 images.")
-        if self.learning_rate is not None and self.learning_rate <= 0:
-            raise InputError(f"method.learning_rate is {self.learning_rate}; it must be above 0.")
+    def with_steps(self, steps: int) -> Self:
+        """Return these settings with another number of steps."""
+        return replace(self, steps=steps)
 
     @property
     def batches(self) -> int:

@@ -5,7 +5,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from zsq.methods.image_optimization import Inversion, InversionSource, require_weights
+from zsq.checked import Factor
+from zsq.methods.image_optimization import Inversion, InversionSource
 from zsq.models.teacher import Teacher
 from zsq.training.loop import Run
 from zsq.training.losses import label_cross_entropy, reversed_bns_loss, smoothness
@@ -22,16 +23,12 @@ class KnowledgeWithin(Inversion):
 
     scheme: Literal["gaussian", "inception", "bns", "bns+inception"] = "bns+inception"
     """Plain noise; images of wanted labels; images with the stored statistics; both."""
-    bns_weight: float = 1.0
+    bns_weight: Factor = 1.0
     """Factor of the statistics loss."""
-    ce_weight: float = 1.0
+    ce_weight: Factor = 1.0
     """Factor of the label cross-entropy."""
-    smoothness_weight: float = 1.0
+    smoothness_weight: Factor = 1.0
     """Factor of the smoothness prior that goes with the labels."""
-
-    def __post_init__(self) -> None:
-        super(KnowledgeWithin, self).__post_init__()
-        require_weights(self, "bns_weight", "ce_weight", "smoothness_weight")
 
     def source(self, teacher: Teacher, run: Run) -> "KnowledgeWithinSource":
         """Make the source; with scheme `gaussian`, one step makes one batch."""

@@ -8,10 +8,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from zsq.checked import Count, Text
 from zsq.data.datasets import open_dataset
 from zsq.errors import InputError
-from zsq.methods.base import Surrogate
-from zsq.methods.pool import PoolSource, Stateless, require_positive
+from zsq.methods.base import Method, Surrogate
+from zsq.methods.pool import PoolSource, Stateless
 from zsq.models.teacher import Teacher
 from zsq.runtime import distributed
 from zsq.runtime.random_streams import stream
@@ -22,21 +23,16 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Noise:
+class Noise(Method):
     """Random pixels: what any method has to beat."""
 
     name: ClassVar[str] = "noise"
     summary: ClassVar[str] = "Gaussian or uniform noise, the lower bound"
-    quantizers: ClassVar[tuple[str, ...]] = ("ptq", "qat")
-    steps: ClassVar[int] = 0
 
     distribution: Literal["gaussian", "uniform"] = "gaussian"
     """Standard normal as the network takes it, or uniform pixels in [0, 1]."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Images a distillation step."""
-
-    def __post_init__(self) -> None:
-        require_positive(self, "batch_size")
 
     def fit(
         self, teacher: Teacher, run: Run, *, distill_steps: int = 0, fitted: dict[str, Tensor] | None = None
@@ -77,25 +73,26 @@ class NoiseSource(Stateless):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Real:
+class Real(Method):
     """Real images with labels: what data-free methods are measured against."""
 
     name: ClassVar[str] = "real"
     summary: ClassVar[str] = "a labelled data set, the data-dependent upper bound"
-    quantizers: ClassVar[tuple[str, ...]] = ("ptq", "qat")
-    steps: ClassVar[int] = 0
+    paths: ClassVar[tuple[str, ...]] = ("data",)
 
-    data: str = ""
+    data: Text = ""
     """Data set: `digits:train`, an .npz file, or a folder of images."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Images a distillation step."""
-    limit: int = 20_000
+    limit: Count = 20_000
     """Most images kept in memory, as bytes; drawn evenly from the set."""
     augment: Literal["none", "crop-flip"] = "none"
     """What is done to distillation batches: crop-flip shifts by up to an eighth and mirrors half, wrong for digits."""
 
-    def __post_init__(self) -> None:
-        require_positive(self, "batch_size", "limit")
+    @property
+    def data_set(self) -> str | None:
+        """Name or path of the labelled images, where they are given."""
+        return self.data or None
 
     def fit(
         self, teacher: Teacher, run: Run, *, distill_steps: int = 0, fitted: dict[str, Tensor] | None = None

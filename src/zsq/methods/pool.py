@@ -6,22 +6,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from zsq.errors import InputError
 from zsq.runtime import distributed
 from zsq.runtime.random_streams import stream
 from zsq.training.loop import Run
 from zsq.types import Batch
-
-
-def require_positive(settings: object, *names: str) -> None:
-    """Check that settings of a method are at least 1.
-
-    Raises:
-        InputError: one is not; the text names it.
-    """
-    for name in names:
-        if getattr(settings, name) < 1:
-            raise InputError(f"method.{name} is {getattr(settings, name)}; it must be at least 1.")
 
 
 class WholeBatches:

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from zsq.graph.batchnorm import moments as moments_of
-from zsq.methods.image_optimization import Inversion, InversionSource, require_weights
-from zsq.methods.pool import require_positive
+from zsq.checked import Count, Factor
+from zsq.graph.moments import moments as moments_of
+from zsq.methods.image_optimization import Inversion, InversionSource
 from zsq.models.teacher import Teacher
 from zsq.training.loop import Run
 from zsq.training.losses import squared_bns_distance
@@ -25,15 +25,10 @@ class ZeroQ(Inversion):
     name: ClassVar[str] = "zeroq"
     summary: ClassVar[str] = "pixels with the stored batch-norm means and deviations, no labels"
 
-    patience: int = 100
+    patience: Count = 100
     """Iterations without a lower loss after which the learning rate is divided by ten."""
-    input_weight: float = 1.0
+    input_weight: Factor = 1.0
     """Factor of the same distance for the images themselves, from mean 0 and deviation 1."""
-
-    def __post_init__(self) -> None:
-        super(ZeroQ, self).__post_init__()
-        require_positive(self, "patience")
-        require_weights(self, "input_weight")
 
     def source(self, teacher: Teacher, run: Run) -> "ZeroQSource":
         """Make the source, its first batch of images Gaussian noise."""

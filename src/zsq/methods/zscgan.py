@@ -6,11 +6,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from zsq.checked import Count, Factor
 from zsq.errors import InputError
 from zsq.graph import edit
 from zsq.methods.generator_training import GeneratorSettings, GeneratorSource
 from zsq.methods.generators import label_codes
-from zsq.methods.pool import require_positive
 from zsq.models.teacher import Teacher
 from zsq.runtime import distributed
 from zsq.runtime.random_streams import stream
@@ -25,24 +25,18 @@ class ZSCGAN(GeneratorSettings):
 
     name: ClassVar[str] = "zscgan"
     summary: ClassVar[str] = "conditional generator learnt from labels and batch-norm statistics (the paper's own)"
-    quantizers: ClassVar[tuple[str, ...]] = ("ptq", "qat")
 
-    ce_weight: float | None = None
+    ce_weight: Factor | None = None
     """Factor of the label cross-entropy, eq. (2); 0: none; unset: 2 up to 64 classes and classes / 32 above."""
-    bns_weight: float = 1.0
+    bns_weight: Factor = 1.0
     """Factor of the batch-norm statistics loss, eq. (2); 0 switches it off."""
-    code_size: int = 128
+    code_size: Count = 128
     """Longest code of a label."""
 
-    def __post_init__(self) -> None:
-        super(ZSCGAN, self).__post_init__()
-        require_positive(self, "code_size")
-        ce_weight = 1.0 if self.ce_weight is None else self.ce_weight
-        if min(ce_weight, self.bns_weight) < 0 or ce_weight + self.bns_weight == 0:
-            raise InputError(
-                f"method.ce_weight is {ce_weight} and method.bns_weight {self.bns_weight}; "
-                "neither may be negative and one must be above 0."
-            )
+    def check(self) -> None:
+        """Check that the generator has something to learn from."""
+        if self.ce_weight == self.bns_weight == 0:
+            raise InputError("method.ce_weight and method.bns_weight are both 0; one must be above 0.")
 
     @property
     def needs_statistics(self) -> bool:

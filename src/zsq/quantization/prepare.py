@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from zsq.errors import InputError, unknown_name
 from zsq.graph import edit
+from zsq.graph.activations import clamp_limits
 from zsq.graph.batchnorm import batch_norms
 from zsq.graph.edit import argument, aten, tensor_of
 from zsq.quantization.fake_quantize import quantize_bias
@@ -19,11 +20,6 @@ from zsq.quantization.quantizers import ActivationQuantizer, WeightQuantizer
 
 ENDS_BITS = 8
 """Bits of the network's input and of its logits, always."""
-
-FUSED = {getattr(aten, name).default for name in ("relu", "relu6", "hardtanh", "clamp", "clamp_min")} | {
-    aten.clamp.Tensor
-}
-"""Activations that the layer or addition in front of them computes before it rounds."""
 
 TRANSPARENT = {
     aten.max_pool1d.default,
@@ -110,6 +106,14 @@ class Student(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Map images [N, C, H, W] to logits [N, classes]."""
         return self.network(images)
+
+
+def is_fused(node: Node) -> bool:
+    """Whether the layer or addition in front of an activation computes it before it rounds.
+
+    Limits that are tensors, as DFQ's bounds a channel are, serve as well as numbers.
+    """
+    return clamp_limits(node) is not None or node.target is aten.clamp.Tensor
 
 
 def is_float(node: Node) -> bool:
@@ -249,7 +253,7 @@ class _Placer:
         if len(node.users) != 1 or node.op != "call_function":
             return True
         (user,) = node.users
-        return (node in self.gates or user.target not in FUSED) and user not in self.gates
+        return (node in self.gates or not is_fused(user)) and user not in self.gates
 
     def insert(self, node: object, bits: int, *, only_layers: bool) -> None:
         """Insert one activation quantizer behind a node, for all readers or for layers only."""

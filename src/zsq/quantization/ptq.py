@@ -2,36 +2,40 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
+from torch import nn
 from torch.fx import GraphModule
 
+from zsq.checked import AtLeastOne, Checked, Count, Text, Width
 from zsq.errors import InputError
-from zsq.graph.batchnorm import fold
+from zsq.graph.fold import fold
 from zsq.quantization.bias_correction import correct_biases, correct_biases_by_means, first_images
 from zsq.quantization.prepare import ENDS_BITS, Bits, Scheme, Student, prepare, prepared_layers, quantized_weight
 from zsq.quantization.quantizers import ActivationQuantizer, quantizers, set_mode
 from zsq.quantization.range_rules import NEEDS_HISTOGRAM, RULES, minmax, weight_mse
+from zsq.training.learner import Learner
 from zsq.training.loop import Run
-from zsq.types import Batch, Statistics
+from zsq.types import Batch, SampleSource, Statistics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PTQ:
+class PTQ(Checked):
     """Choose the grids from calibration images; nothing is trained (DF-PTQ)."""
 
+    section: ClassVar[str] = "quantizer"
     name: ClassVar[str] = "ptq"
 
-    bits: str = "8"
+    bits: Text = "8"
     """Widths: 8, 6, 4 or any from 2 to 8; W4A8 for weights and activations apart."""
-    num_samples: int = 2000
+    num_samples: Count = 2000
     """Calibration images; the paper takes 10,000."""
     range_rule: Literal["auto", "minmax", "moving-average", "percentile", "mse"] = "auto"
     """How the range of an activation is chosen: auto is minmax at 8 bits and mse below; the paper takes minmax."""
     weight_range_rule: Literal["minmax", "mse"] = "minmax"
     """How the range of a weight is chosen."""
-    logit_headroom: float = 1.5
+    logit_headroom: AtLeastOne = 1.5
     """Factor on the range of the logits, since synthetic images reach smaller ones than real ones; the paper: 1."""
     bias_correction: bool = True
     """Shift biases by what rounding adds to each layer's mean output; the paper does not."""
@@ -39,22 +43,14 @@ class PTQ:
     """One scale an output channel, or one a weight."""
     activation_scope: Literal["all", "layers"] = "all"
     """Round every activation between layers, or only the inputs of convolutions and linear layers."""
-    first_last_bits: int | None = None
+    first_last_bits: Width | None = None
     """Width of the first and last layer, where it differs."""
-    weight_bits: dict[str, int] | None = None
+    weight_bits: dict[str, Width] | None = None
     """Width of each weight by its name, before all other widths; `--bits FILE` reads it as `zsq allocate` wrote it."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Check that the widths can be read."""
         Bits.parse(self.bits)
-        if self.num_samples < 1:
-            raise InputError(f"quantizer.num_samples is {self.num_samples}; at least 1 image is needed.")
-        if self.first_last_bits is not None and not 2 <= self.first_last_bits <= 8:
-            raise InputError(f"quantizer.first_last_bits is {self.first_last_bits}; widths from 2 to 8 work.")
-        for weight, width in (self.weight_bits or {}).items():
-            if not 2 <= width <= 8:
-                raise InputError(f"quantizer.weight_bits says {width} for '{weight}'; widths from 2 to 8 work.")
-        if self.logit_headroom < 1:
-            raise InputError(f"quantizer.logit_headroom is {self.logit_headroom}; it must be at least 1.")
 
     @property
     def resolved_range_rule(self) -> str:
@@ -62,6 +58,37 @@ class PTQ:
         if self.range_rule != "auto":
             return self.range_rule
         return "minmax" if Bits.parse(self.bits).activation == ENDS_BITS else "mse"
+
+    @property
+    def distill_steps(self) -> int:
+        """Steps of distillation: none."""
+        return 0
+
+    @property
+    def trains_scales(self) -> bool:
+        """Whether distillation trains the grids: nothing is trained."""
+        return False
+
+    def with_steps(self, steps: int) -> Self:
+        """Return these settings with another number of distillation steps: the same, since there are none."""
+        del steps
+        return self
+
+    def resolved_kd_weight(self, source: SampleSource) -> float | None:
+        """Return the weight of the teacher's answers in the loss that is used with this source: there is no loss."""
+        del source
+        return None
+
+    def learner(
+        self, student: Student, teacher: nn.Module, source: SampleSource, device: torch.device
+    ) -> Learner | None:
+        """Return what takes the steps of distillation: nothing does."""
+        del student, teacher, source, device
+        return None
+
+    def train(self, student: Student, teacher: nn.Module, source: SampleSource, run: Run) -> None:
+        """Train the student in place: it stays as it is."""
+        del student, teacher, source, run
 
     def scheme(self, *, learnable: bool = False) -> Scheme:
         """Return what is quantized, and how."""

@@ -1,15 +1,17 @@
 """Quantization-aware training by distillation from the float teacher (paper, section 2.3)."""
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+import logging
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from zsq.checked import Count, CountOrZero, Factor, Momentum, Positive, Share
 from zsq.errors import InputError
 from zsq.graph import edit
-from zsq.graph.batchnorm import fold
+from zsq.graph.fold import fold
 from zsq.quantization.bias_centring import centre_biases, plain_biases
 from zsq.quantization.bias_correction import IMAGES, first_images
 from zsq.quantization.prepare import Student, prepared_layers
@@ -24,6 +26,8 @@ from zsq.training.optim import cosine, flatten_optimizer, rate_on, restore_optim
 from zsq.training.state import part, under
 from zsq.types import Batch, SampleSource, joined
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QAT(PTQ):
@@ -31,44 +35,53 @@ class QAT(PTQ):
 
     name: ClassVar[str] = "qat"
 
-    num_samples: int = 512
+    num_samples: Count = 512
     """Calibration images before the first step."""
-    steps: int = 2000
+    steps: CountOrZero = 2000
     """Distillation steps; the batch is the method's."""
-    learning_rate: float = 1e-3
+    learning_rate: Positive = 1e-3
     """Nesterov's step size, annealed by a cosine; the paper takes 1e-4 over 50,000 steps."""
-    momentum: float = 0.9
+    momentum: Momentum = 0.9
     """Nesterov momentum."""
     scales: Literal["learnable", "moving-average"] = "learnable"
     """Train the grids with the weights, or let them follow moving averages of the smallest and largest values."""
-    scale_learning_rate: float = 1e-4
+    scale_learning_rate: Positive = 1e-4
     """Step size of learnable grids."""
-    kd_weight: float | None = None
+    kd_weight: Share | None = None
     """Lambda of eq. (3), the teacher's share against the labels'; unset: 0 with true labels, 1 with synthetic ones."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Divides both logits before the softmax."""
-    intermediate_weight: float = 0.0
+    intermediate_weight: Factor = 0.0
     """Factor on the distance of student and teacher in each layer's output, added to the loss; 0 leaves it out."""
 
-    def __post_init__(self) -> None:
-        super(QAT, self).__post_init__()
-        if self.steps < 0:
-            raise InputError(f"quantizer.steps is {self.steps}; it must be at least 0.")
-        for name in ("learning_rate", "scale_learning_rate", "temperature"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"quantizer.{name} is {getattr(self, name)}; it must be above 0.")
-        if not 0 <= self.momentum < 1:
-            raise InputError(f"quantizer.momentum is {self.momentum}; it must lie in [0, 1).")
-        if self.kd_weight is not None and not 0 <= self.kd_weight <= 1:
-            raise InputError(f"quantizer.kd_weight is {self.kd_weight}; it must lie in [0, 1].")
-        if self.intermediate_weight < 0:
-            raise InputError(f"quantizer.intermediate_weight is {self.intermediate_weight}; it must be at least 0.")
+    @property
+    def distill_steps(self) -> int:
+        """Steps of distillation."""
+        return self.steps
+
+    @property
+    def trains_scales(self) -> bool:
+        """Whether distillation trains the grids; else they follow the values."""
+        return self.scales == "learnable"
+
+    def with_steps(self, steps: int) -> Self:
+        """Return these settings with another number of distillation steps."""
+        return replace(self, steps=steps)
 
     def resolved_kd_weight(self, source: SampleSource) -> float:
         """Return the weight of the teacher's answers that is used with this source."""
         if self.kd_weight is not None:
             return self.kd_weight
         return 0.0 if source.true_labels else 1.0
+
+    def learner(self, student: Student, teacher: nn.Module, source: SampleSource, device: torch.device) -> "Distiller":
+        """Return what takes the steps of distillation."""
+        return Distiller(student, teacher, source, self, device)
+
+    def train(self, student: Student, teacher: nn.Module, source: SampleSource, run: Run) -> None:
+        """Train the student in place; see `distill`."""
+        logger.info(f"distilling {self.steps} steps at learning rate {self.learning_rate:g}")
+        distill(student, teacher, source, self, run)
 
 
 def layer_views(student: Student, teacher: GraphModule) -> tuple[GraphModule, GraphModule]:

@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 
 from zsq.errors import InputError
 from zsq.graph import edit
-from zsq.graph.batchnorm import fold
+from zsq.graph.fold import fold
 from zsq.quantization.prepare import weight_name
 from zsq.quantization.quantizers import WeightQuantizer
 from zsq.quantization.range_rules import weight_mse

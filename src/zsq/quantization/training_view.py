@@ -4,7 +4,6 @@ ReLU, ReLU6 and hardtanh are left to the quantizers behind them. On a GPU, where
 starting kernels takes longer than they run, all weights are rounded and all biases centred at once.
 """
 
-import math
 import operator
 from collections.abc import Sequence
 from types import ModuleType
@@ -13,12 +12,16 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from zsq.graph import edit
+from zsq.graph.activations import clamp_limits
 from zsq.graph.edit import argument, aten
 from zsq.quantization.bias_centring import centred_bias
-from zsq.quantization.fake_quantize import HALF_STEP, SMALLEST_SCALE, Clip
+from zsq.quantization.fake_quantize import HALF_STEP, SMALLEST_SCALE
 from zsq.quantization.prepare import prepared_layers, quantized_weight, weight_node
 from zsq.quantization.quantizers import DEAD_CHANNEL, ActivationQuantizer, WeightQuantizer
 from zsq.runtime.gpu import kernels
+
+MERGED = (aten.relu.default, aten.relu6.default, aten.hardtanh.default)
+"""Activations whose gradient is 0 at their limits, as that of a quantizer that clips; `clamp` has 1 there."""
 
 
 def merged(network: GraphModule) -> GraphModule:
@@ -38,28 +41,13 @@ def merged(network: GraphModule) -> GraphModule:
     return view
 
 
-def clip_of(node: object) -> Clip | None:
-    """Return the limits of an activation function that passes on what lies between two values; None for others."""
-    if not isinstance(node, Node):
-        return None
-    if node.target is aten.relu.default:
-        return 0.0, math.inf
-    if node.target is aten.relu6.default:
-        return 0.0, 6.0
-    if node.target is aten.hardtanh.default:
-        return float(argument(node, 1, -1.0)), float(argument(node, 2, 1.0))
-    return None
-
-
 def _merge_activation(view: GraphModule, node: Node) -> None:
     """Let the quantizer that a node calls clip its input, where an activation function does so for it alone."""
     function = node.args[0] if node.op == "call_module" else None
-    clip = clip_of(function)
-    if clip is None or not isinstance(view.get_submodule(str(node.target)), ActivationQuantizer):
+    if not isinstance(function, Node) or function.target not in MERGED or len(function.users) != 1:
         return
-    assert isinstance(function, Node)
-    if len(function.users) == 1:
-        node.args = (function.args[0], clip)
+    if isinstance(view.get_submodule(str(node.target)), ActivationQuantizer):
+        node.args = (function.args[0], clamp_limits(function))
 
 
 def _merge_weights(view: GraphModule, fused: ModuleType) -> None:

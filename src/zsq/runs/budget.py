@@ -15,7 +15,6 @@ import torch
 from zsq.errors import InputError
 from zsq.models.teacher import Teacher
 from zsq.quantization.ptq import quantize_ptq
-from zsq.quantization.qat import QAT, Distiller
 from zsq.runs.settings import Settings
 from zsq.runtime import distributed
 from zsq.runtime.cuda_graphs import forgetting
@@ -129,8 +128,7 @@ def _measured_plan(
     patience = max(2.0, MEASURING_SHARE * budget_seconds)
     method, quantizer = settings.method, settings.quantizer
     probe = Run(seed=run.seed, device=run.device)
-    tiny = replace(method, steps=0) if method.steps else method  # type: ignore[type-var]
-    surrogate = tiny.fit(teacher, probe, distill_steps=MOST_DISTILL_STEPS)
+    surrogate = method.with_steps(0).fit(teacher, probe, distill_steps=MOST_DISTILL_STEPS)
     source = surrogate.source
     fit_seconds = 0.0
     if method.steps and not fitted:
@@ -143,15 +141,15 @@ def _measured_plan(
         lambda: source.sample(PROBE_IMAGES),
         few,
         probe,
-        learnable=isinstance(quantizer, QAT),
+        learnable=quantizer.trains_scales,
         statistics=surrogate.statistics,
     )
     calibrate_seconds = (time.perf_counter() - start) / PROBE_IMAGES
     batch = next(iter(source.sample(PROBE_IMAGES)))
     forward_seconds = seconds_each(lambda _: teacher.network(batch.images), at_least_seconds=0.5) / PROBE_IMAGES
     distill_seconds = 0.0
-    if isinstance(quantizer, QAT):
-        distiller = Distiller(student, teacher.network, source, quantizer, run.device)
+    distiller = quantizer.learner(student, teacher.network, source, run.device)
+    if distiller is not None:
         distill_seconds = seconds_each(partial(probe.take, distiller), at_least_seconds=patience)
     layers = sum(1 for name, _ in student.network.named_children() if name.startswith("weight_"))
     images = PROBE_IMAGES if surrogate.statistics else quantizer.num_samples  # statistics ask for none

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from zsq.evaluation.accuracy import Evaluation
-from zsq.export.onnx import canonical_sha256
+from zsq.export.content_hash import canonical_sha256
 from zsq.export.verify import OnnxClassifier, Verification, require
 from zsq.methods import Surrogate
-from zsq.quantization import QAT
 from zsq.quantization.prepare import Bits, Student, mean_weight_bits
 from zsq.runs.fitted import GENERATOR
 from zsq.runs.job import Job
@@ -135,7 +134,7 @@ def _record(
         bits=_described_bits(job, student),
         activation_scope=quantizer.activation_scope,
         range_rule="batch-norm" if surrogate.statistics else quantizer.resolved_range_rule,
-        kd_weight=quantizer.resolved_kd_weight(surrogate.source) if isinstance(quantizer, QAT) else None,
+        kd_weight=quantizer.resolved_kd_weight(surrogate.source),
         seed=job.run.seed,
         data=job.data.name if job.data else None,
         verification=verification,

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from zsq.errors import InputError
 from zsq.evaluation.accuracy import Evaluation, Predict, evaluate_many
-from zsq.export.onnx import output_step, write_onnx, write_pt2
+from zsq.export.converted import output_step
+from zsq.export.onnx import write_onnx
+from zsq.export.pt2 import write_pt2
 from zsq.export.verify import OnnxClassifier, Verification, verify_onnx
 from zsq.methods import Surrogate
 from zsq.quantization.convert import convert
 from zsq.quantization.prepare import Student
 from zsq.quantization.ptq import quantize_ptq
-from zsq.quantization.qat import QAT, distill
 from zsq.reports.pictures import save_grid
 from zsq.runs.fitted import GENERATOR
 from zsq.runs.job import Job
@@ -112,12 +113,10 @@ def quantize_network(job: Job, surrogate: Surrogate) -> Student:
         lambda: surrogate.source.sample(quantizer.num_samples),
         quantizer,
         job.run,
-        learnable=isinstance(quantizer, QAT) and quantizer.scales == "learnable",
+        learnable=quantizer.trains_scales,
         statistics=surrogate.statistics,
     )
-    if isinstance(quantizer, QAT):
-        logger.info(f"distilling {quantizer.steps} steps at learning rate {quantizer.learning_rate:g}")
-        distill(student, job.teacher.network, surrogate.source, quantizer, job.run)
+    quantizer.train(student, job.teacher.network, surrogate.source, job.run)
     return student
 
 

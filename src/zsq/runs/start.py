@@ -12,7 +12,7 @@ import torch
 
 from zsq.data.datasets import open_dataset
 from zsq.errors import InputError
-from zsq.graph.batchnorm import fold
+from zsq.graph.fold import fold
 from zsq.models.teacher import Teacher
 from zsq.quantization import PTQ
 from zsq.quantization.prepare import check_weight_names
@@ -160,9 +160,7 @@ def _begun(job: Job, request: Request) -> Job:
         fitted=job.fitted is not None,
     )
     if request.overwrite and job.fitted is None and not measured:
-        method: Any = settings.method
-        tiny = replace(method, steps=0) if method.steps else method
-        tiny.fit(job.teacher, Run(seed=job.run.seed, device=job.run.device))
+        settings.method.with_steps(0).fit(job.teacher, Run(seed=job.run.seed, device=job.run.device))
     facts: dict[str, Any] = {"seed": job.run.seed, "device": job.run.device.type, "processes": distributed.processes()}
     facts |= {"threads": torch.get_num_threads()} | measured | versions()
     if job.fitted:

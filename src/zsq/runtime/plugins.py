@@ -3,7 +3,6 @@
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import fields
 from functools import cached_property
 from importlib import metadata
 from typing import Any, ClassVar, get_args, get_origin, get_type_hints
@@ -28,15 +27,15 @@ class Registry(Mapping[str, Any]):
     Args:
         group: entry point group, and name of the logger.
         kind: what a class is called in messages, such as `method`.
-        protocol: the members that each class must have.
+        base: the class from which each is derived.
         own: zsq's own classes, each with a `name`. A plugin cannot replace them.
 
     Raises:
         InputError: a class that was asked for by name cannot be used; the message says why.
     """
 
-    def __init__(self, group: str, *, kind: str, protocol: type, own: Iterable[Any]) -> None:
-        self.group, self.kind, self.protocol = group, kind, protocol
+    def __init__(self, group: str, *, kind: str, base: type, own: Iterable[Any]) -> None:
+        self.group, self.kind, self.base = group, kind, base
         self._own: dict[str, Any] = {found.name: found for found in own}
         self._usable: dict[str, Any] = {}
         self._faults: dict[str, str] = {}
@@ -88,7 +87,7 @@ class Registry(Mapping[str, Any]):
             return
         try:
             found = entry.load()
-            fault = next(_faults(found, entry.name, self.protocol), None)
+            fault = next(_faults(found, entry.name, self.base), None)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever the package's code does on import
             fault = f"loading {entry.value} raises {_told(error)}"
         if fault is None:
@@ -105,26 +104,28 @@ class Registry(Mapping[str, Any]):
             logging.getLogger(self.group).warning("%s", text)
 
 
-def _faults(found: Any, name: str, protocol: type) -> Iterator[str]:
+def _faults(found: Any, name: str, base: type) -> Iterator[str]:
     """Yield why an object cannot serve as the class of that name."""
     parameters = getattr(found, "__dataclass_params__", None)
     if not isinstance(found, type) or parameters is None or not parameters.frozen:
         yield f"{found!r} is not a frozen dataclass"
         return
-    settings = {field.name for field in fields(found)}
-    for member, hint in get_type_hints(protocol).items():
-        if member not in settings and not _defines(found, member, protocol):
-            yield f"{found.__name__} has no '{member}'"
-        elif get_origin(hint) is ClassVar:
+    if not issubclass(found, base):
+        yield f"{found.__name__} is no subclass of {base.__module__}.{base.__name__}"
+        return
+    for member, hint in get_type_hints(base).items():
+        if get_origin(hint) is ClassVar:
             yield from _value_faults(found, member, get_args(hint)[0])
-    for member, wanted in inspect.getmembers(protocol, inspect.isfunction):
-        if not member.startswith("_"):
-            yield from _call_faults(found, member, wanted, protocol)
+    for member in sorted(getattr(base, "__abstractmethods__", ())):
+        yield from _call_faults(found, member, getattr(base, member))
     if found.name != name:  # type: ignore[attr-defined]
         yield f"{found.__name__}.name is '{found.name}', not '{name}'"  # type: ignore[attr-defined]
 
 
 def _value_faults(found: type, member: str, hint: Any) -> Iterator[str]:
+    if not hasattr(found, member):
+        yield f"{found.__name__} has no '{member}'"
+        return
     value = getattr(found, member)
     try:
         TypeAdapter(hint).validate_python(value, strict=True)
@@ -132,9 +133,9 @@ def _value_faults(found: type, member: str, hint: Any) -> Iterator[str]:
         yield f"{found.__name__}.{member} is {value!r}: {error.errors()[0]['msg']}"
 
 
-def _call_faults(found: type, member: str, wanted: Callable[..., Any], protocol: type) -> Iterator[str]:
-    method = getattr(found, member, None)
-    if not callable(method) or not _defines(found, member, protocol):
+def _call_faults(found: type, member: str, wanted: Callable[..., Any]) -> Iterator[str]:
+    method = getattr(found, member)
+    if not callable(method) or method is wanted:
         yield f"{found.__name__} has no method '{member}'"
         return
     parameters = inspect.signature(wanted).parameters.values()
@@ -145,12 +146,6 @@ def _call_faults(found: type, member: str, wanted: Callable[..., Any], protocol:
     except TypeError as error:
         call = ", ".join([*placed[1:], *(f"{name}=..." for name in named)])
         yield f"{found.__name__} cannot be called as {member}({call}): {error}"
-
-
-def _defines(found: type, member: str, protocol: type) -> bool:
-    """Tell whether a class has a member that is more than the stub of a protocol that it inherits from."""
-    absent = object()
-    return getattr(found, member, absent) is not getattr(protocol, member, absent)
 
 
 def _package(entry: metadata.EntryPoint) -> str:

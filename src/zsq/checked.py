@@ -1,0 +1,104 @@
+"""Settings that check themselves: each field's type says what values it takes, whoever makes the object."""
+
+import math
+from dataclasses import asdict, fields, is_dataclass
+from functools import cache
+from os import PathLike
+from typing import Annotated, Any, ClassVar, get_args, get_type_hints
+
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from zsq.errors import InputError
+
+
+def _as_text(value: object) -> object:
+    return str(value) if isinstance(value, (int, float, PathLike)) else value
+
+
+Text = Annotated[str, BeforeValidator(_as_text)]
+"""Text; a number or a path is read as its text."""
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+BatchSize = Annotated[int, Field(ge=2, description="batch statistics need at least 2 images")]
+Width = Annotated[int, Field(ge=2, le=8, description="widths from 2 to 8 work")]
+"""Bits of an integer."""
+Factor = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+"""Of a loss, which 0 leaves out; or of a standard deviation."""
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+AtLeastOne = Annotated[float, Field(ge=1, allow_inf_nan=False)]
+Momentum = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+PositiveShare = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+
+OUTSIDE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
+"""Pydantic's names of the faults of a value of the right kind outside of its range."""
+
+
+class Checked:
+    """Base of frozen dataclasses of settings, whose fields are converted to their types and checked when made.
+
+    Raises:
+        InputError: a value is of another kind or out of range, such as ``method.steps is -1; it must be at least 0.``
+    """
+
+    __slots__ = ()
+
+    section: ClassVar[str]
+    """Table of a recipe in which the settings stand, which errors name in front of a setting."""
+
+    def __post_init__(self) -> None:
+        for name, (hint, adapter) in _fields(type(self)).items():  # type: ignore[arg-type]
+            try:
+                value = adapter.validate_python(getattr(self, name))
+            except ValidationError as error:
+                raise InputError(_said(f"{self.section}.{name}", hint, error)) from error
+            object.__setattr__(self, name, value)
+        self.check()
+
+    def check(self) -> None:
+        """Check what concerns several fields, or what a type cannot say."""
+
+
+@cache
+def _fields(kind: type) -> dict[str, tuple[Any, TypeAdapter[Any]]]:
+    """Return type and validator of each field."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {field.name: (hints[field.name], TypeAdapter(hints[field.name])) for field in fields(kind)}
+
+
+def _said(where: str, hint: Any, error: ValidationError) -> str:
+    """Return what is wrong with a value, and what would work."""
+    first = error.errors()[0]
+    value = first["input"]
+    where = ".".join([where, *map(str, first["loc"])])
+    if first["type"] == "finite_number" or (isinstance(value, float) and not math.isfinite(value)):
+        return f"{where} is {value}; a finite number is expected."
+    if first["type"] in OUTSIDE:
+        return f"{where} is {value}; {_range(hint)}."
+    return f"{where} is {value!r}: {first['msg']}."
+
+
+def _range(hint: Any) -> str:
+    """Return what the limits of a type are; it may stand in a union or be that of a dictionary's values."""
+    limited = _limited(hint)
+    assert limited is not None
+    if limited.description is not None:
+        return limited.description
+    given: dict[str, float] = {}
+    for limit in limited.metadata:
+        given |= asdict(limit) if is_dataclass(limit) and not isinstance(limit, type) else {}
+    low = f"[{given['ge']}" if "ge" in given else f"({given['gt']}" if "gt" in given else ""
+    high = f"{given['le']}]" if "le" in given else f"{given['lt']})" if "lt" in given else ""
+    if low and high:
+        return f"it must lie in {low}, {high}"
+    return f"it must be at least {given['ge']}" if "ge" in given else f"it must be above {given['gt']}"
+
+
+def _limited(hint: Any) -> FieldInfo | None:
+    """Return the limits that stand in a type."""
+    for part in get_args(hint):
+        found = part if isinstance(part, FieldInfo) else _limited(part)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,84 @@
+"""The canonical form of an ONNX model: equal networks are equal bytes."""
+
+from collections import Counter
+
+import onnx
+
+from zsq.errors import ExportError
+from zsq.export.image_spec import KEY, to_json
+from zsq.types import ImageSpec
+
+
+def canonical_onnx(model: onnx.ModelProto, spec: ImageSpec, kept: frozenset[str]) -> onnx.ModelProto:
+    """Strip the exporter's traces and name values by order, so that equal networks are equal bytes.
+
+    Args:
+        model: as exported; changed in place and returned.
+        spec: gives the shapes of input and output.
+        kept: names of initializers that stay: those of the network's own tensors.
+    Raises:
+        ExportError: the model holds control flow or functions.
+    """
+    graph = model.graph
+    if model.functions or any(attribute.HasField("g") for node in graph.node for attribute in node.attribute):
+        raise ExportError("the network branches or loops on its data; an ONNX file of it is not supported.")
+    strip_metadata(model)
+    names = {"": "", "images": "images", "logits": "logits"}
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    counts: Counter[str] = Counter()
+    for node in graph.node:
+        for slot, name in enumerate(node.input):
+            if name not in names:
+                names[name] = name if name in kept else _constant_name(node, slot, names, counts)
+        counts[node.op_type] += 1
+        node.name = f"{node.op_type}_{counts[node.op_type]}"
+        for slot, name in enumerate(node.output):
+            names.setdefault(name, f"{node.name.lower()}_output" + (f"_{slot}" if slot else ""))
+        node.input[:] = [names[name] for name in node.input]
+        node.output[:] = [names[name] for name in node.output]
+    used = [name for name in names if name in stored]
+    tensors = [onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(stored[name]), names[name]) for name in used]
+    graph.ClearField("initializer")
+    graph.initializer.extend(tensors)
+    _name_interface(model, spec)
+    return model
+
+
+def _constant_name(node: onnx.NodeProto, slot: int, names: dict[str, str], counts: Counter[str]) -> str:
+    """Name a constant for its first use: a weight's own scale after the weight, others by role and number."""
+    role = "constant"
+    if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+        role = ("input", "scale", "zero_point")[slot]
+        owned = f"{node.input[0]}.{role}"
+        if role == "scale" and names.get(node.input[0]) == node.input[0] != "images" and owned not in names.values():
+            return owned
+    counts[role] += 1
+    return f"{role}_{counts[role]}"
+
+
+def _name_interface(model: onnx.ModelProto, spec: ImageSpec) -> None:
+    """Declare input and output with the batch left open, and note the image spec in the metadata."""
+    graph = model.graph
+    shapes: dict[str, list[str | int | None]] = {
+        "images": ["batch", spec.channels, spec.height, spec.width],
+        "logits": ["batch", spec.classes],
+    }
+    for field, name in ((graph.input, "images"), (graph.output, "logits")):
+        if [value.name for value in field] != [name]:
+            raise ExportError(f"the network must have one input and one output; it has {[v.name for v in field]}.")
+        del field[:]
+        field.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shapes[name]))
+    graph.name = "zsq"
+    model.producer_name = "zsq"
+    onnx.helper.set_model_props(model, {KEY: to_json(spec)})
+
+
+def strip_metadata(model: onnx.ModelProto) -> None:
+    """Remove documentation, metadata, inferred shapes and the producer's name, in place."""
+    for field in ("producer_name", "producer_version", "domain", "model_version", "doc_string", "metadata_props"):
+        model.ClearField(field)
+    for field in ("value_info", "doc_string", "metadata_props"):
+        model.graph.ClearField(field)
+    for item in (*model.graph.node, *model.graph.initializer, *model.graph.input, *model.graph.output):
+        item.ClearField("doc_string")
+        item.ClearField("metadata_props")

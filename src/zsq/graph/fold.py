@@ -1,0 +1,53 @@
+"""Fold batch norms into the layers in front of them."""
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from zsq.graph import edit
+from zsq.graph.batchnorm import batch_norms
+from zsq.graph.edit import argument, aten, tensor_of
+
+
+def fold(network: GraphModule) -> tuple[GraphModule, dict[str, tuple[Tensor, Tensor]]]:
+    """Fold each batch norm into the convolution or linear layer in front of it.
+
+    A batch norm whose input has another reader, does not come from such a layer, or has its channels elsewhere, stays.
+
+    Returns:
+        The folded copy, and ``{weight name: (std, mean)}`` of what was folded, both [C]: standard deviation and mean of
+        the layer's output in training (|gamma| but for epsilon, and beta), which folding destroys and DFQ needs.
+    """
+    network = edit.copy_network(network)
+    record = {}
+    for norm in batch_norms(network):
+        layer = norm.node.args[0]
+        if not isinstance(layer, Node) or layer.target not in edit.LAYERS or len(layer.users) != 1:
+            continue
+        if layer.target is aten.linear.default and layer.meta["val"].dim() != 2:
+            continue  # [N, tokens, C]: the norm's channels are the tokens
+        weight, bias = tensor_of(network, layer.args[1]), tensor_of(network, argument(layer, 2))
+        if weight is None or (bias is None and argument(layer, 2) is not None):
+            continue
+        name = str(layer.args[1].target)  # type: ignore[union-attr]
+        if len(layer.args[1].users) > 1:  # type: ignore[union-attr]
+            name = f"{name}_{layer.name}"  # a weight that two layers share gets a copy, since their norms differ
+        bias = torch.zeros_like(norm.mean) if bias is None else bias
+        bias_name = f"{name.removesuffix('.weight')}.bias" if name.endswith(".weight") else f"{name}_bias"
+        if _read_elsewhere(network, bias_name, layer):
+            bias_name = f"{name}_{layer.name}_bias"
+        edit.set_tensor(network, name, weight * norm.scale.view(-1, *[1] * (weight.dim() - 1)))
+        edit.set_tensor(network, bias_name, bias * norm.scale + norm.shift)
+        weight_node = edit.read_attribute(network, name, layer)
+        bias_node = edit.read_attribute(network, bias_name, layer)
+        layer.args = (layer.args[0], weight_node, bias_node, *layer.args[3:])
+        norm.node.replace_all_uses_with(layer)
+        network.graph.erase_node(norm.node)
+        record[name] = (norm.std, norm.beta)
+    return edit.finish(network), record
+
+
+def _read_elsewhere(network: GraphModule, name: str, layer: Node) -> bool:
+    """Tell whether any node but `layer` reads the tensor of that name."""
+    readers = {u for n in network.graph.nodes if n.op == "get_attr" and n.target == name for u in n.users}
+    return bool(readers - {layer})
