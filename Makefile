@@ -4,8 +4,10 @@ PYTHON ?= python3
 TORCH ?=
 BIN := .venv/bin
 STAMP := .venv/.installed$(TORCH:%=-torch-%)
+# One file stays in one process, so that its tests share their fixtures.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --enforce-slow
 
-.PHONY: help demo test check bench bench-peers docs clean
+.PHONY: help demo quick test check bench bench-peers docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -22,15 +24,18 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)  ## quantize the bundled network to INT8, INT6 and INT4 and print one table
 	$(BIN)/python examples/demo.py
 
-test: $(STAMP)  ## run all tests
-	$(BIN)/python -m pytest -n 2
+quick: $(STAMP)  ## run the tests that take less than about half a second each, under a minute
+	$(PYTEST) -m 'not slow and not real'
 
-check: $(STAMP)  ## format, lint, types and the fast tests
+test: $(STAMP)  ## run all tests
+	$(PYTEST)
+
+check: $(STAMP)  ## format, lint, types, the order of imports, and the quick tests
 	$(BIN)/ruff format --check src tests examples benchmarks tools
 	$(BIN)/ruff check src tests examples benchmarks tools
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/python -m pytest -n 2 -m 'not slow and not real'
+	@$(MAKE) --no-print-directory quick
 
 bench: $(STAMP)  ## measure steps, growth, memory and the deployed file at small sizes; writes to benchmarks/results
 	$(BIN)/python benchmarks/moments.py

@@ -1,13 +1,18 @@
 """Fixtures that several test files use."""
 
+import copy
+import functools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from zsq.runs.console import Lines
+
+pytest_plugins = ["enforce_slow", "pytester"]
 
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -43,3 +48,18 @@ def said() -> Iterator[list[str]]:
     yield handler.lines
     logger.removeHandler(handler)
     logger.setLevel(level)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def operators_listed_once() -> Iterator[None]:
+    """The exporter lists its operators anew for every file: half a second, of two, for the same list."""
+    listed = functools.cache(ONNXRegistry.from_torchlib)
+
+    def from_torchlib(cls: type[ONNXRegistry], **options: object) -> ONNXRegistry:
+        registry = copy.copy(listed(**options))
+        registry.functions = {name: list(functions) for name, functions in registry.functions.items()}
+        return registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", classmethod(from_torchlib))
+        yield

@@ -62,6 +62,7 @@ def test_exponent() -> None:
     assert growth.exponent([10, 100, 1000], [5, 5, 5]) == pytest.approx(0)
 
 
+@pytest.mark.slow
 def test_step_writes_its_record(tmp_path) -> None:
     given = ["--network", "digits", "--batch", "4", "--steps", "1", "--small", "--device", "cpu"]
     record = step.main([*given, "--results", str(tmp_path)])
@@ -85,6 +86,7 @@ def test_parts_refuse_another_batch() -> None:
         parts.check_same(source, images, torch.zeros(4, 10), [])
 
 
+@pytest.mark.slow
 def test_growth_writes_its_record(tmp_path, monkeypatch) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(growth, "PICTURE", tmp_path / "growth.png")

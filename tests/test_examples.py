@@ -12,6 +12,7 @@ from zsq.models.teacher import load_teacher
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "parameters", "norms"),
     [
@@ -44,13 +45,14 @@ def test_real_weights_reach_their_accuracy(real_data, model, weights, images, co
     assert result.top1_correct == pytest.approx(counts[0], abs=2)
 
 
+@pytest.mark.slow
 def test_every_script_imports() -> None:
     """In one process; their names stand beside each other in no package."""
     root = EXAMPLES.parent
     scripts = [path for folder in ("examples", "benchmarks") for path in sorted((root / folder).glob("*.py"))]
     assert len(scripts) > 15
     text = "import importlib, sys\nfor name in sys.argv[1:]:\n    importlib.import_module(name)"
-    path = os.pathsep.join([str(root / "benchmarks"), str(root / "examples")])
+    path = os.pathsep.join([str(root / "benchmarks"), str(root / "examples"), os.environ.get("PYTHONPATH", "")])
     subprocess.run(
         [sys.executable, "-c", text, *(script.stem for script in scripts)],
         check=True,

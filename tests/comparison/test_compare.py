@@ -219,6 +219,7 @@ def test_a_fit_serves_other_runs_by_from(ran, recipe, tmp_path):
     assert found.method.steps == 4
 
 
+@pytest.mark.slow
 def test_a_stopped_comparison_continues_with_the_missing_cells(ran, recipe, tmp_path):
     ran.stop_before = "zscgan/qat-4/0"
     with pytest.raises(KeyboardInterrupt):
@@ -242,6 +243,7 @@ def test_a_stopped_comparison_continues_with_the_missing_cells(ran, recipe, tmp_
     assert ran.cells == []
 
 
+@pytest.mark.slow
 def test_cells_are_run_again_only_where_the_recipe_changed_them(ran, recipe, tmp_path):
     compare(recipe, out=tmp_path / "out")
     ran.cells.clear()
@@ -429,6 +431,7 @@ def test_claims_by_paired_intervals(outcomes):
     assert (last.difference.mean, last.difference.low, last.word) == (0, 0, "holds")
 
 
+@pytest.mark.slow
 def test_a_claim_without_doubt_either_way_is_open_and_the_opposite_is_contradicted(ran, recipe, tmp_path):
     text = RECIPE.partition("[[claims]]")[0]
     text += '[[claims]]\nabove = "noise/qat"\nbelow = "real/qat"\n[[claims]]\nabove = "noise/ptq"\nbelow = "real/ptq"\n'
@@ -549,6 +552,7 @@ def test_a_small_grid_of_verified_files(recipe, tmp_path):
     assert alone.record.teacher_agreement == same.teacher_agreement
 
 
+@pytest.mark.slow
 def test_rows_without_a_finished_cell_are_left_out(ran, recipe, tmp_path):
     compare(recipe, out=tmp_path / "out", only="*/ptq-8/*")
     rows = list(csv.DictReader(io.StringIO((tmp_path / "out" / "table.csv").read_text())))
@@ -577,6 +581,7 @@ def test_two_jobs_run_the_cells_of_a_comparison(recipe: Path, tmp_path: Path, sa
     assert "98." in (tmp_path / "out" / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_without_the_engine_the_cells_run_in_order(
     ran: Ran, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said
 ) -> None:

@@ -113,6 +113,7 @@ def test_other_convolutions_are_left(unfit):
     assert model.SerializeToString(deterministic=True) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", ["8", "4"])
 def test_a_file_with_such_a_stem_agrees_with_the_simulation(bits, tmp_path: Path):
     torch.manual_seed(0)

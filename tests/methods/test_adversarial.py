@@ -71,6 +71,7 @@ def distance(teacher: Teacher, source: AdversarialSource, student: Student) -> f
         return kl_divergence(teacher.network(images), student.eval()(images)).item()
 
 
+@pytest.mark.slow
 def test_against_a_student_the_distance_grows(teacher, warm):
     found = {}
     for weight in (0.0, 50.0):
@@ -135,6 +136,7 @@ def test_the_distance_is_the_students_in_evaluation(teacher, warm):
     assert source.batch(1, student).losses["student_kl"] < 0.2 * wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scales", ["learnable", "moving-average"])
 def test_a_saved_distillation_goes_on_bit_for_bit(teacher, warm, tmp_path, scales):
     def distiller() -> Distiller:

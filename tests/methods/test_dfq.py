@@ -302,6 +302,7 @@ def test_clipped_channels_are_rounded_once_and_converted() -> None:
     assert ((answers - converted).abs() > step / 2).float().mean() < 0.02
 
 
+@pytest.mark.slow
 def test_a_run_has_no_images_to_show_and_no_labels_to_recognise(tmp_path: Path, said: list[str]) -> None:
     teacher = zsq.load_teacher("digits")
     result = zsq.quantize(teacher, out=tmp_path / "run", method="dfq", data="digits", device="cpu")

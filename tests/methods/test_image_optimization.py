@@ -364,6 +364,7 @@ def test_the_students_answer_reaches_the_images(teacher: Teacher) -> None:
     assert not any(parameter.requires_grad for parameter in student.parameters())
 
 
+@pytest.mark.slow
 def test_competition_drives_teacher_and_student_apart(teacher: Teacher) -> None:
     settings = DeepInversion(
         steps=40, iterations=40, batch_size=32, feature_weight=0.1, learning_rate=0.2, jitter=0, flip=False,

@@ -116,6 +116,7 @@ class TestPytorchcv:
     def library(self):
         return pytest.importorskip("pytorchcv.model_provider")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "size", "classes"),
         [("resnet20_cifar10", 32, 10), ("resnet20_cifar100", 32, 100), ("resnet20_svhn", 32, 10)],
@@ -127,6 +128,7 @@ class TestPytorchcv:
         assert teacher.weights_source == "random"
         assert not [node for node in teacher.network.graph.nodes if "relu_" in str(node.target)]
 
+    @pytest.mark.slow
     def test_a_network_that_reads_a_former_name_of_numpy(self) -> None:
         assert load_teacher("pytorchcv:regnetx002", weights="random").spec.height == 224
         assert not hasattr(np, "int")
@@ -149,6 +151,7 @@ class TestPytorchcv:
         assert (spec.height, spec.width, spec.resize, spec.classes) == (size, size, resize, classes)
         assert (spec.mean, spec.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
+    @pytest.mark.slow
     def test_other_channels_and_classes(self) -> None:
         teacher = load_teacher(
             "pytorchcv:mobilenetv2_wd4",

@@ -73,7 +73,7 @@ def test_simulation_and_converted_graph_agree(bits: str) -> None:
     assert steps.abs().max() <= 2.01
 
 
-def test_the_file_agrees_and_computes_it_in_integers(tmp_path: Path) -> None:
+def test_the_file_agrees_and_computes_it_and_hard_sigmoid_in_integers(tmp_path: Path) -> None:
     student = quantized(graph(Mobile), PTQ(bits="8"))
     converted = convert(student)
     path = tmp_path / "model.onnx"
@@ -87,6 +87,9 @@ def test_the_file_agrees_and_computes_it_in_integers(tmp_path: Path) -> None:
     fused = fused_operators(path)
     assert fused.count("QLinearMul") == 2
     assert fused.count("QLinearGlobalAveragePool") == 2
+    assert "HardSigmoid" not in fused
+    assert fused.count("QuantizeLinear") == 1  # of the images
+    assert fused.count("DequantizeLinear") == 1  # of the logits
 
 
 def test_a_student_with_it_trains() -> None:

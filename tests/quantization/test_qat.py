@@ -64,6 +64,7 @@ def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> set[str]:
     return {name for name in one if not torch.equal(one[name], other[name])}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scales", "bits", "rule"),
     [("learnable", "3", "mse"), ("learnable", "4", "minmax"), ("moving-average", "4", "minmax")],
@@ -251,14 +252,15 @@ def test_views_share_the_tensors_and_answer_alike(teacher: Teacher) -> None:
     assert not torch.equal(ours(x)[1][0], found[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["toy", "digits"])
 def test_layers_come_nearer_where_they_are_distilled(teacher: Teacher, name: str) -> None:
     net = teacher if name == "toy" else load_teacher("digits")
     method = METHODS["light"] if name == "toy" else Real(data="digits:train", batch_size=32)
     losses = {}
     for weight in (0.0, 10.0):
-        settings = settings_of(steps=60, learning_rate=1e-3, intermediate_weight=weight, bits="3", kd_weight=1.0)
-        source = method.fit(net, Run(seed=3), distill_steps=60).source
+        settings = settings_of(steps=30, learning_rate=2e-3, intermediate_weight=weight, bits="3", kd_weight=1.0)
+        source = method.fit(net, Run(seed=3), distill_steps=30).source
         student = quantize_ptq(net.network, lambda: source.sample(32), settings, Run(), learnable=True)  # noqa: B023
         x, keys = next(source.sample(64)).images, student.state_dict().keys()
         before = distances(student, net, x)

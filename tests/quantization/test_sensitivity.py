@@ -138,6 +138,7 @@ def test_a_shared_weight_counts_for_each_layer_that_stores_it():
     assert set(sensitivities(graph(SharedLayer), images(4), (4,))) == set(sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["cifar10.py:cifar10_resnet20", "mobilenet_v1.py:mobilenet_v1_025"])
 def test_names_are_those_of_the_weights_file(model):
     path = Path(__file__).parents[2] / "examples" / model

@@ -74,6 +74,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_all_files_of_the_run_exist(ptq, qat):
     assert {path.name for path in ptq.folder.iterdir()} == {*ARTIFACTS, "checkpoints"}
     assert [path.name for path in (ptq.folder / "checkpoints").iterdir()] == ["fit.safetensors"]
@@ -124,6 +125,7 @@ def test_recorded_accuracy_is_that_of_the_file(ptq, teacher):
     assert ptq.record.evaluation["float"].teacher_agreement == 100
 
 
+@pytest.mark.slow
 def test_without_data_no_accuracy_is_claimed(qat):
     for name in ("float_top1", "quantized_top1", "simulated_top1", "teacher_agreement", "data"):
         assert getattr(qat.record, name) is None
@@ -132,6 +134,7 @@ def test_without_data_no_accuracy_is_claimed(qat):
     assert qat.record.verification.num_images == 500
 
 
+@pytest.mark.slow
 def test_settings_are_resolved_and_facts_are_written(qat, teacher):
     content = tomllib.loads((qat.folder / "settings.toml").read_text())
     assert content["teacher"]["weights_sha256"] == teacher.weights_sha256
@@ -141,6 +144,7 @@ def test_settings_are_resolved_and_facts_are_written(qat, teacher):
     assert content["run"]["threads"] == torch.get_num_threads()
 
 
+@pytest.mark.slow
 def test_metrics_tell_each_loss_of_both_phases(qat):
     lines = [json.loads(line) for line in (qat.folder / "metrics.jsonl").read_text().splitlines()]
     assert [(line["phase"], line["step"]) for line in lines] == [("fit", 5), ("distill", 4)]
@@ -172,6 +176,7 @@ def test_two_repetitions_give_the_same_hashes(request, teacher, tmp_path, name):
     assert (again.folder / "samples.png").read_bytes() == (first.folder / "samples.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_generator(ptq, teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "write_onnx", _stop)
     with pytest.raises(InputError, match="far enough"):
@@ -179,6 +184,7 @@ def test_another_seed_gives_another_generator(ptq, teacher, tmp_path, monkeypatc
     assert hashes(tmp_path)["generator.safetensors"] != hashes(ptq.folder)["generator.safetensors"]
 
 
+@pytest.mark.slow
 def test_the_teacher_is_left_alone(qat, teacher):
     assert load_teacher("digits").weights_sha256 == teacher.weights_sha256 == qat.record.weights_sha256
     fresh = load_teacher("digits").network.state_dict()
@@ -247,6 +253,7 @@ def test_a_generator_of_another_network_is_refused(ptq, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_a_module_in_memory_with_4_channels_and_7_classes(tmp_path):
     net = network()
     net.train()
@@ -343,6 +350,7 @@ def test_a_file_that_disagrees_fails_and_keeps_everything(ptq, teacher, tmp_path
     assert record["quantized_top1"] == ptq.record.quantized_top1
 
 
+@pytest.mark.slow
 def test_a_network_that_cannot_be_exported_to_onnx_keeps_the_fit(teacher, tmp_path, monkeypatch):
     def fail(*_) -> None:
         raise ExportError("the network has no ONNX form")
@@ -392,6 +400,7 @@ def test_a_mistake_beside_overwrite_loses_nothing(ptq, teacher, wrong):
     assert contents(ptq.folder) == before
 
 
+@pytest.mark.slow
 def test_a_budget_chooses_steps_that_repeat_the_run(ptq, teacher, tmp_path, monkeypatch, said):
     def chosen(settings, *_, **__):
         return Plan(settings.with_steps(method=5), 0.25, 0.0, 3.0)
@@ -417,6 +426,7 @@ def test_a_finished_run_may_be_resumed_and_knows_its_settings(ptq, teacher):
     assert result.record.settings == ptq.record.settings
 
 
+@pytest.mark.slow
 def test_overwrite_starts_anew(ptq, teacher, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
@@ -534,6 +544,7 @@ def test_a_killed_run_on_a_reused_generator_goes_on_with_it(ptq, killed, teacher
     assert (folder / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_data_may_be_a_path(teacher, tmp_path):
     np.savez(tmp_path / "x.npz", images=np.zeros((4, 8, 8, 1), np.uint8), labels=np.zeros(4, int))
     result = quantize(
@@ -542,6 +553,7 @@ def test_data_may_be_a_path(teacher, tmp_path):
     assert result.record.data == str(tmp_path / "x.npz")
 
 
+@pytest.mark.slow
 def test_agreement_on_fresh_samples_stands_for_accuracy_where_no_data_is_given(teacher, tmp_path, said):
     """Real images in the place of samples: then both are known."""
     settings = {"method.data": "digits:train", "method.limit": 500}
@@ -557,6 +569,7 @@ def test_agreement_on_fresh_samples_stands_for_accuracy_where_no_data_is_given(t
     assert [f"for only {low:.1f} % of the samples; --quantizer qat or more bits" in said[-1]] == [True]
 
 
+@pytest.mark.slow
 def test_samples_of_few_classes_tell_nothing(ptq, teacher, tmp_path, said):
     settings = ("method.steps=1", "method.batch_size=8", "method.width=8", "quantizer.num_samples=16")
     settings += ("method.bound_contrast=false",)
@@ -575,6 +588,7 @@ def test_fresh_samples_are_others_than_those_that_calibrate(teacher):
     assert not used & fresh
 
 
+@pytest.mark.slow
 def test_progress_and_warnings_are_shown_unless_quiet(teacher, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(stages, "write_onnx", _stop)
     for quiet in (False, True):
@@ -589,6 +603,7 @@ def test_settings_as_one_text_are_refused(teacher, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_recipe_of_a_run_brings_its_seed(teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "write_onnx", _stop)
     hashed = []
@@ -605,6 +620,7 @@ def test_the_recipe_of_a_run_brings_its_seed(teacher, tmp_path, monkeypatch):
         quantize(teacher, out=tmp_path / "first", resume=True)
 
 
+@pytest.mark.slow
 def test_a_generator_that_was_cut_is_written_anew_on_resume(ptq, teacher, tmp_path, said):
     folder = tmp_path / "run"
     shutil.copytree(ptq.folder, folder)
@@ -614,6 +630,7 @@ def test_a_generator_that_was_cut_is_written_anew_on_resume(ptq, teacher, tmp_pa
     assert "generator.safetensors is not a readable safetensors file" in "".join(said)
 
 
+@pytest.mark.slow
 def test_resuming_nothing_says_so(teacher, tmp_path, monkeypatch, said):
     monkeypatch.setattr(stages, "write_onnx", _stop)
     with pytest.raises(InputError, match="far enough"):

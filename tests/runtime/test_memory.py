@@ -37,6 +37,7 @@ def new_pages() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
+@pytest.mark.slow
 @GLIBC
 def test_what_is_freed_is_used_again_within_the_block() -> None:
     """In a process of its own, whose heap has no gaps of other tests."""
