@@ -636,3 +636,25 @@ def test_resuming_nothing_says_so(teacher, tmp_path, monkeypatch, said):
     with pytest.raises(InputError, match="far enough"):
         quantize(teacher, out=tmp_path / "run", settings=PTQ, resume=True)
     assert f"{tmp_path / 'run'} holds no run to continue; this one starts anew" in said
+
+
+@pytest.mark.parametrize("budget_given", [False, True])
+def test_the_source_is_seen_to_start_once_before_a_folder_is_overwritten(budget_given, teacher, tmp_path, monkeypatch):
+    """By the probe that measures a step where there is a budget; then it is built to be trained."""
+    (tmp_path / "settings.toml").write_text("")
+    made = []
+    honest = ZSCGAN.source
+
+    def counted(self, *arguments):
+        made.append((tmp_path / "settings.toml").read_text() != "")
+        return honest(self, *arguments)
+
+    monkeypatch.setattr(ZSCGAN, "source", counted)
+    monkeypatch.setattr(stages, "write_onnx", _stop)
+    monkeypatch.setattr(budget, "MOST_FIT_STEPS", 12)
+    monkeypatch.setattr(budget.seconds_each, "__kwdefaults__", {"at_least": 2, "at_least_seconds": 0.01})
+    settings = tuple(text for text in PTQ if "steps" not in text or not budget_given)
+    asked = {"budget": "1m"} if budget_given else {}
+    with pytest.raises(InputError, match="far enough"):
+        quantize(teacher, out=tmp_path, settings=settings, overwrite=True, quiet=True, **asked)
+    assert made == [False, True]

@@ -104,7 +104,7 @@ def test_wrong_names_and_values_are_quoted(arguments, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[methods]\nsteps = 3\n", r"Unknown table 'methods'. Did you mean 'method'\?"),
+        ("[methods]\nsteps = 3\n", r"'methods' is no list of tables; write \[\[methods\]\], or \[method\] for one"),
         ("method = 3\n", r"'method' is a value; a table \[method\] is expected"),
         ("[method]\nsteps = \n", "is not TOML: .*line 2"),
         ('[method]\nname = "nois"\n', "Unknown method 'nois'"),

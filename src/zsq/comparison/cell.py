@@ -20,8 +20,9 @@ from zsq.models.teacher import Teacher
 from zsq.runs.fitted import GENERATOR, FittedRun
 from zsq.runs.job import Job, Outputs
 from zsq.runs.pipeline import Stopwatch, finish
+from zsq.runs.recipe_file import read_toml
 from zsq.runs.record import Record
-from zsq.runs.settings import Settings, read_toml
+from zsq.runs.settings import Settings
 from zsq.runs.settings_file import SETTINGS, teacher_table, write_settings
 from zsq.runs.stages import MODEL, fit, measure_recognition
 from zsq.runtime.files import replacing

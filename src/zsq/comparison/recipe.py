@@ -14,7 +14,8 @@ from zsq.methods import Real
 from zsq.models.network import Network
 from zsq.models.teacher import Teacher, load
 from zsq.quantization import PTQ, QUANTIZERS
-from zsq.runs.settings import Settings, build, check_pair, read_toml
+from zsq.runs.recipe_file import comparison_tables
+from zsq.runs.settings import Settings, build, check_pair
 
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 """Names of rows and columns: they become parts of cell names and folders."""
@@ -164,7 +165,7 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         InputError: it is not TOML, or a key, name or value is wrong; the text quotes it and the nearest known one.
     """
-    content = read_toml(path)
+    content = comparison_tables(path)
     try:
         recipe = _recipe(content)
         grid = cells(recipe)

@@ -82,6 +82,11 @@ class Request:
         """`settings`, each as `method.steps=500`."""
         return assignments(self.settings)
 
+    def weights_file(self) -> str | None:
+        """Return the absolute path of the network's weights where they are a file of the user's."""
+        weights = self.network.weights if isinstance(self.network, Network) else None
+        return None if weights in (None, "random") else str(Path(str(weights)).absolute())
+
     def teacher(self) -> Teacher:
         """Return the float network.
 

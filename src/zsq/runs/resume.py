@@ -9,7 +9,8 @@ import torch
 from zsq.errors import InputError
 from zsq.models.teacher import Teacher
 from zsq.runs.fitted import FittedRun
-from zsq.runs.settings import Settings, read_toml, resolve, to_tables
+from zsq.runs.recipe_file import read_toml, run_tables
+from zsq.runs.settings import Settings, resolve, to_tables
 from zsq.runs.settings_file import SETTINGS, shape_of, stored_spec
 from zsq.runtime import distributed
 from zsq.runtime.versions import versions
@@ -23,7 +24,7 @@ def chosen_seed(seed: int | None, recipe: Path | None, folder: Path, *, resume: 
         return seed
     stored = folder / SETTINGS
     path = stored if resume and stored.is_file() else recipe
-    found = None if path is None else read_toml(path).get("run", {}).get("seed")
+    found = None if path is None else run_tables(path)["run"].get("seed")
     return found if isinstance(found, int) else 0
 
 

@@ -1,6 +1,5 @@
 """Settings: defaults, then the recipe, then what the user sets, checked and written down before a run starts."""
 
-import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -10,10 +9,9 @@ from zsq.errors import InputError, unknown_name
 from zsq.methods import METHODS, Method
 from zsq.quantization import PTQ, QUANTIZERS
 from zsq.quantization.prepare import Bits
+from zsq.runs.recipe_file import SECTIONS, read_toml, run_tables
 
-SECTIONS = ("method", "quantizer")
-RECORD_SECTIONS = (*SECTIONS, "teacher", "run")
-"""What `settings.toml` holds; only `SECTIONS` are read from a recipe."""
+DEFAULTS = {"method": "zscgan", "quantizer": "ptq"}
 
 BITS_KEYS = ("weight", "activation", "weights")
 """What a file of widths holds: widths of all weights and of all activations, 8 if unset, and a table of weights."""
@@ -46,20 +44,6 @@ class Settings:
         return self.quantizer.distill_steps
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """Return the content of a TOML file.
-
-    Raises:
-        InputError: it is missing or is not TOML; the text gives the line.
-    """
-    try:
-        return tomllib.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not TOML: {error}.") from error
-
-
 def resolve(
     *,
     method: str | None = None,
@@ -74,48 +58,36 @@ def resolve(
     Args:
         method, quantizer: names; None takes the recipe's, else zscgan and ptq.
         bits: as `--bits`, a text or a TOML file of widths; None takes the recipe's.
-        recipe: a TOML file with tables `method` and `quantizer`; a run's `settings.toml` is one.
+        recipe: a TOML file (see `recipe_file`); a run's `settings.toml` is one.
         given: tables `method` and `quantizer`, without names.
         assignments: `method.steps=100` or `quantizer.range_rule=minmax`.
 
     Raises:
         InputError: a name or value is wrong; the text quotes it and the nearest known one.
     """
-    tables: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
-    if recipe is not None:
-        content = read_toml(recipe)
-        for section, table in content.items():
-            if section not in RECORD_SECTIONS:
-                raise InputError(f"{recipe}: {unknown_name('table', section, RECORD_SECTIONS)}")
-            if not isinstance(table, dict):
-                raise InputError(f"{recipe}: '{section}' is a value; a table [{section}] is expected.")
-            if section in SECTIONS:
-                tables[section] |= table
-    named_anywhere: set[str] = set()
-    names = {"method": method or "zscgan", "quantizer": quantizer or "ptq"}
+    read = {} if recipe is None else run_tables(recipe)
+    names: dict[str, str] = {}
+    tables: dict[str, dict[str, Any]] = {}
+    chosen: set[str] = set()
     for section, asked in (("method", method), ("quantizer", quantizer)):
-        named = tables[section].pop("name", None)
-        if named is not None and not isinstance(named, str):
-            raise InputError(f"{recipe}: {section}.name is {named!r}; a name is expected.")
-        named_anywhere |= {f"{section}.name"} if named or asked else set()
-        named = named or names[section]
-        if asked is not None and asked != named:
-            tables[section] = _shared(section, asked, tables[section])
-        names[section] = asked or named
-    for section, table in (given or {}).items():
-        tables[section] |= table
+        table = read.get(section, {})
+        stored = table.pop("name", None)
+        if stored is not None and not isinstance(stored, str):
+            raise InputError(f"{recipe}: {section}.name is {stored!r}; a name is expected.")
+        names[section] = asked or stored or DEFAULTS[section]
+        chosen |= {f"{section}.name"} if asked or stored else set()
+        other = asked is not None and asked != (stored or DEFAULTS[section])
+        tables[section] = _shared(section, names[section], table) if other else table
+        tables[section] |= (given or {}).get(section, {})
     for assignment in assignments:
         section, key, value = _parse_assignment(assignment)
         tables[section][key] = value
     if bits is not None:
         tables["quantizer"] |= _read_bits(str(bits))
     check_pair(names["method"], names["quantizer"])
-    chosen = frozenset(f"{section}.{key}" for section, table in tables.items() for key in table)
-    return Settings(
-        build("method", names["method"], tables["method"]),
-        build("quantizer", names["quantizer"], tables["quantizer"]),
-        chosen | named_anywhere,
-    )
+    chosen |= {f"{section}.{key}" for section, table in tables.items() for key in table}
+    built = {section: build(section, names[section], tables[section]) for section in SECTIONS}
+    return Settings(built["method"], built["quantizer"], frozenset(chosen))
 
 
 def _read_bits(text: str) -> dict[str, Any]:

@@ -7,7 +7,8 @@ import tomli_w
 
 from zsq.errors import InputError
 from zsq.models.teacher import Teacher
-from zsq.runs.settings import Settings, read_toml, to_tables
+from zsq.runs.recipe_file import read_toml
+from zsq.runs.settings import Settings, to_tables
 from zsq.runtime.files import replacing
 from zsq.types import ImageSpec
 

@@ -72,7 +72,8 @@ def started(
             if images is not None and images.notice:
                 logger.info(images.notice)
             job = Job(teacher=teacher, run=run, folder=request.folder, settings=wanted, data=images, fitted=fitted)
-            yield _resumed(job, request) or _begun(job, request)
+            facts = {"data": data if data is None else os.fspath(data)}
+            yield _resumed(job, request) or _begun(job, request, facts)
 
 
 def _loaded(request: Request, device: torch.device) -> Teacher:
@@ -144,7 +145,7 @@ def _resumed(job: Job, request: Request) -> Job | None:
     return None if settings is None else replace(job, settings=settings)
 
 
-def _begun(job: Job, request: Request) -> Job:
+def _begun(job: Job, request: Request, said: dict[str, Any]) -> Job:
     """Return the job of a new run with its schedule fitted to the budget, and write its settings.
 
     What is to be overwritten is deleted only when the method has been seen to start.
@@ -162,10 +163,11 @@ def _begun(job: Job, request: Request) -> Job:
     if request.overwrite and job.fitted is None and not measured:
         settings.method.with_steps(0).fit(job.teacher, Run(seed=job.run.seed, device=job.run.device))
     facts: dict[str, Any] = {"seed": job.run.seed, "device": job.run.device.type, "processes": distributed.processes()}
-    facts |= {"threads": torch.get_num_threads()} | measured | versions()
+    facts |= said | {"threads": torch.get_num_threads()} | measured | versions()
     if job.fitted:
         facts["generator_sha256"] = job.fitted.sha256
     if distributed.is_main():
         clear_folder(job.folder, everything=True)
-        write_settings(job.folder / SETTINGS, settings, teacher_table(job.teacher), facts)
+        network = teacher_table(job.teacher) | {"weights_file": request.weights_file()}
+        write_settings(job.folder / SETTINGS, settings, network, facts)
     return replace(job, settings=settings)
