@@ -155,7 +155,7 @@ class GeneratorSource(ABC):
         turn = step % self.turns
         set_learning_rate(self.optimizer, cosine(1.0, step, self.horizon))
 
-        def learn(*drawn: Tensor) -> Batch:
+        def learn(*drawn: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor | None], dict[str, Tensor]]:
             self.optimizer.zero_grad(set_to_none=True)
             made = []
             for inputs in zip(*(values.tensor_split(self.parts) for values in drawn), strict=True):
@@ -166,9 +166,11 @@ class GeneratorSource(ABC):
                 made.append(Batch(batch.images.detach(), batch.labels, batch.teacher_logits, losses))
             distributed.reduce_gradients(self.generator.parameters())
             self.optimizer.step()
-            return joined(made)
+            whole = joined(made)
+            return (whole.images, whole.labels, whole.teacher_logits), whole.losses
 
-        return self.replays.call((turn, student), learn, *self.inputs(step))
+        batch, losses = self.replays.call((turn, student), learn, *self.inputs(step))
+        return Batch(*batch, losses)
 
     def halve(self) -> bool:
         """Let the batch go through the networks in twice as many parts, where that leaves two images each."""
