@@ -158,6 +158,10 @@ class SampleSource(Protocol):
         """Stream `count` images for calibration; two calls give the same images, unless `name` is another."""
         ...
 
+    def sample_labels(self, labels: Tensor) -> Tensor | None:
+        """Return one image for each label [N], [N, C, H, W]; None where a source cannot be asked for a label."""
+        ...
+
     def batch(self, step: int, student: nn.Module | None) -> Batch:
         """Return the batch of distillation step `step`; a source that learns on the way does so here."""
         ...

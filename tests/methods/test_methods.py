@@ -100,6 +100,15 @@ def test_it_takes_other_steps_where_it_learns_and_names_its_files(name: str) -> 
 
 
 @every_method
+def test_it_gives_an_image_for_each_label_or_nothing(name: str, teacher: Teacher) -> None:
+    labels = torch.tensor([3, 1, 3])
+    images = fit(teacher, name).source.sample_labels(labels)
+    assert (images is not None) == (name == "zscgan")
+    if images is not None:
+        fits(Batch(images, labels), len(labels), teacher)
+
+
+@every_method
 def test_the_teacher_is_left_alone_bit_for_bit(name: str, teacher: Teacher) -> None:
     def facts() -> tuple[object, ...]:
         network = teacher.network

@@ -194,6 +194,11 @@ class GeneratorSource(ABC):
         for index, start in enumerate(range(0, count, batch_size)):
             yield self.draw(name, index, min(batch_size, count - start))
 
+    def sample_labels(self, labels: Tensor) -> Tensor | None:
+        """Return one image for each label [N], [N, C, H, W]; None where the generator is not told a label."""
+        del labels
+        return None
+
     def bns(self, moments: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Return the batch-norm statistics loss of what the teacher observed."""
         return bns_loss(moments, self.teacher.target_mean, self.teacher.target_var, self.teacher.eps)
