@@ -2,8 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Literal, Self
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -53,10 +53,6 @@ class GeneratorSettings(LearningMethod, ABC):
     """Length of the noise that every batch norm sees beside the label's code."""
     bound_contrast: bool = True
     """Keep brightness and contrast of each image near those learnt for all images."""
-
-    def with_steps(self, steps: int) -> Self:
-        """Return these settings with another number of steps."""
-        return replace(self, steps=steps)
 
     @property
     def needs_statistics(self) -> bool:

@@ -1,8 +1,8 @@
 """Images found by optimising their pixels: what ZeroQ, DeepInversion and The Knowledge Within share."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +38,6 @@ class Inversion(LearningMethod, ABC):
     """Images optimised together, and of a distillation step; unset, 64, and 32 from 96 pixels on."""
     learning_rate: Positive | None = None
     """Adam's step size, in units of the normalised image; unset, the method's own."""
-
-    def with_steps(self, steps: int) -> Self:
-        """Return these settings with another number of steps."""
-        return replace(self, steps=steps)
 
     @property
     def batches(self) -> int:

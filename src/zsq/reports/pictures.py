@@ -46,7 +46,7 @@ def rows_of_images(
     labels = grid_labels(spec.classes) if labels is None else labels
     asked = source.sample_labels(labels.repeat_interleave(columns))
     if asked is not None:
-        return spec.to_pixels(asked.cpu()).unflatten(0, (len(labels), columns))
+        return spec.to_pixels(asked.cpu()).view(len(labels), columns, spec.height, spec.width, spec.channels)
     grid = torch.zeros(len(labels), columns, spec.height, spec.width, spec.channels, dtype=torch.uint8)
     filled = [0] * len(labels)
     row_of = {int(label): row for row, label in enumerate(labels)}
