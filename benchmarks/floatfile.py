@@ -36,7 +36,7 @@ def write_float(teacher: Teacher, path: Path) -> None:
     onnx.save(program.model_proto, str(path))
 
 
-class Reader(CalibrationDataReader):
+class Reader(CalibrationDataReader):  # type: ignore[misc]
     """Hands calibration batches, float [n, C, H, W] each, to ONNX Runtime, once."""
 
     def __init__(self, batches: Iterable[np.ndarray]) -> None:

@@ -80,8 +80,8 @@ class GenieSource(InversionSource):
         """Return what the generator makes of the latent vectors, and set where this step's windows start."""
         for index, swing in enumerate(self.swings):
             swing.random = stream(self.seed, f"swing {index}", step)
-        images = self.generator(self.latents)
-        self.pixels = images.detach()  # what the pool takes over
+        images: Tensor = self.generator(self.latents)
+        self.pixels = images.detach()  # type: ignore[assignment]  # what the pool takes over
         return images
 
     def losses(
@@ -148,7 +148,7 @@ class Decoder(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         """Map [N, latent_size] to images as the network takes them, [N, C, H, W]."""
-        x = self.norm(self.linear(latents).view(-1, *self.first))
+        x: Tensor = self.norm(self.linear(latents).view(-1, *self.first))
         for level in self.levels:
             x = level(functional.interpolate(x, scale_factor=2.0))
         x = self.last_norm(torch.tanh(self.last(x)))

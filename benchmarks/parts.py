@@ -11,6 +11,7 @@ from zsq.graph import edit
 from zsq.graph.batchnorm import batch_norms
 from zsq.graph.fold import fold
 from zsq.graph.moments import moments
+from zsq.methods.pool import Stateless
 from zsq.methods.zscgan import ZSCGAN, ConditionalSource
 from zsq.models.teacher import Teacher, load_teacher
 from zsq.quantization.ptq import quantize_ptq
@@ -52,7 +53,7 @@ def one_batch(source: ConditionalSource) -> Batch:
     return source.batch(0, None)
 
 
-class Feed:
+class Feed(Stateless):
     """Gives one batch again and again, or the fresh batches of a source that goes on learning."""
 
     data_free, true_labels, asks_labels = True, False, True
@@ -68,18 +69,6 @@ class Feed:
     def batch(self, step: int, student: torch.nn.Module | None) -> Batch:
         """Give the batch of a step."""
         return self.source.batch(step, student) if self.source else self.fixed
-
-    def halve(self) -> bool:
-        """Give whole batches only."""
-        return False
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return nothing: benchmarks are not resumed."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore nothing."""
-        del state
 
 
 def distiller_of(teacher: Teacher, feed: Feed, device: torch.device, scales: str) -> Distiller:

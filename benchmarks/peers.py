@@ -112,7 +112,7 @@ class Bench:
         done = asked.with_suffix(".done")
         if not (asked.exists() and done.exists()) or "skipped" in json.loads(done.read_text()):
             return False
-        return json.loads(asked.read_text()) == json.loads(json.dumps(self.common | job))
+        return bool(json.loads(asked.read_text()) == json.loads(json.dumps(self.common | job)))
 
     def do(self, name: str, job: dict[str, Any]) -> dict[str, Any]:
         """Return the result of a job, which runs in a process of its own where it is not finished."""
@@ -132,7 +132,8 @@ class Bench:
                 ).returncode
             if code:
                 raise SystemExit(f"{name} failed ({code}); see {log}")
-        return json.loads(done.read_text())
+        result: dict[str, Any] = json.loads(done.read_text())
+        return result
 
 
 def cells(row: dict[str, Any], bits: list[str]) -> list[str]:

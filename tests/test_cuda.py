@@ -28,7 +28,6 @@ from zsq.runtime.cuda_graphs import WARM_UP, Replays
 from zsq.runtime.gpu import full_float32, kernels
 from zsq.training.loop import Run
 from zsq.training.optim import flatten_optimizer
-from zsq.types import Batch
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device here"),
@@ -171,13 +170,13 @@ def test_no_step_waits_for_the_gpu(scales: str, teacher: Teacher) -> None:
 def test_a_step_that_cannot_be_recorded_is_called() -> None:
     replays, seen = Replays(CUDA), []
 
-    def work(x: Tensor) -> Batch:
+    def work(x: Tensor) -> tuple[tuple[Tensor], dict[str, Tensor]]:
         seen.append(float(x.sum()))  # waits
-        return Batch(x + 1, x.long(), None, {"loss": x.sum()})
+        return (x + 1,), {"loss": x.sum()}
 
     for value in range(WARM_UP + 3):
-        batch = replays.call("step", work, torch.full((2,), float(value), device=CUDA))
-        assert batch.images.tolist() == [value + 1.0] * 2
+        (made,), _ = replays.call("step", work, torch.full((2,), float(value), device=CUDA))
+        assert made.tolist() == [value + 1.0] * 2
     assert seen[-1] == 2 * (WARM_UP + 2)
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert not replays._steps["step"].recordable
@@ -188,14 +187,14 @@ def test_outputs_of_replays_are_the_callers_own() -> None:
     made = [
         replays.call(
             "s",
-            lambda x: Batch(x * 2, x.long(), x + 1, {"a": x.sum(), "b": x.max()}),
+            lambda x: ((x * 2, x.long(), x + 1), {"a": x.sum(), "b": x.max()}),
             torch.full((2,), float(v), device=CUDA),
         )
         for v in range(WARM_UP + 4)
     ]
     assert replays._steps["s"].graph is not None
-    assert [batch.images[0].item() for batch in made] == [2.0 * v for v in range(WARM_UP + 4)]
-    assert [batch.losses["a"].item() for batch in made] == [2.0 * v for v in range(WARM_UP + 4)]
+    assert [doubled[0].item() for (doubled, _, _), _ in made] == [2.0 * v for v in range(WARM_UP + 4)]
+    assert [losses["a"].item() for _, losses in made] == [2.0 * v for v in range(WARM_UP + 4)]
 
 
 @pytest.mark.parametrize("shape", [(64, 7), (8, 16, 9, 11)])

@@ -1,11 +1,12 @@
 """Settings that check themselves: each field's type says what values it takes, whoever makes the object."""
 
 import math
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields
 from functools import cache
 from os import PathLike
 from typing import Annotated, Any, ClassVar, get_args, get_type_hints
 
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -87,12 +88,15 @@ def _range(hint: Any) -> str:
         return limited.description
     given: dict[str, float] = {}
     for limit in limited.metadata:
-        given |= asdict(limit) if is_dataclass(limit) and not isinstance(limit, type) else {}
-    low = f"[{given['ge']}" if "ge" in given else f"({given['gt']}" if "gt" in given else ""
-    high = f"{given['le']}]" if "le" in given else f"{given['lt']})" if "lt" in given else ""
-    if low and high:
+        if isinstance(limit, (Ge, Gt, Le, Lt)):
+            given |= asdict(limit)
+    if "le" in given or "lt" in given:
+        low = f"[{given['ge']}" if "ge" in given else f"({given['gt']}"
+        high = f"{given['le']}]" if "le" in given else f"{given['lt']})"
         return f"it must lie in {low}, {high}"
-    return f"it must be at least {given['ge']}" if "ge" in given else f"it must be above {given['gt']}"
+    if "ge" in given:
+        return f"it must be at least {given['ge']}"
+    return f"it must be above {given['gt']}"
 
 
 def _limited(hint: Any) -> FieldInfo | None:

@@ -90,7 +90,7 @@ def _kept_by_channel(values: tuple[float, ...], dtype: torch.dtype, device: torc
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Images as the network takes them, with what is known of them."""
+    """What a source gives: images as the network takes them, and what is known of them."""
 
     images: Tensor
     """Normalised images, float [N, C, H, W]; where processes share a batch, this one's share of the N."""
@@ -115,17 +115,23 @@ def joined(batches: Sequence[Batch]) -> Batch:
     if len(batches) == 1:
         return batches[0]
     logits = [batch.teacher_logits for batch in batches if batch.teacher_logits is not None]
-    count = sum(len(batch.labels) for batch in batches)
-    shares = [len(batch.labels) / count for batch in batches]
     return Batch(
         torch.cat([batch.images for batch in batches]),
         torch.cat([batch.labels for batch in batches]),
         torch.cat(logits) if logits else None,
-        {
-            name: torch.stack([share * batch.losses[name] for share, batch in zip(shares, batches, strict=True)]).sum()
-            for name in batches[0].losses
-        },
+        averaged([batch.losses for batch in batches], [len(batch.labels) for batch in batches]),
     )
+
+
+def averaged(losses: Sequence[dict[str, Tensor]], counts: Sequence[int]) -> dict[str, Tensor]:
+    """Return the losses of a batch whose parts, of so many images each, have these."""
+    if len(losses) == 1:
+        return losses[0]
+    shares = [count / sum(counts) for count in counts]
+    return {
+        name: torch.stack([share * part[name] for share, part in zip(shares, losses, strict=True)]).sum()
+        for name in losses[0]
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +156,10 @@ class SampleSource(Protocol):
 
     def sample(self, count: int, batch_size: int = 100, name: str = "sample") -> Iterator[Batch]:
         """Stream `count` images for calibration; two calls give the same images, unless `name` is another."""
+        ...
+
+    def sample_labels(self, labels: Tensor) -> Tensor | None:
+        """Return one image for each label [N], [N, C, H, W]; None where a source cannot be asked for a label."""
         ...
 
     def batch(self, step: int, student: nn.Module | None) -> Batch:

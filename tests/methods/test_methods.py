@@ -4,11 +4,13 @@ import dataclasses
 import functools
 import itertools
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from zsq.checked import CountOrZero, Text
 from zsq.data.datasets import open_dataset
 from zsq.errors import InputError
 from zsq.graph.fold import fold
@@ -97,6 +99,36 @@ def test_it_takes_other_steps_where_it_learns_and_names_its_files(name: str) -> 
     assert settings.with_steps(7).steps == (7 if learns else 0)
     assert all(isinstance(getattr(settings, path), str) for path in settings.paths)
     assert settings.data_set in (None, *(getattr(settings, path) for path in settings.paths))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Foreign(Method):
+    """A method as another package may write it."""
+
+    name: ClassVar[str] = "foreign"
+    summary: ClassVar[str] = "learns from files"
+    paths: ClassVar[tuple[str, ...]] = ("images", "masks")
+
+    steps: CountOrZero = 5
+    images: Text = "here"
+    masks: Text = ""
+
+    def fit(self, teacher: Teacher, run: Run, *, distill_steps: int = 0, fitted: object = None) -> Surrogate:
+        raise NotImplementedError
+
+
+def test_settings_of_other_packages_take_steps_and_places() -> None:
+    assert Foreign().with_steps(0) == Foreign(steps=0)
+    assert Foreign().with_paths(lambda path: f"there/{path}") == Foreign(images="there/here")
+
+
+@every_method
+def test_it_gives_an_image_for_each_label_or_nothing(name: str, teacher: Teacher) -> None:
+    labels = torch.tensor([3, 1, 3])
+    images = fit(teacher, name).source.sample_labels(labels)
+    assert (images is not None) == (name == "zscgan")
+    if images is not None:
+        fits(Batch(images, labels), len(labels), teacher)
 
 
 @every_method

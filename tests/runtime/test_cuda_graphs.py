@@ -12,22 +12,24 @@ from torch import Tensor
 
 from zsq.runtime.cuda_graphs import WARM_UP, Replays, forgetting
 from zsq.runtime.gpu import full_float32, kernels
-from zsq.types import Batch
+
+Made = tuple[tuple[Tensor | None, ...], dict[str, Tensor]]
 
 
 def test_steps_are_called_where_there_is_no_gpu() -> None:
     replays, given = Replays(torch.device("cpu")), []
 
-    def work(x: Tensor, logits: Tensor | None) -> Batch:
+    def work(x: Tensor, logits: Tensor | None) -> Made:
         given.append((x, logits))
-        return Batch(x + 1, x.long(), logits, {"loss": x.sum()})
+        return (x + 1, logits), {"loss": x.sum()}
 
     for value in range(2 * WARM_UP):
         x = torch.full((2,), float(value))
-        batch = replays.call("step", work, x, None)
+        (made, logits), losses = replays.call("step", work, x, None)
         assert given[-1][0] is x
-        assert batch.images.tolist() == [value + 1.0] * 2
-        assert batch.teacher_logits is None
+        assert made.tolist() == [value + 1.0] * 2
+        assert logits is None
+        assert losses["loss"] == 2 * value
     assert len(given) == 2 * WARM_UP
     replays.forget()
 
@@ -57,10 +59,11 @@ class FakeGraph:
 
     def replay(self) -> None:
         step: Any = next(step for step in self.owner._steps.values() if step.graph is self)
-        made = step.work(*step.inputs)
-        step.made.images.copy_(made.images)
-        step.made.labels.copy_(made.labels)
-        step.losses.copy_(torch.stack(list(made.losses.values())))
+        made, losses = step.work(*step.inputs)
+        for held, written in zip(step.made, made, strict=True):
+            if held is not None:
+                held.copy_(written)
+        step.losses.copy_(torch.stack(list(losses.values())))
 
 
 @pytest.fixture
@@ -89,7 +92,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return modes
 
 
-def calls(replays: Replays, work: Any, count: int, side: int = 2) -> list[Batch]:
+def calls(replays: Replays, work: Any, count: int, side: int = 2) -> list[Made]:
     FakeGraph.owner = replays
     return [replays.call("step", work, torch.full((side,), float(value)), None) for value in range(count)]
 
@@ -97,18 +100,19 @@ def calls(replays: Replays, work: Any, count: int, side: int = 2) -> list[Batch]
 def test_replays_give_what_calls_give(fake_gpu: list[str]) -> None:
     replays = Replays(torch.device("cuda"))
 
-    def work(x: Tensor, logits: Tensor | None) -> Batch:
-        return Batch(x * 2, x.long(), logits, {"a": x.sum(), "b": x.max()})
+    def work(x: Tensor, logits: Tensor | None) -> Made:
+        return (x * 2, x.long(), logits), {"a": x.sum(), "b": x.max()}
 
     count = 2 * WARM_UP + 3
     recorded = calls(replays, work, WARM_UP + 1)
     step = replays._steps["step"]
     assert step.graph is not None
     made = [*recorded, *calls(replays, work, count)]
-    for batch, value in zip(made, [*range(WARM_UP + 1), *range(count)], strict=True):
-        assert batch.images.tolist() == [2.0 * value] * 2  # kept, though the next replay wrote others
-        assert batch.labels.tolist() == [value] * 2
-        assert {name: loss.item() for name, loss in batch.losses.items()} == {"a": 2.0 * value, "b": float(value)}
+    for ((doubled, whole, logits), losses), value in zip(made, [*range(WARM_UP + 1), *range(count)], strict=True):
+        assert doubled.tolist() == [2.0 * value] * 2  # kept, though the next replay wrote others
+        assert whole.tolist() == [value] * 2
+        assert logits is None
+        assert {name: loss.item() for name, loss in losses.items()} == {"a": 2.0 * value, "b": float(value)}
     assert replays._steps["step"] is step
     assert fake_gpu == ["default", "warn", "default"]  # watched once
     calls(replays, work, 1, side=3)
@@ -120,9 +124,10 @@ def test_what_passes_through_is_what_was_given(fake_gpu: list[str]) -> None:
     FakeGraph.owner = replays
     for value in range(2 * WARM_UP):
         x = torch.full((2,), float(value), requires_grad=True)
-        batch = replays.call("step", lambda x: Batch(x, x.detach().long(), None, {"a": x.detach().sum()}), x)
-        assert batch.images is x
-        assert batch.losses["a"] == 2 * value
+        (passed, whole), losses = replays.call("step", lambda x: ((x, x.detach().long()), {"a": x.detach().sum()}), x)
+        assert passed is x
+        assert whole.tolist() == [value] * 2
+        assert losses["a"] == 2 * value
     (held,) = replays._steps["step"].inputs
     assert held is not None
     assert held.tolist() == x.tolist()
@@ -132,14 +137,14 @@ def test_what_passes_through_is_what_was_given(fake_gpu: list[str]) -> None:
 def test_a_step_that_waits_is_not_recorded(fake_gpu: list[str]) -> None:
     replays = Replays(torch.device("cuda"))
 
-    def work(x: Tensor, logits: Tensor | None) -> Batch:
+    def work(x: Tensor, logits: Tensor | None) -> Made:
         if fake_gpu[-1] == "warn":
             warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
-        return Batch(x, x.long(), logits, {"a": x.sum()})
+        return (), {"a": x.sum()}
 
     made = calls(replays, work, 2 * WARM_UP)
     assert replays._steps["step"].graph is None
-    assert [batch.images[0].item() for batch in made] == list(range(2 * WARM_UP))
+    assert [losses["a"].item() for _, losses in made] == [2 * value for value in range(2 * WARM_UP)]
 
 
 def test_a_step_whose_recording_fails_is_called(fake_gpu: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,15 +153,15 @@ def test_a_step_whose_recording_fails_is_called(fake_gpu: list[str], monkeypatch
 
     monkeypatch.setattr(torch.cuda, "graph", graph)
     replays = Replays(torch.device("cuda"))
-    made = calls(replays, lambda x, logits: Batch(x, x.long(), logits, {"a": x.sum()}), 2 * WARM_UP)
-    assert [batch.images[0].item() for batch in made] == list(range(2 * WARM_UP))
+    made = calls(replays, lambda x, logits: ((x,), {"a": x.sum()}), 2 * WARM_UP)
+    assert [losses["a"].item() for _, losses in made] == [2 * value for value in range(2 * WARM_UP)]
 
 
 def test_recorded_steps_and_their_gradients_are_forgotten_at_the_end(fake_gpu: list[str]) -> None:
     weight = torch.nn.Parameter(torch.ones(2))
     replays = Replays(torch.device("cuda"), torch.optim.SGD([weight], lr=0.1))
     with contextlib.suppress(ZeroDivisionError), forgetting():
-        calls(replays, lambda x, logits: Batch(x, x.long(), logits, {"a": x.sum()}), 2)
+        calls(replays, lambda x, logits: ((x,), {"a": x.sum()}), 2)
         weight.grad = torch.ones(2)
         raise ZeroDivisionError
     assert not replays._steps

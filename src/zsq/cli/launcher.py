@@ -99,8 +99,8 @@ def _start(command: Sequence[str], rank: int, count: int, port: int, errors: IO[
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
     environment = os.environ | {name: str(value) for name, value in places.items()}
     environment |= {"MASTER_ADDR": LOOPBACK, SUPERVISED: "1"}
-    quiet: dict[str, IO[bytes] | int] = {"stdout": subprocess.DEVNULL, "stderr": errors} if rank else {}
-    return subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, **quiet)  # type: ignore[call-overload]
+    stdout, stderr = (subprocess.DEVNULL, errors) if rank else (None, None)
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stdout, stderr=stderr, env=environment)
 
 
 def _end(workers: "list[subprocess.Popen[bytes]]", grace: float = GRACE) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,9 +14,6 @@ from zsq.graph.fold import fold
 from zsq.models.teacher import Teacher
 from zsq.quantization.prepare import check_weight_names
 from zsq.runs.settings import Settings
-
-PATHS = ("data", "checkpoint")
-"""Settings of methods that name files."""
 
 
 @dataclass(slots=True)
@@ -71,7 +67,7 @@ class Teachers:
                 shown_labels(figure, names)
             elif cell.settings.quantizer.weight_bits:
                 check_weight_names(fold(teacher.network)[0], cell.settings.quantizer.weight_bits)
-            data = getattr(cell.settings.method, "data", None)
+            data = cell.settings.method.data_set
             if data and (cell.teacher.label, data) not in opened:
                 opened.add((cell.teacher.label, data))
                 open_dataset(below(self.root, data), teacher.spec)
@@ -95,6 +91,4 @@ class Teachers:
 
     def located(self, settings: Settings) -> Settings:
         """Return settings with the files that a method reads as they lie on this machine."""
-        method: Any = settings.method
-        found = {name: below(self.root, path) for name in PATHS if (path := getattr(method, name, None))}
-        return replace(settings, method=replace(method, **found)) if found else settings
+        return replace(settings, method=settings.method.with_paths(lambda path: below(self.root, path)))

@@ -304,7 +304,8 @@ def _read_image(path: Path, spec: ImageSpec) -> np.ndarray:
     elif image.height < spec.height or image.width < spec.width:
         raise InputError(_too_small(f"{path} is", image.height, image.width, spec))
     pixels = np.asarray(image, dtype=np.uint8).reshape(image.height, image.width, spec.channels)
-    return _cropped(pixels[None], spec)[0]
+    cropped: np.ndarray = _cropped(pixels[None], spec)[0]
+    return cropped
 
 
 def _resized(image: np.ndarray, resize: int) -> np.ndarray:

@@ -50,8 +50,9 @@ def _first_convolution(graph: onnx.GraphProto) -> onnx.NodeProto | None:
         readers = [node for node in graph.node if name in node.input]
         if [node.op_type for node in readers] != [wanted] or readers[0].input[0] != name:
             return None
-        name = readers[0].output[0]
-    return readers[0]
+        reader: onnx.NodeProto = readers[0]
+        name = reader.output[0]
+    return reader
 
 
 def _weight(graph: onnx.GraphProto, conv: onnx.NodeProto) -> onnx.TensorProto | None:

@@ -217,4 +217,4 @@ def exceeds(count: int, other: int) -> bool:
     for k in range(count, total):
         term = term * (total - k) // (k + 1)
         ways += term
-    return 20 * ways < 2**total
+    return bool(20 * ways < 2**total)

@@ -164,7 +164,7 @@ def _lets_factors_pass(x: Node, reader: Node) -> bool:
     if reader.target in POOLS:
         return len(before) > 2
     if reader.target in RESHAPES:
-        return before[1:2] == after[1:2] and math.prod(before[2:]) == math.prod(after[2:]) == 1
+        return bool(before[1:2] == after[1:2] and math.prod(before[2:]) == math.prod(after[2:]) == 1)
     if reader.target is aten.mean.dim:
         return all(dim % len(before) >= 2 for dim in reader.args[1])  # type: ignore[union-attr, operator]
     return reader.target in PADS and _pads_with_zeros(reader, len(before) - 2)

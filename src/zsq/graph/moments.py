@@ -45,7 +45,8 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
 def _moments_gradient(x: Tensor, mean: Tensor, grad_mean: Tensor, grad_var: Tensor) -> Tensor:
     """Return the gradient to x of what has these gradients to its mean and variance."""
     if (fused := kernels(x)) is not None:
-        return fused.moments_gradient(x, mean, grad_mean, grad_var)
+        gradient: Tensor = fused.moments_gradient(x, mean, grad_mean, grad_var)
+        return gradient
     count = x.numel() // x.shape[1]
     slope = (2 / count) * grad_var.view_as(mean)
     offset = grad_mean.view_as(mean) / count - slope * mean
@@ -61,7 +62,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Mean [C] and variance [C].
     """
-    mean, var = _Moments.apply(x)
+    mean, var = _Moments.apply(x)  # type: ignore[no-untyped-call]
     return distributed.pooled(mean, var, x.numel() // x.shape[1])
 
 
@@ -98,5 +99,5 @@ def observed_norm(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, tupl
     Returns:
         The normalised x, and mean and biased variance, each [C].
     """
-    y, mean, var = _ObservedNorm.apply(x, scale, shift)
+    y, mean, var = _ObservedNorm.apply(x, scale, shift)  # type: ignore[no-untyped-call]
     return y, distributed.pooled(mean, var, x.numel() // x.shape[1])

@@ -110,4 +110,5 @@ class AdversarialSource(GeneratorSource):
 
     @staticmethod
     def _make(generator: nn.Module, noise: Tensor) -> Tensor:
-        return generator(noise, torch.zeros(len(noise), dtype=torch.int64, device=noise.device))
+        images: Tensor = generator(noise, torch.zeros(len(noise), dtype=torch.int64, device=noise.device))
+        return images

@@ -1,7 +1,8 @@
 """What every method gives: something to quantize, and images to do it with."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -69,9 +70,14 @@ class Method(Checked, ABC):
         return None
 
     def with_steps(self, steps: int) -> Self:
-        """Return these settings with another number of steps of `fit`: the same where nothing is learnt."""
-        del steps
-        return self
+        """Return these settings with another number of steps of `fit`: the same where `steps` is no setting."""
+        learns = "steps" in {field.name for field in fields(self)}  # type: ignore[arg-type]
+        return replace(self, steps=steps) if learns else self  # type: ignore[type-var]
+
+    def with_paths(self, located: Callable[[str], str]) -> Self:
+        """Return these settings with each file or folder that they name where `located` says that it lies."""
+        found = {name: located(path) for name in self.paths if (path := getattr(self, name))}
+        return replace(self, **found)  # type: ignore[type-var]
 
     @abstractmethod
     def fit(
@@ -102,4 +108,5 @@ class LearningMethod(Method, ABC):
         """
         low = self.precision == "bfloat16"
         observed = ObservedTeacher(teacher.network, teacher.name, low_precision=low, required=required)
-        return observed.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        observed.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return observed

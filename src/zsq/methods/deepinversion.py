@@ -89,9 +89,11 @@ class DeepInversionSource(InversionSource):
         self.low, self.high = spec.normalize(ends).split(1)
         self.jitter, self.flip = int(settings.chosen("jitter", spec)), settings.flip
         self.student = None
-        weights = {"ce": 1.0} | {
-            name.removesuffix("_weight"): settings.chosen(name, spec)
-            for name in ("feature_weight", "tv_weight", "l2_weight")
+        weights = {
+            "ce": 1.0,
+            "feature": settings.chosen("feature_weight", spec),
+            "tv": settings.chosen("tv_weight", spec),
+            "l2": settings.chosen("l2_weight", spec),
         }
         if settings.competition_weight:
             weights["competition"] = settings.competition_weight

@@ -118,7 +118,7 @@ def _midpoints(device: torch.device) -> Tensor:
 
 def normal_quantiles(device: torch.device) -> Tensor:
     """Return `ROWS` values, [ROWS], spread as the standard normal, with mean 0 and variance 1."""
-    values = torch.special.ndtri(_midpoints(device))
+    values: Tensor = torch.special.ndtri(_midpoints(device))
     return values / values.square().mean().sqrt()
 
 

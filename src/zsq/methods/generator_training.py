@@ -2,8 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Literal, Self
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -53,10 +53,6 @@ class GeneratorSettings(LearningMethod, ABC):
     """Length of the noise that every batch norm sees beside the label's code."""
     bound_contrast: bool = True
     """Keep brightness and contrast of each image near those learnt for all images."""
-
-    def with_steps(self, steps: int) -> Self:
-        """Return these settings with another number of steps."""
-        return replace(self, steps=steps)
 
     @property
     def needs_statistics(self) -> bool:
@@ -155,7 +151,7 @@ class GeneratorSource(ABC):
         turn = step % self.turns
         set_learning_rate(self.optimizer, cosine(1.0, step, self.horizon))
 
-        def learn(*drawn: Tensor) -> Batch:
+        def learn(*drawn: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor | None], dict[str, Tensor]]:
             self.optimizer.zero_grad(set_to_none=True)
             made = []
             for inputs in zip(*(values.tensor_split(self.parts) for values in drawn), strict=True):
@@ -166,9 +162,11 @@ class GeneratorSource(ABC):
                 made.append(Batch(batch.images.detach(), batch.labels, batch.teacher_logits, losses))
             distributed.reduce_gradients(self.generator.parameters())
             self.optimizer.step()
-            return joined(made)
+            whole = joined(made)
+            return (whole.images, whole.labels, whole.teacher_logits), whole.losses
 
-        return self.replays.call((turn, student), learn, *self.inputs(step))
+        batch, losses = self.replays.call((turn, student), learn, *self.inputs(step))
+        return Batch(*batch, losses)
 
     def halve(self) -> bool:
         """Let the batch go through the networks in twice as many parts, where that leaves two images each."""
@@ -191,6 +189,11 @@ class GeneratorSource(ABC):
         """Stream `count` images, the generator's batch norms at their running statistics."""
         for index, start in enumerate(range(0, count, batch_size)):
             yield self.draw(name, index, min(batch_size, count - start))
+
+    def sample_labels(self, labels: Tensor) -> Tensor | None:
+        """Return one image for each label [N], [N, C, H, W]; None where the generator is not told a label."""
+        del labels
+        return None
 
     def bns(self, moments: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Return the batch-norm statistics loss of what the teacher observed."""

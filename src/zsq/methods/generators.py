@@ -3,6 +3,7 @@
 import itertools
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -108,7 +109,8 @@ class _Level(nn.Module):
             low = self.deeper(low, code)
         high = F.interpolate(low, scale_factor=2.0, mode="bilinear", align_corners=False)
         x = self.norm(torch.cat([self.skip(x, code), high], dim=1), code)
-        return self.mix(self.up(x, code), code)
+        mixed: Tensor = self.mix(self.up(x, code), code)
+        return mixed
 
 
 class Exposure(nn.Module):
@@ -217,7 +219,8 @@ class UNet(Generator):
     def synthesize(self, noise: Tensor, code: Tensor) -> Tensor:
         """See `Generator.synthesize`."""
         assert self.body is not None
-        return self.to_pixels(self.body(noise.unflatten(1, self.noise_map), code))
+        pixels: Tensor = self.to_pixels(self.body(noise.unflatten(1, self.noise_map), code))
+        return pixels
 
 
 class LightDecoder(Generator):
@@ -297,7 +300,7 @@ def shifted(x: Tensor, steps: Tensor) -> Tensor:
     return x.movedim(1, 3)[images[:, None, None], rows[:, :, None], columns[:, None, :]].movedim(3, 1)
 
 
-GENERATORS = {"unet": UNet, "light": LightDecoder}
+GENERATORS: dict[str, Callable[..., Generator]] = {"unet": UNet, "light": LightDecoder}
 
 
 def label_codes(classes: int, weight: Tensor | None, size: int, generator: torch.Generator) -> Tensor:
@@ -322,7 +325,8 @@ def label_codes(classes: int, weight: Tensor | None, size: int, generator: torch
     rank = max(1, int((values > 1e-6 * values[0]).sum()))
     vectors = vectors[:, : min(size, rank)]
     signs = torch.sign(vectors.gather(0, vectors.abs().argmax(0, keepdim=True)))  # fixes the sign the SVD leaves open
-    return (vectors * signs * math.sqrt(classes)).float()
+    whitened: Tensor = vectors * signs * math.sqrt(classes)
+    return whitened.float()
 
 
 def make_generator(name: str, spec: ImageSpec, codes: Tensor, **settings: int) -> Generator:

@@ -1,8 +1,8 @@
 """Images found by optimising their pixels: what ZeroQ, DeepInversion and The Knowledge Within share."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from zsq.runtime.random_streams import stream
 from zsq.training.loop import Run
 from zsq.training.optim import flatten_optimizer, rate_on, restore_optimizer, set_learning_rate
 from zsq.training.state import part, under
-from zsq.types import Batch, ImageSpec
+from zsq.types import ImageSpec
 
 
 def is_large(spec: ImageSpec) -> bool:
@@ -38,10 +38,6 @@ class Inversion(LearningMethod, ABC):
     """Images optimised together, and of a distillation step; unset, 64, and 32 from 96 pixels on."""
     learning_rate: Positive | None = None
     """Adam's step size, in units of the normalised image; unset, the method's own."""
-
-    def with_steps(self, steps: int) -> Self:
-        """Return these settings with another number of steps."""
-        return replace(self, steps=steps)
 
     @property
     def batches(self) -> int:
@@ -139,21 +135,21 @@ class InversionSource(PoolSource, ABC):
             self._begin(index)
         iteration = step % self.iterations
         shown = self.images_of(step)
-        found = self.replays.call("learn", self._gradient, shown, self.wanted)
+        (gradient,), losses = self.replays.call("learn", self._gradient, shown, self.wanted)
         self.optimizer.zero_grad(set_to_none=True)
-        shown.backward(found.images)
+        shown.backward(gradient)
         distributed.reduce_gradients([self.pixels])
         set_learning_rate(self.optimizer, self.rate(iteration))
         self.optimizer.step()
-        values = dict(found.losses)
+        values = dict(losses)
         with torch.no_grad():
             self.constrain()
             self.history[iteration] = values.pop("total")
         self.changed = True
         return values
 
-    def _gradient(self, images: Tensor, labels: Tensor) -> Batch:
-        """Return the loss's gradient to the images in their place, and the losses with their weighted sum, `total`."""
+    def _gradient(self, images: Tensor, labels: Tensor) -> tuple[tuple[Tensor], dict[str, Tensor]]:
+        """Return the loss's gradient to the images, and the losses with their weighted sum, `total`."""
         images = images.detach().requires_grad_()
         logits, moments = self.teacher(distributed.share(images))
         logits = distributed.whole(logits, len(images))
@@ -163,7 +159,7 @@ class InversionSource(PoolSource, ABC):
         values = {name: value.detach() for name, value in losses.items()} | {"total": total.detach()}
         if "ce" in values:
             values["label_recognition"] = (logits.detach().argmax(1) == labels).float().mean() * 100
-        return Batch(gradient, labels, None, values)
+        return (gradient,), values
 
     def _begin(self, index: int) -> None:
         """Put the first pixels of a batch into the pool, behind the last ones of the batch before."""

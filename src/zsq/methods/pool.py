@@ -13,7 +13,12 @@ from zsq.types import Batch
 
 
 class WholeBatches:
-    """A source whose batches do not go through a network in parts."""
+    """A source whose batches do not go through a network in parts, and which cannot be asked for a label."""
+
+    def sample_labels(self, labels: Tensor) -> Tensor | None:
+        """Return None: images come with labels as they are drawn."""
+        del labels
+        return None
 
     def halve(self) -> bool:
         """Return False: there are no parts."""

@@ -94,7 +94,8 @@ class ConditionalSource(GeneratorSource):
     def render(self, noise: Tensor, labels: Tensor) -> Tensor:
         """Map noise and labels to images as when sampling."""
         self.generator.eval()
-        return self.generator(noise, labels)
+        images: Tensor = self.generator(noise, labels)
+        return images
 
     def _inputs(self, name: str, step: int, count: int) -> tuple[Tensor, Tensor]:
         random = stream(self.seed, name, step, self.device)

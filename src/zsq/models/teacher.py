@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -28,6 +28,8 @@ from zsq.types import ImageSpec
 __all__ = ["ModelGroup", "Teacher", "known_models", "load_teacher", "teacher_from_module"]
 
 logger = logging.getLogger(__name__)
+
+Loaded = TypeVar("Loaded")
 
 RANDOM_SEED = 0
 """Seed of the weights of `--weights random`."""
@@ -223,7 +225,7 @@ def _named_module(name: str) -> ModuleType:
     return _import(lambda: importlib.import_module(name), name, Path.cwd())
 
 
-def _import(load: Callable[[], Any], name: str, folder: Path) -> Any:
+def _import(load: Callable[[], Loaded], name: str, folder: Path) -> Loaded:
     try:
         with _importing_from(folder):
             return load()

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from zsq.graph import edit
-from zsq.graph.edit import argument
+from zsq.graph.edit import argument, tensor_of
 from zsq.quantization.fake_quantize import bias_integers, grid_integers, quantize_bias, saturated
 from zsq.quantization.integer_ops import (
     HARD_REACH,
@@ -170,4 +170,6 @@ def _dequantize(
 
 def _read(network: GraphModule, node: object) -> Tensor:
     assert isinstance(node, Node)
-    return edit.get_attribute(network, str(node.target)).detach()
+    value = tensor_of(network, node)
+    assert value is not None
+    return value

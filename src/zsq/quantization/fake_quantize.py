@@ -159,9 +159,13 @@ def fake_quantize(
     Source: Esser et al. 2020, LSQ, section 2.1; Bhalgat et al. 2020, LSQ+, section 3.1.
     """
     scale = scale.view(1) if scale.numel() == 1 else scale
+    grid = (scale, zero_point, quant_min, quant_max, factor, clip)
+    rounded: Tensor
     if scale.numel() == 1 and (fused := kernels(x)) is not None:
-        return fused.FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max, factor, clip, HALF_STEP)
-    return _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max, factor, clip)
+        rounded = fused.FakeQuantize.apply(x, *grid, HALF_STEP)
+    else:
+        rounded = _FakeQuantize.apply(x, *grid)  # type: ignore[no-untyped-call]
+    return rounded
 
 
 def quantize_bias(bias: Tensor, activation_scale: Tensor, weight_scale: Tensor) -> Tensor:
@@ -176,7 +180,8 @@ def quantize_bias(bias: Tensor, activation_scale: Tensor, weight_scale: Tensor) 
         [C].
     """
     if (fused := kernels(bias)) is not None:
-        return fused.RoundBias.apply(bias, activation_scale.detach(), weight_scale.detach(), INT32_LIMIT)
+        fused_bias: Tensor = fused.RoundBias.apply(bias, activation_scale.detach(), weight_scale.detach(), INT32_LIMIT)
+        return fused_bias
     scale = (activation_scale * weight_scale).detach()
     rounded = torch.where(scale > 0, bias_integers(bias.detach(), scale) * scale, bias)
     return bias + (rounded - bias).detach()

@@ -105,7 +105,8 @@ class Student(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images [N, C, H, W] to logits [N, classes]."""
-        return self.network(images)
+        logits: Tensor = self.network(images)
+        return logits
 
 
 def is_fused(node: Node) -> bool:

@@ -24,7 +24,7 @@ from zsq.training.loop import Run
 from zsq.training.losses import distillation_loss, intermediate_loss
 from zsq.training.optim import cosine, flatten_optimizer, rate_on, restore_optimizer, set_learning_rate
 from zsq.training.state import part, under
-from zsq.types import Batch, SampleSource, joined
+from zsq.types import Batch, SampleSource, averaged
 
 logger = logging.getLogger(__name__)
 
@@ -148,22 +148,23 @@ class Distiller:
         batch = self.batch
         set_learning_rate(self.optimizer, cosine(1.0, step, self.settings.steps))
         images, labels = batch.images.to(self.device), batch.labels.to(self.device)
-        losses = self.replays.call("learn", self._learn, images, labels, batch.teacher_logits).losses
+        _, losses = self.replays.call("learn", self._learn, images, labels, batch.teacher_logits)
         self.batch = None
         return losses | batch.losses
 
-    def _learn(self, images: Tensor, labels: Tensor, logits: Tensor | None) -> Batch:
-        """Update the student once; the batch goes through in `parts`."""
+    def _learn(self, images: Tensor, labels: Tensor, logits: Tensor | None) -> tuple[tuple[()], dict[str, Tensor]]:
+        """Update the student once and return nothing but the losses; the batch goes through in `parts`."""
         self.student.train()
         self.optimizer.zero_grad(set_to_none=True)
-        made = [self._add_gradient(part, len(labels)) for part in Batch(images, labels, logits).split(self.parts)]
+        parts = Batch(images, labels, logits).split(self.parts)
+        losses = [self._add_gradient(part, len(labels)) for part in parts]
         distributed.reduce_gradients(self.student.parameters())
         self.optimizer.step()
         constrain(self.student)
-        return joined(made)
+        return (), averaged(losses, [len(part.labels) for part in parts])
 
-    def _add_gradient(self, batch: Batch, whole: int) -> Batch:
-        """Add the gradient of a part of a batch of `whole` images; return it with its losses."""
+    def _add_gradient(self, batch: Batch, whole: int) -> dict[str, Tensor]:
+        """Add the gradient of a part of a batch of `whole` images; return its losses."""
         images, labels = batch.images, batch.labels
         answers, logits, distances = self._answers(images, batch.teacher_logits, len(labels))
         loss = distillation_loss(
@@ -177,7 +178,7 @@ class Distiller:
         (total * (len(labels) / whole)).backward()
         agreement = (answers.detach().argmax(1) == logits.argmax(1)).float().mean() * 100
         terms = {name: term.detach() for name, term in {"kd": loss, **distances}.items()}
-        return Batch(batch.images, batch.labels, None, terms | {"agreement": agreement})
+        return terms | {"agreement": agreement}
 
     def halve(self) -> bool:
         """Let the batch go through what cannot hold it in twice as many parts, where it has as many images."""

@@ -86,7 +86,8 @@ def _rounded(weight: Tensor, bits: int, *, per_channel: bool, range_rule: str) -
     if range_rule == "mse":
         quantizer.set_scale(weight_mse(quantizer, weight))
     quantizer.mode = "quantize"
-    return quantizer(weight)
+    rounded: Tensor = quantizer(weight)
+    return rounded
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,8 @@ SEARCHED = 2000
 class _Sampler(Protocol):
     def sample(self, count: int, batch_size: int = 100) -> Iterator[Batch]: ...
 
+    def sample_labels(self, labels: Tensor) -> Tensor | None: ...
+
 
 def grid_labels(classes: int) -> Tensor:
     """Return the labels of a grid's rows: all of them up to ten, else ten spread evenly."""
@@ -42,10 +44,9 @@ def rows_of_images(
         columns: images a row.
     """
     labels = grid_labels(spec.classes) if labels is None else labels
-    ask = getattr(source, "sample_labels", None)
-    if ask is not None:
-        pixels = spec.to_pixels(ask(labels.repeat_interleave(columns)).cpu())
-        return pixels.unflatten(0, (len(labels), columns))
+    asked = source.sample_labels(labels.repeat_interleave(columns))
+    if asked is not None:
+        return spec.to_pixels(asked.cpu()).view(len(labels), columns, spec.height, spec.width, spec.channels)
     grid = torch.zeros(len(labels), columns, spec.height, spec.width, spec.channels, dtype=torch.uint8)
     filled = [0] * len(labels)
     row_of = {int(label): row for row, label in enumerate(labels)}

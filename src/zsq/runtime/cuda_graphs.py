@@ -4,12 +4,12 @@ import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from zsq.runtime import distributed
-from zsq.types import Batch
 
 WARM_UP = 3
 """Calls before a step is recorded: optimizers make their state, and libraries choose their algorithms."""
@@ -17,7 +17,8 @@ WARM_UP = 3
 WAITS = "synchronizing CUDA operation"
 """What PyTorch's warning of an operation that waits for the GPU says."""
 
-Work = Callable[..., Batch]
+Tensors = TypeVar("Tensors", bound=tuple[Tensor | None, ...])
+Losses = dict[str, Tensor]
 
 _all: "weakref.WeakSet[Replays]" = weakref.WeakSet()
 
@@ -36,7 +37,8 @@ class Replays:
     """Calls steps, and on one GPU replays each as a CUDA graph once it has been called a few times.
 
     A step is a function of tensors that does the same work at every call, reads nothing back, draws no random numbers,
-    and changes what outlives it in place. One that cannot be recorded goes on being called.
+    and changes what outlives it in place. It returns a tuple of tensors and its losses, which are scalars. One that
+    cannot be recorded goes on being called.
 
     Args:
         device: on others than GPUs, and where several processes share the run, steps are just called.
@@ -49,7 +51,9 @@ class Replays:
         self._steps: dict[Hashable, _Step] = {}
         _all.add(self)
 
-    def call(self, name: Hashable, work: Work, *inputs: Tensor | None) -> Batch:
+    def call(
+        self, name: Hashable, work: Callable[..., tuple[Tensors, Losses]], *inputs: Tensor | None
+    ) -> tuple[Tensors, Losses]:
         """Return what `work` makes of the inputs; tensors of the caller's own, inputs that pass through among them.
 
         Args:
@@ -63,7 +67,7 @@ class Replays:
         step = self._steps.get(name)
         if step is None or step.shapes != shapes:
             step = self._steps[name] = _Step(work, shapes)
-        return step(inputs)
+        return cast(tuple[Tensors, Losses], step(inputs))
 
     def forget(self) -> None:
         """Give back the memory of all steps and record them anew.
@@ -79,16 +83,17 @@ class Replays:
 class _Step:
     """One step: called, then recorded, then replayed."""
 
-    def __init__(self, work: Work, shapes: tuple[object, ...]) -> None:
+    def __init__(self, work: Callable[..., Any], shapes: tuple[object, ...]) -> None:
         self.work, self.shapes, self.calls = work, shapes, 0
         self.recordable = True
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: list[Tensor | None] = []
-        self.made: Batch | None = None
+        self.made: tuple[Tensor | None, ...] = ()
+        self.names: tuple[str, ...] = ()
         self.losses: Tensor | None = None
         self.stream = torch.cuda.Stream()  # warm-up and recording are to meet the same streams in the backward pass
 
-    def __call__(self, inputs: Sequence[Tensor | None]) -> Batch:
+    def __call__(self, inputs: Sequence[Tensor | None]) -> tuple[tuple[Tensor | None, ...], Losses]:
         self.calls += 1
         if self.calls == WARM_UP:
             return self._watched(inputs)
@@ -98,48 +103,46 @@ class _Step:
             return self._aside(inputs)
         return self._replay(inputs)
 
-    def _aside(self, inputs: Sequence[Tensor | None]) -> Batch:
+    def _aside(self, inputs: Sequence[Tensor | None]) -> tuple[tuple[Tensor | None, ...], Losses]:
         current = torch.cuda.current_stream()
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
-            made = self.work(*inputs)
+            made, losses = self.work(*inputs)
         current.wait_stream(self.stream)
-        for tensor in (made.images, made.labels, made.teacher_logits, *made.losses.values()):
+        for tensor in (*made, *losses.values()):
             if tensor is not None:
                 tensor.record_stream(current)
-        return made
+        return made, losses
 
-    def _watched(self, inputs: Sequence[Tensor | None]) -> Batch:
+    def _watched(self, inputs: Sequence[Tensor | None]) -> tuple[tuple[Tensor | None, ...], Losses]:
         """Call the step and see whether it waits for the GPU: recording one that does would leave PyTorch confused."""
         mode = torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             try:
-                made = self._aside(inputs)
+                found = self._aside(inputs)
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
         self.recordable = not any(WAITS in str(warning.message) for warning in seen)
-        return made
+        return found
 
     def _record(self, inputs: Sequence[Tensor | None]) -> None:
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         self.inputs = [None if given is None else given.detach().clone() for given in inputs]
         try:
             with torch.cuda.graph(graph, stream=self.stream):
-                made = self.work(*self.inputs)
-                losses = torch.stack([value.float() for value in made.losses.values()])
+                made, found = self.work(*self.inputs)
+                losses = torch.stack([value.float() for value in found.values()])
         except RuntimeError:  # two copies of a step do not fit, or something in it cannot be recorded
             torch.cuda.set_stream(before)
             self.inputs = []
             return
-        self.graph, self.made, self.losses = graph, made, losses
+        self.graph, self.made, self.names, self.losses = graph, made, tuple(found), losses
 
-    def _replay(self, inputs: Sequence[Tensor | None]) -> Batch:
+    def _replay(self, inputs: Sequence[Tensor | None]) -> tuple[tuple[Tensor | None, ...], Losses]:
         assert self.graph is not None
-        assert self.made is not None
-        assert self.losses is not None
-        made = (self.made.images, self.made.labels, self.made.teacher_logits, self.losses)
+        made = (*self.made, self.losses)
         passed = {id(held): given for held, given in zip(self.inputs, inputs, strict=True) if held is not None}
         own = [None if tensor is None else passed.get(id(tensor)) for tensor in made]
         for place, tensor in enumerate(made):  # before anything has changed
@@ -152,8 +155,6 @@ class _Step:
         for mine, tensor in zip(own, made, strict=True):
             if mine is not None and tensor is not None and id(tensor) not in passed:
                 mine.copy_(tensor)
-        images, labels, logits, losses = own
-        assert images is not None
-        assert labels is not None
+        *tensors, losses = own
         assert losses is not None
-        return Batch(images, labels, logits, dict(zip(self.made.losses, losses.unbind(), strict=True)))
+        return tuple(tensors), dict(zip(self.names, losses.unbind(), strict=True))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -138,7 +138,7 @@ def on_main(work: Callable[[], Value]) -> Value:
         dist.broadcast_object_list(outcome)
     if isinstance(outcome[0], ZsqError):
         raise outcome[0]
-    return outcome[0]
+    return cast(Value, outcome[0])
 
 
 def share(batch: Tensor) -> Tensor:
@@ -209,7 +209,8 @@ def reduce_gradients(parameters: Iterable[Tensor]) -> None:
 
 def total(x: Tensor) -> Tensor:
     """Sum a tensor over all processes; differentiable, and so is a process's part in the others' losses."""
-    return _Total.apply(x)
+    summed: Tensor = _Total.apply(x)  # type: ignore[no-untyped-call]
+    return summed
 
 
 class _Total(torch.autograd.Function):

@@ -20,7 +20,7 @@ def _kernels() -> ModuleType | None:
         from zsq.runtime import kernels as found
 
         one = torch.ones(1, device="cuda")
-        found.FakeQuantize.apply(one, one, one, 0, 1, 1.0, (0.0, 1.0), 0.5)
+        found.FakeQuantize.apply(one, one, one, 0, 1, 1.0, (0.0, 1.0), 0.5)  # type: ignore[no-untyped-call]
     except torch.OutOfMemoryError:  # says nothing of the kernels
         raise
     except Exception:  # noqa: BLE001  whatever a compiler's import and first run end in

@@ -324,7 +324,8 @@ def image_norm(images: Tensor) -> Tensor:
 
     Source: Yin et al., DeepInversion, R_l2.
     """
-    return images.flatten(1).norm(dim=1).mean()
+    norms: Tensor = images.flatten(1).norm(dim=1)
+    return norms.mean()
 
 
 def competition(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
@@ -388,5 +389,5 @@ def blurred(images: Tensor) -> Tensor:
 
     A depthwise convolution took two to six times as long (8x3x224x224 with gradient, one core).
     """
-    blurred_images: Tensor = _Blur.apply(images)
+    blurred_images: Tensor = _Blur.apply(images)  # type: ignore[no-untyped-call]
     return blurred_images

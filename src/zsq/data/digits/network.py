@@ -43,4 +43,5 @@ class DigitsNet(nn.Module):
         """Map normalised images [N, 1, 8, 8] to logits [N, 10]."""
         x = torch.relu(self.bn1(self.conv1(x)))
         x = self.stage3(self.stage2(self.stage1(x)))
-        return self.fc(self.pool(x).flatten(1))
+        logits: Tensor = self.fc(self.pool(x).flatten(1))
+        return logits
