@@ -8,9 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch.fx import GraphModule
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
+from zsq.data.digits.network import DigitsNet
+from zsq.graph.edit import copy_network
+from zsq.models import teacher
 from zsq.runs.console import Lines
+from zsq.types import ImageSpec
 
 pytest_plugins = ["enforce_slow", "pytester"]
 
@@ -62,4 +68,22 @@ def operators_listed_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ONNXRegistry, "from_torchlib", classmethod(from_torchlib))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def digits_traced_once() -> Iterator[None]:
+    """Hundreds of tests load the bundled network; each time, its export takes a quarter of a second for one graph."""
+    traced, original = {}, teacher.trace
+
+    def trace(net: nn.Module, spec: ImageSpec, name: str) -> GraphModule:
+        if type(net) is not DigitsNet:
+            return original(net, spec, name)
+        key = spec, name, teacher.state_sha256(net.state_dict())
+        if key not in traced:
+            traced[key] = original(net, spec, name)
+        return copy_network(traced[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teacher, "trace", trace)
         yield
