@@ -76,6 +76,7 @@ def test_step_writes_its_record(tmp_path) -> None:
     assert record["gflop_per_second"] > 0
 
 
+@pytest.mark.slow
 def test_parts_refuse_another_batch() -> None:
     """A source whose batch differs from what its parts would be given is not timed."""
     teacher = parts.random_teacher("digits", CPU)

@@ -16,34 +16,34 @@ def work(seconds):
 
 @pytest.fixture(scope="module")
 def made():
-    work(0.3)
+    work(0.2)
 
 def test_own_time():
-    work(0.3)
+    work(0.2)
 
 def test_shared_fixture(made):
     pass
 
 def test_process():
-    text = "import time\\nwhile time.process_time() < 0.3: pass"
+    text = "import time\\nwhile time.process_time() < 0.2: pass"
     subprocess.run([sys.executable, "-S", "-c", text], check=True)
 
 def test_waiting_is_no_work():
-    time.sleep(0.3)
+    time.sleep(0.2)
 
 @pytest.mark.slow
 def test_marked():
-    work(0.3)
+    work(0.2)
 
 @pytest.mark.real
 def test_real():
-    work(0.3)
+    work(0.2)
 """
 
 
 @pytest.fixture
 def run(pytester, monkeypatch):
-    monkeypatch.setattr(enforce_slow, "LIMIT", 0.15)
+    monkeypatch.setattr(enforce_slow, "LIMIT", 0.1)
     pytester.makepyfile(test_some=TESTS)
     pytester.makeini("[pytest]\nmarkers =\n    slow\n    real\n")
     return lambda *arguments: pytester.runpytest_inprocess("-p", "enforce_slow", *arguments)
@@ -54,7 +54,7 @@ def test_what_is_slow_without_the_mark_fails_the_run(run, processes):
     result = run("--enforce-slow", *processes)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.assert_outcomes(passed=6)
-    _, _, told = result.stdout.str().partition("more than 0.15 s of the processor and not marked slow")
+    _, _, told = result.stdout.str().partition("more than 0.1 s of the processor and not marked slow")
     assert set(re.findall(r"::(\w+)$", told, flags=re.MULTILINE)) == {"test_own_time", "test_process"}
 
 

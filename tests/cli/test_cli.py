@@ -113,6 +113,7 @@ def weights(**changed: torch.Tensor) -> dict[str, torch.Tensor]:
 # Results
 
 
+@pytest.mark.slow
 def test_json_is_one_object_and_progress_goes_to_stderr(finished):
     folder, outcome = finished
     assert outcome.code == 0
@@ -124,6 +125,7 @@ def test_json_is_one_object_and_progress_goes_to_stderr(finished):
     assert "WARNING: the teacher recognises" in outcome.err
 
 
+@pytest.mark.slow
 def test_evaluate_measures_the_file_of_a_run(finished):
     folder, outcome = finished
     found = zsq("evaluate", folder, "--data", "digits", "--json")
@@ -135,6 +137,7 @@ def test_evaluate_measures_the_file_of_a_run(finished):
     assert json.loads(found.out)["model.onnx"]["top1"] == record["quantized_top1"]
 
 
+@pytest.mark.slow
 def test_evaluate_measures_a_float_network(finished, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "digits").mkdir()  # a folder of that name hides no network
@@ -156,6 +159,7 @@ def test_the_summary_names_what_was_measured(finished, tmp_path):
     assert lines["folder"].strip() == str(tmp_path / "four")
 
 
+@pytest.mark.slow
 def test_synthesize_prints_the_files(tmp_path, finished):
     made = zsq("synthesize", "digits", "--from", finished[0], "--count", 12, "--out", tmp_path)
     assert made.code == 0
@@ -360,6 +364,7 @@ def test_a_network_that_torch_export_cannot_take(place):
     assert not (place / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_that_holds_another_run(finished):
     folder = finished[0]
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -480,6 +485,7 @@ def test_models_that_cannot_be_found(place, model, message):
     assert not (place / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["generator.safetensors", "settings.toml", "checkpoints/fit.safetensors", "model.onnx"]
 )
@@ -638,6 +644,7 @@ def test_a_count_that_is_told_again_is_the_same_run(capsys, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_evaluate_takes_the_file_alone_and_beside_its_network(finished):
     folder, outcome = finished
     record = json.loads(outcome.out)
@@ -649,6 +656,7 @@ def test_evaluate_takes_the_file_alone_and_beside_its_network(finished):
         assert both["model.onnx"]["teacher_agreement"] == record["teacher_agreement"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -665,6 +673,7 @@ def test_what_cannot_be_evaluated(finished, arguments, message):
     assert error_of(found).startswith(message.format(run=run))
 
 
+@pytest.mark.slow
 def test_an_onnx_file_of_somebody_else_is_no_run(tmp_path, finished):
     model = onnx.load(finished[0] / "model.onnx")
     del model.metadata_props[:]

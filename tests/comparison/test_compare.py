@@ -402,6 +402,7 @@ def test_the_table_in_columns(outcomes, tmp_path):
     assert rows[1]["ZS-CGAN DF-PTQ"] == "82.50 ± 3.54"
 
 
+@pytest.mark.slow
 def test_the_table_in_rows(ran, recipe, tmp_path):
     recipe.write_text('layout = "rows"\n' + RECIPE.replace("seeds = [0, 1]", "seeds = [1]"))
     table = main_table(compare(recipe, out=tmp_path / "out").outcomes)
@@ -448,6 +449,7 @@ def test_a_claim_without_doubt_either_way_is_open_and_the_opposite_is_contradict
     assert "| noise/ptq above real/ptq | digits | INT8 |" in (tmp_path / "out" / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_share_of_the_gap_is_shown_only_where_there_is_a_gap(outcomes):
     table = gaps_table(outcomes)
     assert list(table.header) == ["network", "quantizer", "bits", "real minus noise (95 %)", "ZS-CGAN"]
@@ -456,6 +458,7 @@ def test_the_share_of_the_gap_is_shown_only_where_there_is_a_gap(outcomes):
     assert rows["qat", "INT4"] == ["+0.00 (+0.00 to +0.00)", "no gap"]
 
 
+@pytest.mark.slow
 def test_costs_stand_beside_accuracy(outcomes, tmp_path):
     rows = {row[0].text: [entry.text for entry in row] for row in costs_table(outcomes).rows}
     assert rows["digits/zscgan/ptq-4"][3:5] == ["2.5", "32"]

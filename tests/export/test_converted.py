@@ -13,6 +13,7 @@ from zsq.export.pt2 import write_pt2
 from zsq.graph.edit import aten
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("write", "name"), [(write_onnx, "8.onnx"), (write_pt2, "8.pt2")])
 def test_the_same_network_gives_the_same_bytes(
     write: Callable[..., None], name: str, files: Path, tmp_path: Path

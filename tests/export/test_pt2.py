@@ -7,6 +7,7 @@ from converted import converted_network, simulate
 from torch import Tensor
 
 
+@pytest.mark.slow
 def test_pt2_gives_the_same_logits_in_a_fresh_process(files: Path, images: Tensor, tmp_path: Path) -> None:
     expected = simulate(converted_network())(images)
     torch.save((images, expected), tmp_path / "expected.pt")

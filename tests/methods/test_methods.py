@@ -246,6 +246,7 @@ def test_copies_of_a_fitted_source_do_not_touch_it(name: str, teacher: Teacher) 
     assert all(torch.equal(now[key], value) for key, value in kept.items())
 
 
+@pytest.mark.slow
 @every_method
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_each_quantizer_takes_the_surrogate(name: str, quantizer: str, teacher: Teacher) -> None:

@@ -71,7 +71,9 @@ def agree(student: Student, converted: GraphModule, x: Tensor) -> float:
 
 
 @pytest.mark.parametrize("make", NETWORKS)
-@pytest.mark.parametrize("bits", ["8", "6", "4", "W4A8"])
+@pytest.mark.parametrize(
+    "bits", ["8", pytest.param("6", marks=pytest.mark.slow), "4", pytest.param("W4A8", marks=pytest.mark.slow)]
+)
 def test_the_converted_graph_computes_what_was_simulated(make: Callable[[], nn.Module], bits: str) -> None:
     student = student_of(make, bits)
     assert agree(student, convert(student), images(200, seed=5)) >= 0.99

@@ -156,6 +156,7 @@ def test_the_step_is_equation_three(teacher: Teacher) -> None:
     torch.testing.assert_close(distiller.step(0)["kd"], wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("scales", ["learnable", "moving-average"])
 def test_a_saved_distillation_goes_on_bit_for_bit(teacher: Teacher, tmp_path: Path, method: str, scales: str) -> None:

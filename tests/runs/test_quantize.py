@@ -152,6 +152,7 @@ def test_metrics_tell_each_loss_of_both_phases(qat):
     assert lines[1].keys() >= {"kd", "agreement", "ce", "bns", "label_recognition"}
 
 
+@pytest.mark.slow
 def test_low_recognition_is_a_loud_warning(teacher, tmp_path, monkeypatch, said):
     monkeypatch.setattr(stages, "write_onnx", _stop)
     with pytest.raises(InputError, match="far enough"):

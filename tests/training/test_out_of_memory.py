@@ -79,6 +79,7 @@ def distiller_of(teacher: Teacher, source: object) -> Distiller:
     return Distiller(student, teacher.network, source, settings, torch.device("cpu"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch_size", "parts"), [(16, 2), (10, 3), (10, 4)])
 def test_a_student_in_parts_has_the_gradients_of_the_whole(teacher: Teacher, batch_size: int, parts: int) -> None:
     whole, halved = (
