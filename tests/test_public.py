@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import zsq
 
 SNAPSHOT = Path(__file__).with_name("public_face.json")
@@ -56,6 +58,7 @@ def test_no_package_is_named_like_a_public_function() -> None:
     assert packages & set(zsq.__all__) == set()
 
 
+@pytest.mark.slow
 def test_every_module_can_be_imported_by_its_name() -> None:
     """In one fresh process, where no function of the public face hides a package of its name."""
     root = Path(zsq.__file__).parent
