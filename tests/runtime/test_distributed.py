@@ -150,7 +150,7 @@ def refusals(folder: Path) -> None:
     budget.time = SimpleNamespace(perf_counter=lambda: 10 * time.perf_counter())  # it measures for seconds by the clock
     chosen = ("method.batch_size=8", "method.width=4", "quantizer.num_samples=20")
     wanted = resolve(quantizer="qat", assignments=chosen)
-    planned = plan(wanted, teacher, Run(), 60.0, num_eval_images=0, fitted=False)  # measured together, decided by one
+    planned = plan(wanted, teacher, Run(), 600.0, num_eval_images=0, fitted=False)  # measured together, decided by one
     steps = planned.settings.method.steps, planned.settings.distill_steps
     torch.save((said, distributed.on_main(lambda: os.environ["RANK"]), steps), folder / f"said{os.environ['RANK']}.pt")
 
