@@ -58,6 +58,7 @@ def test_what_is_slow_without_the_mark_fails_the_run(run, processes):
     assert set(re.findall(r"::(\w+)$", told, flags=re.MULTILINE)) == {"test_own_time", "test_process"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments", [("--enforce-slow", "-k", "waiting or fixture or marked or real"), ("-k", "own_time")]
 )

@@ -44,6 +44,7 @@ def test_one_pixel_shifts() -> None:
     assert len(shifted.unique()) == 3
 
 
+@pytest.mark.slow
 def test_training_writes_the_same_weights_twice(tmp_path, capsys) -> None:
     for name in ("a.safetensors", "b.safetensors"):
         train.main([str(tmp_path / name), "--epochs", "1"])

@@ -26,6 +26,7 @@ def test_the_same_network_gives_the_same_bytes(
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["8.onnx", "8.pt2"])
 def test_files_hold_no_local_path(name: str, files: Path) -> None:
     content = (files / name).read_bytes()

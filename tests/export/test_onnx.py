@@ -75,6 +75,7 @@ def test_weights_stay_int8_and_biases_int32(files: Path) -> None:
     assert all(value.dtype != np.float32 or value.size <= 8 for value in tensors.values())
 
 
+@pytest.mark.slow
 def test_per_tensor_weights(tmp_path: Path, images: Tensor) -> None:
     network = converted_network(per_channel=False)
     write_onnx(network, SPEC, tmp_path / "tensor.onnx")

@@ -13,6 +13,7 @@ from zsq.export.converted import output_step
 from zsq.export.verify import OnnxClassifier, Verification, exceeds, require, verify_onnx
 
 
+@pytest.mark.slow
 def test_a_tampered_file_is_refused(files: Path, images: Tensor, tmp_path: Path) -> None:
     network = converted_network()
     model = onnx.load(files / "8.onnx")
@@ -25,6 +26,7 @@ def test_a_tampered_file_is_refused(files: Path, images: Tensor, tmp_path: Path)
     assert canonical_sha256(tmp_path / "tampered.onnx") != canonical_sha256(files / "8.onnx")
 
 
+@pytest.mark.slow
 def test_verification_counts_and_figures(files: Path, images: Tensor) -> None:
     network, run = converted_network(), OnnxClassifier(files / "8.onnx", threads=1)
     step = output_step(network)
@@ -75,6 +77,7 @@ def test_exceeds_is_the_sign_test(count: int, other: int, expected: bool) -> Non
     assert exceeds(count, other) == expected  # 1/16, 1/32, 8/128, 9/256; 2 deviations of 50 from 5,100
 
 
+@pytest.mark.slow
 def test_verification_counts_differences_that_are_not_shared(
     files: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,6 +101,7 @@ def test_verification_counts_differences_that_are_not_shared(
     assert (found.only_from_simulation, found.only_from_itself) == (3, 5)
 
 
+@pytest.mark.slow
 def test_files_and_images_that_do_not_fit_are_named(files: Path, tmp_path: Path, images: Tensor) -> None:
     with pytest.raises(InputError, match="no such file"):
         OnnxClassifier(tmp_path / "absent.onnx")

@@ -282,6 +282,7 @@ def test_it_says_whether_it_is_data_free(name: str) -> None:
     assert fitted(name).source.data_free == (name not in ("real", "biggan"))
 
 
+@pytest.mark.slow
 def test_zscgan_lowers_its_losses(teacher: Teacher) -> None:
     settings = ZSCGAN(steps=60, batch_size=16, width=8, learning_rate=5e-3)
     fresh = dataclasses.replace(settings, steps=0).fit(teacher, Run(), distill_steps=60).source.batch(0, None).losses

@@ -210,6 +210,7 @@ class PartlyRectified(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+@pytest.mark.slow
 def test_an_activation_that_writes_in_place_is_kept_in_the_file(tmp_path: Path) -> None:
     student = student_of(PartlyRectified)
     converted = convert(student)

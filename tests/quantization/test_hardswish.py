@@ -73,6 +73,7 @@ def test_simulation_and_converted_graph_agree(bits: str) -> None:
     assert steps.abs().max() <= 2.01
 
 
+@pytest.mark.slow
 def test_the_file_agrees_and_computes_it_and_hard_sigmoid_in_integers(tmp_path: Path) -> None:
     student = quantized(graph(Mobile), PTQ(bits="8"))
     converted = convert(student)

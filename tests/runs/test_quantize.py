@@ -269,6 +269,7 @@ def test_a_module_in_memory_with_4_channels_and_7_classes(tmp_path):
         assert picture.height == 7 * (5 * 9 + 2)
 
 
+@pytest.mark.slow
 def test_settings_objects_work_in_place_of_names(tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "write_onnx", _stop)
     method, quantizer = ZSCGAN(steps=3, batch_size=8, width=8), QAT(steps=2, num_samples=32, bits="6")
@@ -308,6 +309,7 @@ def test_real_images_calibrate_what_there_are(teacher, tmp_path):
     assert (tmp_path / "run" / "samples.png").exists()
 
 
+@pytest.mark.slow
 def test_noise_serves_distillation(teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "write_onnx", _stop)
     settings = ("method.batch_size=16", "quantizer.num_samples=300", "quantizer.steps=4")
@@ -326,6 +328,7 @@ def test_noise_alone_calibrates(teacher, tmp_path):
     assert record.artifacts.keys() == {"model.onnx", "model.pt2"}
 
 
+@pytest.mark.slow
 def test_noise_has_no_generator_to_reuse(teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "write_onnx", _stop)
     with pytest.raises(InputError, match="far enough"):
@@ -639,6 +642,7 @@ def test_resuming_nothing_says_so(teacher, tmp_path, monkeypatch, said):
     assert f"{tmp_path / 'run'} holds no run to continue; this one starts anew" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget_given", [False, True])
 def test_the_source_is_seen_to_start_once_before_a_folder_is_overwritten(budget_given, teacher, tmp_path, monkeypatch):
     """By the probe that measures a step where there is a budget; then it is built to be trained."""

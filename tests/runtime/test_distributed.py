@@ -345,6 +345,7 @@ def script(first: str, others: str) -> list[str]:
 WAIT = "time.sleep(60)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "others", "code", "said"),
     [
