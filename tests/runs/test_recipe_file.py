@@ -93,6 +93,14 @@ def test_an_unknown_table_is_quoted(tmp_path: Path) -> None:
         run_tables(path)
 
 
+def test_a_run_without_images_is_no_comparison_yet(tmp_path: Path) -> None:
+    path = written(tmp_path, "[teacher]\nmodel = 'digits'\n[run]\nseed = 0\n")
+    with pytest.raises(InputError, match=r'add data = "SET" to its table \[run\]'):
+        read_recipe(path)
+    path.write_text(path.read_text() + "data = 'digits'\n")
+    assert len(cells(read_recipe(path))) == 1
+
+
 def test_the_table_of_a_run_becomes_an_entry(tmp_path: Path) -> None:
     text = (
         "[teacher]\nmodel = 'net.py:build'\nweights = 'w.pth'\nweights_file = '/data/w.pth'\nweights_sha256 = '0'\n"

@@ -90,7 +90,7 @@ def comparison_tables(path: Path) -> dict[str, Any]:
     """Return what a recipe says of a comparison, its tables as lists.
 
     Raises:
-        InputError: it is not TOML, mixes both forms, or names no network.
+        InputError: it is not TOML, mixes both forms, or names no network or no images.
     """
     content = read_toml(path)
     short = [key for key in SHORT if key in content]
@@ -103,6 +103,8 @@ def comparison_tables(path: Path) -> dict[str, Any]:
             f"zsq quantize NETWORK --recipe {path} --out DIR takes them."
         )
     run, quantizer = content.get("run", {}), dict(content.get("quantizer", {}))
+    if "data" not in run:
+        raise InputError(f'{path} names no images to measure accuracy on; add data = "SET" to its table [run].')
     quantizer["bits"] = [str(quantizer.get("bits", "8"))]
     teacher = _as_entry(content["teacher"], run)
     return {
