@@ -1,4 +1,7 @@
-"""Fixtures that several test files use."""
+"""Fixtures that several test files use.
+
+What they need is imported inside: pytest-xdist's own process reads this file, too, and runs no test.
+"""
 
 import copy
 import functools
@@ -7,16 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
-from torch.fx import GraphModule
-from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-from zsq.data.digits.network import DigitsNet
-from zsq.graph.edit import copy_network
-from zsq.models import teacher
-from zsq.runs.console import Lines
-from zsq.types import ImageSpec
 
 pytest_plugins = ["enforce_slow", "pytester"]
 
@@ -32,6 +25,8 @@ def real_data() -> Path:
 
 @pytest.fixture(autouse=True, scope="session")
 def few_threads() -> None:
+    import torch
+
     torch.set_num_threads(1)
 
 
@@ -41,6 +36,8 @@ class _Kept(logging.Handler):
         self.lines: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
+        from zsq.runs.console import Lines
+
         self.lines.append(Lines().format(record))
 
 
@@ -59,6 +56,8 @@ def said() -> Iterator[list[str]]:
 @pytest.fixture(autouse=True, scope="session")
 def operators_listed_once() -> Iterator[None]:
     """The exporter lists its operators anew for every file: half a second, of two, for the same list."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
     listed = functools.cache(ONNXRegistry.from_torchlib)
 
     def from_torchlib(cls: type[ONNXRegistry], **options: object) -> ONNXRegistry:
@@ -74,6 +73,14 @@ def operators_listed_once() -> Iterator[None]:
 @pytest.fixture(autouse=True, scope="session")
 def digits_traced_once() -> Iterator[None]:
     """Hundreds of tests load the bundled network; each time, its export takes a quarter of a second for one graph."""
+    from torch import nn
+    from torch.fx import GraphModule
+
+    from zsq.data.digits.network import DigitsNet
+    from zsq.graph.edit import copy_network
+    from zsq.models import teacher
+    from zsq.types import ImageSpec
+
     traced, original = {}, teacher.trace
 
     def trace(net: nn.Module, spec: ImageSpec, name: str) -> GraphModule:

@@ -349,6 +349,7 @@ def test_a_checkpoint_that_would_execute_code(place, kind):
     assert not (place / "evil-was-here").exists()
 
 
+@pytest.mark.slow
 def test_a_network_without_batch_norm(place):
     shape = ["--input", "1x8x8", "--classes", "10"]
     message = error_of(zsq("quantize", "networks.py:plain", *shape, *STATED, *TINY, "--out", "run"))
@@ -692,6 +693,7 @@ def test_a_search_without_a_match_says_so():
     assert "no zoo network that can be used here has 'zzzz' in its name\n" in zsq("models", "zzzz").out
 
 
+@pytest.mark.slow
 def test_what_a_network_prints_does_not_mix_with_the_result(place):
     text = "from networks import plain as quiet\ndef plain():\n print('hello')\n return quiet()"
     (place / "loud.py").write_text(text)

@@ -16,9 +16,16 @@ def images() -> Tensor:
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the 8-bit network as 8.onnx and 8.pt2 and the 6- and 4-bit networks as 6.onnx and 4.onnx."""
+    """A folder with the 8-bit network as 8.onnx and 8.pt2."""
     folder = tmp_path_factory.mktemp("export")
-    for bits in (8, 6, 4):
-        write_onnx(converted_network(bits), SPEC, folder / f"{bits}.onnx")
+    write_onnx(converted_network(), SPEC, folder / "8.onnx")
     write_pt2(converted_network(), SPEC, folder / "8.pt2")
     return folder
+
+
+@pytest.fixture(scope="session")
+def narrow(files: Path) -> Path:
+    """The folder with the 6- and 4-bit networks as 6.onnx and 4.onnx beside them."""
+    for bits in (6, 4):
+        write_onnx(converted_network(bits), SPEC, files / f"{bits}.onnx")
+    return files

@@ -15,13 +15,19 @@ from zsq.export.onnx import write_onnx
 from zsq.export.verify import OnnxClassifier, require, verify_onnx
 from zsq.types import ImageSpec
 
+every_width = pytest.mark.parametrize("bits", [8, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (6, 4))])
 
-@pytest.mark.parametrize("bits", [8, 6, 4])
-def test_onnx_runtime_computes_what_was_simulated(bits: int, files: Path, images: Tensor) -> None:
+
+@pytest.fixture
+def onnx_file(bits: int, request: pytest.FixtureRequest) -> Path:
+    folder: Path = request.getfixturevalue("files" if bits == 8 else "narrow")
+    return folder / f"{bits}.onnx"
+
+
+@every_width
+def test_onnx_runtime_computes_what_was_simulated(bits: int, onnx_file: Path, images: Tensor) -> None:
     network = converted_network(bits)
-    verification = verify_onnx(
-        files / f"{bits}.onnx", simulate(network), images.split(64), output_step(network), threads=1
-    )
+    verification = verify_onnx(onnx_file, simulate(network), images.split(64), output_step(network), threads=1)
     require(verification)
     assert verification.num_images == 200
     assert 100 < verification.num_decided <= 200
@@ -29,13 +35,14 @@ def test_onnx_runtime_computes_what_was_simulated(bits: int, files: Path, images
     assert verification.max_logit_difference_steps < 20
 
 
-@pytest.mark.parametrize("bits", [8, 6, 4])
-def test_every_convolution_and_the_residual_add_fuse(bits: int, files: Path) -> None:
-    kinds = Counter(fused_operators(files / f"{bits}.onnx"))
+@every_width
+def test_every_convolution_and_the_residual_add_fuse(bits: int, onnx_file: Path) -> None:
+    kinds = Counter(fused_operators(onnx_file))
     assert (kinds["QLinearConv"], kinds["QLinearAdd"], kinds["QGemm"]) == (3, 1, 1)
     assert kinds["Conv"] == kinds["Relu"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 6, 4])
 @pytest.mark.parametrize("position", [0.0, 0.3, 1.0], ids=["lowest", "inner", "highest"])
 def test_the_integer_grid_survives(bits: int, position: float, tmp_path: Path) -> None:

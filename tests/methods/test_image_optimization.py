@@ -384,6 +384,7 @@ def test_competition_drives_teacher_and_student_apart(teacher: Teacher) -> None:
     assert apart(against) > 1.5 * apart(alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scheme", "names", "falls"),
     [

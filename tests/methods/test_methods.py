@@ -155,6 +155,7 @@ def test_the_seed_decides_the_samples(name: str, teacher: Teacher) -> None:
     assert not same(first.batch(1, None), other.batch(1, None))
 
 
+@pytest.mark.slow
 @every_method
 def test_no_other_random_state_is_read_or_changed(name: str, teacher: Teacher) -> None:
     with torch.random.fork_rng():
@@ -211,6 +212,7 @@ def test_samples_are_made_only_when_asked_for(name: str) -> None:
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.slow
 @every_method
 def test_sampling_does_not_disturb_distillation(name: str, teacher: Teacher) -> None:
     plain, sampled = (fit(teacher, name).source for _ in range(2))

@@ -88,6 +88,7 @@ def test_eight_bits_are_near_the_float_network(make: Callable[[], nn.Module], bi
         assert (student(x) - wanted).norm() <= 0.05 * wanted.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -88,9 +88,9 @@ def test_where_a_layer_computes_it(make: type[Mobile], scope: str, count: int) -
     torch.testing.assert_close(student.network(x), graph(make)(x), rtol=0.2, atol=0.2)
 
 
-@pytest.mark.parametrize("bits", ["8", "6", "W8A4"])
+@pytest.mark.parametrize("bits", ["8", pytest.param("6", marks=pytest.mark.slow), "W8A4"])
 @pytest.mark.parametrize("make", [Mobile, LinearGate])
-@pytest.mark.parametrize("scale", [1.0, 1.3, 0.6])
+@pytest.mark.parametrize("scale", [1.0, 1.3, pytest.param(0.6, marks=pytest.mark.slow)])
 def test_simulation_and_converted_graph_agree(make: type[Mobile], bits: str, scale: float) -> None:
     """Also where a trained grid reaches beyond 1, so that its last integers are not used, or ends before 1."""
     student = quantized(graph(make), PTQ(bits=bits))

@@ -314,6 +314,7 @@ READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "
 """What makes the host wait for a GPU."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scales", ["learnable", "moving-average"])
 def test_no_step_reads_a_value_back_from_the_device(scales: str, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = load_teacher("digits")
@@ -333,6 +334,7 @@ def refuse(*_: object) -> None:
     raise AssertionError("a value was read")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scales", ["learnable", "moving-average"])
 def test_lone_batch_norms_stay_what_the_file_computes(scales: str) -> None:
     with torch.random.fork_rng():

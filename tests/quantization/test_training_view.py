@@ -63,7 +63,7 @@ def learnt(student: Student, network: GraphModule, device: str) -> dict[str, Ten
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("learnable", [False, True])
+@pytest.mark.parametrize("learnable", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("make", TOYS)
 def test_it_answers_and_learns_as_the_plain_graph(make: Callable[[], nn.Module], learnable: bool, device: str) -> None:
     bits = "4" if device == "cpu" else "8"  # where sums in another order move values to the other side of a tie

@@ -126,6 +126,7 @@ def test_the_widths_are_those_of_the_file(mixed, teacher, tmp_path):
         quantize(teacher, out=tmp_path / "run", bits="W8A6", resume=True, **REAL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "options"),
     [("weight_range_rule=mse", {"range_rule": "mse"}), ("weight_granularity=tensor", {"per_channel": False})],

@@ -110,6 +110,7 @@ def test_narrow_images_make_a_picture_too(tmp_path, height, width):
         assert picture.size[0] < picture.size[1] if height > width else picture.size[0] > picture.size[1]
 
 
+@pytest.mark.slow
 def test_a_generator_of_another_run_is_used(tmp_path, digits, monkeypatch):
     monkeypatch.setattr("zsq.runs.stages.write_onnx", _stop)
     with pytest.raises(InputError, match="far enough"):
