@@ -8,8 +8,10 @@ from torch import nn
 
 from zsq.data.datasets import open_dataset
 from zsq.errors import InputError
+from zsq.models.network import Network
 from zsq.models.teacher import Teacher, load_teacher, teacher_from_module
 from zsq.reports.pictures import write_grid
+from zsq.runs.allocate import allocate
 from zsq.runs.quantize import quantize
 from zsq.runs.synthesize import synthesize, write_npz
 from zsq.types import Batch, ImageSpec
@@ -184,3 +186,18 @@ def test_what_is_overwritten_is_kept_until_the_method_has_started(tmp_path, digi
     with pytest.raises(InputError, match="method real needs images"):
         synthesize(digits, out=tmp_path, count=3, method="real", overwrite=True)
     assert path.read_bytes() == kept
+
+
+def test_every_verb_takes_what_quantize_takes(tmp_path):
+    """A name, a `Network`, a `Teacher`, or a module with its spec; a module alone is refused."""
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 4))
+    spec = ImageSpec(channels=1, height=8, width=8, classes=4, mean=(0.5,), std=(0.25,))
+    for number, network in enumerate([("digits",), (Network(model="digits"),), (net, spec)]):
+        path, _ = synthesize(*network, out=tmp_path / str(number), count=2, method="noise", quiet=True)
+        assert path.exists()
+    done = allocate(net, spec, out=tmp_path / "mixed", average=4, num_images=4, method="noise", quiet=True)
+    assert done.allocation.bits <= 4 * done.frontier.num_weights
+    for verb, rest in ((synthesize, {}), (allocate, {"average": 4}), (quantize, {})):
+        with pytest.raises(InputError, match="a module in memory needs its ImageSpec"):
+            verb(net, out=tmp_path / "none", quiet=True, **rest)
+    assert not (tmp_path / "none").exists()
