@@ -9,6 +9,7 @@ from zsq.errors import InputError
 from zsq.export.content_hash import canonical_sha256
 
 
+@pytest.mark.slow
 def test_canonical_hash_sees_content_only(files: Path, tmp_path: Path) -> None:
     model = onnx.load(files / "8.onnx")
     model.producer_version, model.graph.node[0].doc_string = "elsewhere", "/somewhere"

@@ -100,6 +100,7 @@ def test_batch_is_dynamic_and_named(files: Path, images: Tensor) -> None:
     assert torch.equal(torch.cat([run(image[None]) for image in images[:3]]), run(images[:3]))
 
 
+@pytest.mark.slow
 def test_an_operation_without_onnx_form_is_named(tmp_path: Path) -> None:
     graph = fx.Graph()
     graph.output((graph.call_function(ATEN.erfinv.default, (graph.placeholder("images"),)),))
