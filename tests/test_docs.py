@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -148,9 +149,18 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zsq, "quantize", quantize)
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("docs") / "run"
+    settings = {"quantizer.num_samples": 50}
+    zsq.quantize(zsq.load_teacher("digits"), out=folder, method="noise", settings=settings, quiet=True)
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [str(page.relative_to(ROOT)) for page in PAGES if blocks(page.read_text(), "python")])
-def test_python_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_of_a_page_runs(name: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     images = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
@@ -159,8 +169,7 @@ def test_python_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     names: dict[str, Any] = {"net": nn.Sequential(*layers, nn.Linear(8, 10)), "images": torch.zeros(2, 3, 32, 32)}
     text = (ROOT / name).read_text()
     if "onnxruntime.InferenceSession" in text:  # the page starts from the folder of a run
-        settings = {"quantizer.num_samples": 50}
-        zsq.quantize(zsq.load_teacher("digits"), out="runs/int8", method="noise", settings=settings, quiet=True)
+        shutil.copytree(run, "runs/int8")
     short(monkeypatch)
     logits = []
     for code in blocks(text, "python"):
@@ -173,10 +182,8 @@ def test_python_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
-def test_keys_of_the_record_are_those_of_the_page(tmp_path: Path) -> None:
-    settings = {"quantizer.num_samples": 50}
-    zsq.quantize(zsq.load_teacher("digits"), out=tmp_path / "run", method="noise", settings=settings, quiet=True)
-    record = json.loads((tmp_path / "run" / "result.json").read_text())
+def test_keys_of_the_record_are_those_of_the_page(run: Path) -> None:
+    record = json.loads((run / "result.json").read_text())
     page = (ROOT / "docs" / "guides" / "run-folder.md").read_text()
     section = page.partition("## The record\n")[2].partition("\n## ")[0]
     keys = [key for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for key in re.findall(r"`(\w+)`", row)]

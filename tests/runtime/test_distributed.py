@@ -157,7 +157,7 @@ def refusals(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes left: their work, then what they refuse and plan."""
+    """What two processes left: their work, what they refuse and plan, and a run."""
     folder = tmp_path_factory.mktemp("two")
     assert run_workers([sys.executable, "-W", "error", __file__, str(folder)], 2) == 0
     return folder
@@ -374,11 +374,18 @@ def test_a_failing_process_ends_the_run_with_one_line(monkeypatch, capfd, first,
     assert error.count("\n") == bool(said)
 
 
+LOAD = f"""
+import importlib.util as u
+s = u.spec_from_file_location('w', {str(launcher.__file__)!r})
+w = u.module_from_spec(s)
+s.loader.exec_module(w)
+"""
+"""Imports the launcher as `w` without the rest of zsq, which takes seconds."""
+
+
 def test_processes_end_with_the_one_that_started_them(tmp_path):
-    load = f"import importlib.util as u\ns = u.spec_from_file_location('w', {str(launcher.__file__)!r})\n"
-    load += "w = u.module_from_spec(s)\ns.loader.exec_module(w)\n"
-    worker = f"{load}import os, time\nw.watch_starter()\nopen(f'{tmp_path}/{{os.getpid()}}', 'w')\ntime.sleep(60)"
-    starter = f"{load}import sys\nw.run_workers([sys.executable, '-c', {worker!r}], 2)"
+    worker = f"{LOAD}import os, time\nw.watch_starter()\nopen(f'{tmp_path}/{{os.getpid()}}', 'w')\ntime.sleep(60)"
+    starter = f"{LOAD}import sys\nw.run_workers([sys.executable, '-c', {worker!r}], 2)"
     process = subprocess.Popen([sys.executable, "-c", starter])
     until(lambda: len(list(tmp_path.iterdir())) == 2)
     process.kill()
@@ -449,6 +456,11 @@ def broken_run(folder: Path, phase: str, step: int, whom: str) -> None:
     sys.exit(LOST)
 
 
+def whole_run(folder: Path) -> None:
+    """Quantize without an interruption."""
+    zsq.quantize(load_teacher("digits"), out=folder, checkpoint_every=1, device="cpu", quiet=True, **KILLED)
+
+
 def zsq_command(folder: Path, *more: str) -> list[str]:
     settings = [part for text in KILLED["settings"] for part in ("--set", text)]
     command = [sys.executable, "-W", "error", "-m", "zsq", "quantize", "digits"]
@@ -457,12 +469,9 @@ def zsq_command(folder: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_two_processes_killed_and_resumed_end_as_if_nothing_had_happened(tmp_path):
+def test_two_processes_killed_and_resumed_end_as_if_nothing_had_happened(two, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    driver = (
-        "import sys\nfrom zsq.cli.launcher import run_workers\n"
-        "sys.exit(run_workers([sys.executable, *sys.argv[1:]], 2))"
-    )
+    driver = f"{LOAD}import sys\nsys.exit(w.run_workers([sys.executable, *sys.argv[1:]], 2))"
 
     def broken(*moment: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-c", driver, __file__, str(tmp_path / "killed"), *moment]
@@ -479,17 +488,15 @@ def test_two_processes_killed_and_resumed_end_as_if_nothing_had_happened(tmp_pat
     assert (ended.returncode, ended.stderr.count("\n")) == (1, 1), ended.stderr
     assert "Error: process 1 was killed by signal 9, and the run with it; --resume continues." in ended.stderr
     assert steps()[-1][0] == "distill"
-    for name, more in (("killed", ["--resume"]), ("whole", [])):
-        done = subprocess.run(
-            zsq_command(tmp_path / name, *more), capture_output=True, text=True, check=False, env=environment
-        )
-        assert done.returncode == 0, done.stderr
-        record = json.loads(done.stdout)  # one process speaks
-        assert record["bits"] == "4"
-    hashes = [{n: canonical_sha256(tmp_path / run / n) for n in HASHED} for run in ("killed", "whole")]
+    done = subprocess.run(
+        zsq_command(tmp_path / "killed", "--resume"), capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["bits"] == "4"  # one process speaks
+    hashes = [{n: canonical_sha256(run / n) for n in HASHED} for run in (tmp_path / "killed", two / "whole")]
     assert hashes[0] == hashes[1]
     assert steps() == [("fit", n) for n in range(1, 6)] + [("distill", n) for n in range(1, 5)]
-    assert "processes = 2" in (tmp_path / "whole" / "settings.toml").read_text()
+    assert "processes = 2" in (two / "whole" / "settings.toml").read_text()
     assert not list((tmp_path / "killed").rglob("*.part"))
 
 
@@ -506,5 +513,6 @@ if __name__ == "__main__":
     if len(sys.argv) == 2:
         work(Path(sys.argv[1]))
         refusals(Path(sys.argv[1]))
+        whole_run(Path(sys.argv[1]) / "whole")
     else:
         broken_run(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4])

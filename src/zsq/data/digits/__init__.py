@@ -1,6 +1,6 @@
 """The bundled teacher: a small residual network that reads the 8x8 digits of scikit-learn.
 
-Its weights (`weights.safetensors`) were trained by `python -m zsq.digits.train` on half of the set; the other half
+Its weights (`weights.safetensors`) were trained by `python -m zsq.data.digits.train` on half of the set; the other half
 tests it.
 """
 
