@@ -1,4 +1,4 @@
-"""Train the bundled teacher and write its weights: `python -m zsq.data.digits.train [FILE]` (half a minute on one core)."""
+"""Train the bundled teacher and write its weights: `python -m zsq.data.digits.train [FILE]` (half a minute, one core)."""
 
 import argparse
 import os
