@@ -1,4 +1,4 @@
-"""Train the bundled teacher and write its weights: `python -m zsq.data.digits.train [FILE]` (half a minute, one core)."""
+"""Train the bundled teacher and write its weights: `python -m zsq.data.digits.train [FILE]`, half a minute."""
 
 import argparse
 import os
