@@ -73,7 +73,7 @@ def started(
                 logger.info(images.notice)
             job = Job(teacher=teacher, run=run, folder=request.folder, settings=wanted, data=images, fitted=fitted)
             facts = {"data": data if data is None else os.fspath(data)}
-            yield _resumed(job, request) or _begun(job, request, facts)
+            yield _open_or_resume(job, request) or _plan_and_write(job, request, facts)
 
 
 def _loaded(request: Request, device: torch.device) -> Teacher:
@@ -129,8 +129,8 @@ def wanted_settings(
     return Settings(fitted.method, merged.quantizer, merged.chosen | {"method.steps"})
 
 
-def _resumed(job: Job, request: Request) -> Job | None:
-    """Return the job with the settings of the run that the folder holds and that is continued, if there is one."""
+def _open_or_resume(job: Job, request: Request) -> Job | None:
+    """Open the folder; return the job of the run that it holds and that is continued, its leftovers cleared, if any."""
 
     def stored() -> Settings | None:
         if not open_folder(job.folder, resume=request.resume, overwrite=request.overwrite):
@@ -145,8 +145,8 @@ def _resumed(job: Job, request: Request) -> Job | None:
     return None if settings is None else replace(job, settings=settings)
 
 
-def _begun(job: Job, request: Request, said: dict[str, Any]) -> Job:
-    """Return the job of a new run with its schedule fitted to the budget, and write its settings.
+def _plan_and_write(job: Job, request: Request, said: dict[str, Any]) -> Job:
+    """Fit the schedule of a new run to the budget, clear the folder, write the settings, and return the job.
 
     What is to be overwritten is deleted only when the method has been seen to start.
     """
