@@ -11,6 +11,12 @@ from torch import Tensor, nn
 
 from zsq.errors import InputError
 
+LARGE_IMAGE = 96
+"""Shorter side in pixels from which images count as large."""
+
+PIXELS_AT_ONCE = 2**20
+"""Pixels of the images that go through a network together."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageSpec:
@@ -34,6 +40,16 @@ class ImageSpec:
     """Per-channel standard deviation, on the scale of pixels in [0, 1]."""
     resize: int | None = None
     """Shorter side in pixels to which a file is resized before the centre crop; None crops only."""
+
+    @property
+    def is_large(self) -> bool:
+        """Whether images count as large: fewer of them tell as much, and cost as much."""
+        return min(self.height, self.width) >= LARGE_IMAGE
+
+    @property
+    def images_at_once(self) -> int:
+        """Images that go through a network together where nothing is learnt; the maps of many large ones are slow."""
+        return max(1, min(100, PIXELS_AT_ONCE // (self.height * self.width)))
 
     def __post_init__(self) -> None:
         for name in ("channels", "height", "width", "classes"):

@@ -26,13 +26,10 @@ from zsq.runs.settings import Settings
 from zsq.runs.settings_file import SETTINGS, teacher_table, write_settings
 from zsq.runs.stages import MODEL, fit, measure_recognition
 from zsq.runtime.files import replacing
-from zsq.runtime.memory import clear_memory_errors
+from zsq.runtime.memory import clear_memory_errors, kept_memory
 from zsq.runtime.observer import Observer
 from zsq.runtime.versions import versions
 from zsq.training.loop import Run
-
-CHECK_BATCHES = 10
-"""Batches of evaluation images on which a cell's file is checked; other runs take all."""
 
 
 @dataclass(slots=True)
@@ -59,6 +56,7 @@ class CellRunner:
     observer: Observer
 
     @clear_memory_errors()
+    @kept_memory()
     def run(self, cell: Cell, fit: Fit) -> Quantized | Drawn:
         """Run a cell and return what came of it.
 
@@ -104,9 +102,7 @@ class CellRunner:
         settings = self.teachers.located(cell.settings)
         run = self._run(cell, folder)
         resumed = _begin(run, settings, loaded.teacher, digest(cell) + loaded.teacher.weights_sha256)
-        outputs = Outputs(
-            pt2=False, predictions=True, simulation=False, check_batches=CHECK_BATCHES, float_results=known
-        )
+        outputs = Outputs(pt2=False, predictions=True, simulation=False, float_results=known)
         job = Job(
             teacher=loaded.teacher, run=run, folder=folder, settings=settings, data=loaded.images, outputs=outputs
         )

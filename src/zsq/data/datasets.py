@@ -86,6 +86,33 @@ class LabelledImages(ABC):
         """Yield uint8 [n, height, width, channels] of the spec's size, `num_images` in all."""
 
 
+class EvenSubset:
+    """Some images of a set, spread evenly over it, so that a set sorted by class is still one of all classes.
+
+    Args:
+        images: the whole set.
+        count: how many of its images, from 1 to all.
+    """
+
+    def __init__(self, images: "LabelledImages | EvenSubset", count: int) -> None:
+        self.name: str = images.name
+        self.notice: str = images.notice
+        self.num_images: int = min(count, images.num_images)
+        self._images = images
+        rows = (np.arange(self.num_images) + 0.5) * images.num_images / self.num_images
+        self._kept = np.zeros(images.num_images, dtype=bool)
+        self._kept[rows.astype(np.int64)] = True
+
+    def batches(self, batch_size: int = 100) -> Iterator[Batch]:
+        """Yield the images kept, as the network takes them; batches are of up to `batch_size` images."""
+        start = 0
+        for batch in self._images.batches(batch_size):
+            kept = torch.from_numpy(self._kept[start : start + len(batch.labels)])
+            start += len(batch.labels)
+            if kept.any():
+                yield Batch(batch.images[kept], batch.labels[kept])
+
+
 class _Array(LabelledImages):
     """Images that are in memory, uint8 [N, H, W, C]."""
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from zsq.checked import CountOrZero, Factor, Text
 from zsq.errors import InputError
-from zsq.methods.image_optimization import Inversion, InversionSource, is_large
+from zsq.methods.image_optimization import Inversion, InversionSource
 from zsq.methods.noise_and_real import Noise, NoiseSource
 from zsq.models.teacher import Teacher
 from zsq.quantization.prepare import Bits, Student
@@ -70,7 +70,7 @@ class DeepInversion(Inversion):
     def chosen(self, name: str, spec: ImageSpec) -> float:
         """Return a setting, or what its absence stands for at this image size."""
         value = getattr(self, name)
-        return (LARGE if is_large(spec) else SMALL)[name] if value is None else value
+        return (LARGE if spec.is_large else SMALL)[name] if value is None else value
 
     def source(self, teacher: Teacher, run: Run) -> "DeepInversionSource":
         """Make the source, its first batch of images clipped Gaussian noise."""
@@ -99,7 +99,7 @@ class DeepInversionSource(InversionSource):
             weights["competition"] = settings.competition_weight
             self.student = noise_student(teacher, run, settings.student_bits)
         super().__init__(settings, teacher, run, learning_rate=settings.chosen("learning_rate", spec), weights=weights)
-        two = is_large(spec) if settings.two_resolutions is None else settings.two_resolutions
+        two = spec.is_large if settings.two_resolutions is None else settings.two_resolutions
         self.low_iterations = round(LOW_SHARE * self.iterations) if two else 0
 
     def start(self, random: torch.Generator) -> Tensor:

@@ -21,9 +21,6 @@ from zsq.training.optim import cosine, flatten_optimizer, rate_on, restore_optim
 from zsq.training.state import part, under
 from zsq.types import Batch, ImageSpec, joined
 
-LARGE_IMAGE = 96
-"""Shorter side in pixels from which images count as large: smaller batches are enough, and cost as much."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GeneratorSettings(LearningMethod, ABC):
@@ -113,8 +110,7 @@ class GeneratorSource(ABC):
         self, settings: GeneratorSettings, generator: nn.Module, teacher: Teacher, run: Run, distill_steps: int
     ) -> None:
         self.first_distill_step, self.seed, self.device, self.spec = settings.steps, run.seed, run.device, teacher.spec
-        large = min(teacher.spec.height, teacher.spec.width) >= LARGE_IMAGE
-        self.batch_size = settings.batch_size or (32 if large else 64)
+        self.batch_size = settings.batch_size or (32 if teacher.spec.is_large else 64)
         self.horizon = settings.steps + distill_steps
         self.parts = 1
         self.teacher = settings.observed(teacher, self.device, required=settings.needs_statistics)

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from zsq.checked import BatchSize, Count, CountOrZero, Positive
 from zsq.methods.base import LearningMethod, Surrogate, restore
-from zsq.methods.generator_training import LARGE_IMAGE
 from zsq.methods.pool import PoolSource
 from zsq.models.teacher import Teacher
 from zsq.runtime import distributed
@@ -18,12 +17,6 @@ from zsq.runtime.random_streams import stream
 from zsq.training.loop import Run
 from zsq.training.optim import flatten_optimizer, rate_on, restore_optimizer, set_learning_rate
 from zsq.training.state import part, under
-from zsq.types import ImageSpec
-
-
-def is_large(spec: ImageSpec) -> bool:
-    """Whether the defaults for large images hold, which are those published for ImageNet."""
-    return min(spec.height, spec.width) >= LARGE_IMAGE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +88,7 @@ class InversionSource(PoolSource, ABC):
     def __init__(
         self, settings: Inversion, teacher: Teacher, run: Run, *, learning_rate: float, weights: dict[str, float]
     ) -> None:
-        super().__init__(run, settings.batch_size or (32 if is_large(teacher.spec) else 64))
+        super().__init__(run, settings.batch_size or (32 if teacher.spec.is_large else 64))
         self.spec, self.learning_rate, self.weights = teacher.spec, learning_rate, weights
         self.steps, self.batches = settings.steps, settings.batches
         self.iterations = -(-self.steps // self.batches) or settings.iterations

@@ -12,6 +12,7 @@ from zsq.checked import Count, Text
 from zsq.data.datasets import open_dataset
 from zsq.errors import InputError
 from zsq.methods.base import Method, Surrogate
+from zsq.methods.natural_noise import natural_noise
 from zsq.methods.pool import PoolSource, Stateless
 from zsq.models.teacher import Teacher
 from zsq.runtime import distributed
@@ -27,10 +28,10 @@ class Noise(Method):
     """Random pixels: what any method has to beat."""
 
     name: ClassVar[str] = "noise"
-    summary: ClassVar[str] = "Gaussian or uniform noise, the lower bound"
+    summary: ClassVar[str] = "Gaussian, uniform or natural noise, the lower bound"
 
-    distribution: Literal["gaussian", "uniform"] = "gaussian"
-    """Standard normal as the network takes it, or uniform pixels in [0, 1]."""
+    distribution: Literal["gaussian", "uniform", "natural"] = "gaussian"
+    """Standard normal as the network takes it, uniform pixels in [0, 1], or blobs and colours as in photographs."""
     batch_size: Count = 64
     """Images a distillation step."""
 
@@ -55,6 +56,8 @@ class NoiseSource(Stateless):
     def _draw(self, name: str, step: int, count: int) -> Batch:
         random = stream(self.seed, name, step, self.device)
         labels = torch.randint(0, self.spec.classes, (count,), generator=random, device=self.device)
+        if self.settings.distribution == "natural":
+            return Batch(distributed.share(natural_noise(count, self.spec, random)), labels)
         shape = (count, self.spec.channels, self.spec.height, self.spec.width)
         if self.settings.distribution == "gaussian":
             return Batch(distributed.share(torch.randn(shape, generator=random, device=self.device)), labels)

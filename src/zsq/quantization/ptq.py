@@ -6,18 +6,27 @@ from typing import ClassVar, Literal, Self
 
 import torch
 from torch import nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
-from zsq.checked import AtLeastOne, Checked, Count, Text, Width
+from zsq.checked import AtLeastOne, Checked, Count, Factor, Text, Width
 from zsq.errors import InputError
+from zsq.graph import edit
+from zsq.graph.equalize import Record
 from zsq.graph.fold import fold
 from zsq.quantization.bias_correction import correct_biases, correct_biases_by_means, first_images
+from zsq.quantization.implied_statistics import implied_statistics, pixels_of
 from zsq.quantization.prepare import ENDS_BITS, Bits, Scheme, Student, prepare, prepared_layers, quantized_weight
-from zsq.quantization.quantizers import ActivationQuantizer, quantizers, set_mode
+from zsq.quantization.quantizers import ActivationQuantizer, set_mode
 from zsq.quantization.range_rules import NEEDS_HISTOGRAM, RULES, minmax, weight_mse
 from zsq.training.learner import Learner
 from zsq.training.loop import Run
 from zsq.types import Batch, SampleSource, Statistics
+
+PRIOR_SIGMAS = 6.0
+"""Standard deviations of DFQ's ranges (Nagel et al. 2019, section 4.2.2)."""
+
+LOGIT_AGREEMENT = 2.0
+"""By how much the logits of clear images exceed what independent features would give, beside `logit_headroom`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,13 +41,18 @@ class PTQ(Checked):
     num_samples: Count = 2000
     """Calibration images; the paper takes 10,000."""
     range_rule: Literal["auto", "minmax", "moving-average", "percentile", "mse"] = "auto"
-    """How the range of an activation is chosen: auto is minmax at 8 bits and mse below; the paper takes minmax."""
+    """How the range of an activation is chosen; auto is mse, the paper takes minmax."""
+    range_sigmas: Factor | None = None
+    """Standard deviations of each channel that a range spans at least, by what batch norm stores; 0: none. Unset, 6 at
+    8 bits under the rule auto, where steps are fine enough for it, else 0."""
     weight_range_rule: Literal["minmax", "mse"] = "minmax"
     """How the range of a weight is chosen."""
     logit_headroom: AtLeastOne = 1.5
-    """Factor on the range of the logits, since synthetic images reach smaller ones than real ones; the paper: 1."""
+    """Factor on the range of the logits, since synthetic images reach smaller ones than real ones; the paper: 1. With
+    `range_sigmas`, the range is also twice as many times what batch norm implies for logits."""
     bias_correction: bool = True
-    """Shift biases by what rounding adds to each layer's mean output; the paper does not."""
+    """Shift biases by what rounding adds to each layer's mean output, by batch norm's means where most layers have
+    them, else by those of the images; the paper does not."""
     weight_granularity: Literal["channel", "tensor"] = "channel"
     """One scale an output channel, or one a weight."""
     activation_scope: Literal["all", "layers"] = "all"
@@ -55,9 +69,15 @@ class PTQ(Checked):
     @property
     def resolved_range_rule(self) -> str:
         """The rule that `auto` stands for."""
-        if self.range_rule != "auto":
-            return self.range_rule
-        return "minmax" if Bits.parse(self.bits).activation == ENDS_BITS else "mse"
+        return "mse" if self.range_rule == "auto" else self.range_rule
+
+    @property
+    def resolved_range_sigmas(self) -> float:
+        """The standard deviations that a range spans at least; 0: none."""
+        if self.range_sigmas is not None:
+            return self.range_sigmas
+        fine = self.range_rule == "auto" and Bits.parse(self.bits).activation == ENDS_BITS
+        return PRIOR_SIGMAS if fine else 0.0
 
     @property
     def distill_steps(self) -> int:
@@ -127,7 +147,7 @@ def quantize_ptq(
     Raises:
         InputError: the stream holds no image.
     """
-    folded, _ = fold(network)
+    folded, record = fold(network)
     student = prepare(folded, settings.scheme(learnable=learnable)).to(run.device).eval()
     if run.device.type == "cuda":  # where convolutions are quickest in this order; the float network's stays as it is
         for layer in prepared_layers(student.network):
@@ -138,24 +158,56 @@ def quantize_ptq(
         for layer in prepared_layers(student.network):
             quantizer, weight = quantized_weight(student.network, layer)
             quantizer.set_scale(weight_mse(quantizer, weight.detach()))
+    known = statistics
     if statistics is None:
-        calibrate(student, images, settings, run)
+        known = _prior(folded.to(run.device), record, images, settings, run)
+        calibrate(student, images, settings, run, known if settings.resolved_range_sigmas else None)
     else:
         take_ranges(student, statistics, settings)
     set_mode(student, "quantize")
-    if settings.bias_correction and statistics is not None:
-        correct_biases_by_means(student, statistics.input_means)
+    if settings.bias_correction and known is not None:
+        correct_biases_by_means(student, known.input_means)
     elif settings.bias_correction:
         correct_biases(student, folded.to(run.device), first_images(images(), run.device))
     return student
 
 
+def _prior(
+    folded: GraphModule, record: Record, images: Callable[[], Iterator[Batch]], settings: PTQ, run: Run
+) -> Statistics | None:
+    """Return what batch norm says of the folded network's values; None where most layers have none, or nobody asks."""
+    asked = settings.resolved_range_sigmas or settings.bias_correction
+    first = next(images(), None)
+    if not asked or first is None or 2 * len(record) < len(list(edit.layers(folded))):
+        return None
+    return implied_statistics(
+        folded, record, pixels_of(first.images.to(run.device)), settings.resolved_range_sigmas or PRIOR_SIGMAS, run
+    )
+
+
 @torch.no_grad()
-def calibrate(student: Student, images: Callable[[], Iterator[Batch]], settings: PTQ, run: Run) -> None:
-    """Set the range of every activation quantizer; images stream, so memory does not grow with their number."""
+def calibrate(
+    student: Student,
+    images: Callable[[], Iterator[Batch]],
+    settings: PTQ,
+    run: Run,
+    prior: Statistics | None = None,
+) -> None:
+    """Set the range of every activation quantizer; images stream, so memory does not grow with their number.
+
+    Args:
+        student: prepared; its quantizers are left in observing mode.
+        images: starts a stream of calibration batches.
+        settings: range rule and headroom.
+        run: device and progress.
+        prior: ranges that are spanned at least, whatever the images show.
+
+    Raises:
+        InputError: the stream holds no image, or values that are not finite.
+    """
     rule = settings.resolved_range_rule
-    activations = [q for q in quantizers(student) if isinstance(q, ActivationQuantizer)]
-    for quantizer in activations:
+    activations = activation_quantizers(student)
+    for quantizer in activations.values():
         quantizer.average_ranges = rule == "moving-average"
     passes = ["observe", "histogram"] if rule in NEEDS_HISTOGRAM else ["observe"]
     for number, mode in enumerate(passes, 1):
@@ -168,24 +220,42 @@ def calibrate(student: Student, images: Callable[[], Iterator[Batch]], settings:
         if not seen:
             raise InputError("calibration was given no image.")
         student.num_calibration_images = seen
-    logits = student.network.get_submodule(student.output_name)
-    for quantizer in activations:  # the largest logit decides the class, so none may be cut off
-        low, high = minmax(quantizer) if quantizer is logits else RULES[rule](quantizer)
-        if quantizer is logits:
-            low, high = low * settings.logit_headroom, high * settings.logit_headroom
+    for node, quantizer in activations.items():
+        is_logits = node.target == student.output_name  # the largest logit decides the class, so none may be cut off
+        low, high = minmax(quantizer) if is_logits else RULES[rule](quantizer)
         if not bool(torch.isfinite(torch.cat([low.view(1), high.view(1)])).all()):
             raise InputError(
                 f"calibration saw the range [{float(low)}, {float(high)}]; the images are not finite. Where a method "
                 "learns them, a lower learning rate (--set method.learning_rate) may help."
             )
+        if is_logits:
+            low, high = low * settings.logit_headroom, high * settings.logit_headroom
+        if prior is not None:
+            least = _implied_range(prior, node, settings, is_logits=is_logits)
+            low, high = torch.minimum(low, least[0]), torch.maximum(high, least[1])
         quantizer.choose_range(low, high)
+
+
+def activation_quantizers(student: Student) -> dict[Node, ActivationQuantizer]:
+    """Return the quantizers of activations, by the nodes that call them."""
+    nodes = [node for node in student.network.graph.nodes if node.op == "call_module"]
+    found = {node: student.network.get_submodule(str(node.target)) for node in nodes}
+    return {node: module for node, module in found.items() if isinstance(module, ActivationQuantizer)}
+
+
+def _implied_range(
+    statistics: Statistics, node: Node, settings: PTQ, *, is_logits: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the range of the value that a quantizer's node rounds, each [1]; logits get their headroom."""
+    value = node.args[0]
+    assert isinstance(value, Node)
+    low, high = statistics.ranges[value.name]
+    headroom = LOGIT_AGREEMENT * settings.logit_headroom if is_logits else 1.0
+    return low * headroom, high * headroom
 
 
 def take_ranges(student: Student, statistics: Statistics, settings: PTQ) -> None:
     """Set the range of every activation quantizer to that of the value it rounds."""
-    for node in student.network.graph.nodes:
-        quantizer = student.network.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(quantizer, ActivationQuantizer):
-            headroom = settings.logit_headroom if node.target == student.output_name else 1.0
-            low, high = statistics.ranges[node.args[0].name]
-            quantizer.set_range(low * headroom, high * headroom)
+    for node, quantizer in activation_quantizers(student).items():
+        is_logits = node.target == student.output_name
+        quantizer.set_range(*_implied_range(statistics, node, settings, is_logits=is_logits))

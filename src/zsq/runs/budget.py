@@ -1,7 +1,6 @@
 """Fit the schedule into a wall-clock time: measure the steps first, then choose how many."""
 
 import logging
-import math
 import re
 import time
 from collections.abc import Callable
@@ -16,35 +15,67 @@ from zsq.errors import InputError
 from zsq.models.teacher import Teacher
 from zsq.quantization.ptq import quantize_ptq
 from zsq.runs.settings import Settings
+from zsq.runs.stages import AGREEMENT_IMAGES, ENOUGH_DECIDED, LEAST_IMAGES
 from zsq.runtime import distributed
 from zsq.runtime.cuda_graphs import forgetting
+from zsq.runtime.memory import kept_memory
 from zsq.training.learner import Learner
 from zsq.training.loop import Run
+from zsq.types import ImageSpec
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_BUDGET = "10m"
+
+EVALUATED = "evaluated_images"
+"""Fact of a run whose budget leaves only so many images of the data."""
 
 MOST_FIT_STEPS = 200_000
 MOST_DISTILL_STEPS = 50_000
 """The paper's schedule (section 3): a budget never chooses more."""
 
 LEAST_STEPS = 10
-"""Steps of a phase below which a budget is refused."""
+"""Steps of each phase that a budget leaves in any case."""
+
+FEW_STEPS = 100
+"""Steps of the fit below which its samples are rough."""
 
 FIT_SHARE = 0.6
 """Share of the training time that goes to the generator when distillation follows."""
 
+REST_SHARE = 0.4
+"""Most of a budget that calibration, check and evaluation take while they can be smaller."""
+
 RESERVE = 0.92
 """Share of the budget that is planned; the rest absorbs slower moments of the machine."""
+
+MEASURING_SHARE = 0.01
+"""Share of the budget for which a step of either phase is timed; the first steps of a large network are slower than
+the rest."""
 
 EXPORT_SECONDS_PER_LAYER = 0.22
 """Writing both files, for each quantized layer (measured: 4.8 s for ResNet-20 on one core)."""
 
-MEASURING_SHARE = 0.01
-"""Share of the budget for which a step is timed; the first steps of a large network are slower than the rest."""
+CALIBRATION, CHECK, SAMPLES, EVALUATION = 7.0, 8.0, 3.0, 5.0
+"""What an image costs in each part, over what it costs the float network: two observing passes; the simulation twice
+and the file twice; recognition and agreement; float network, simulation, file and the reading of the image."""
 
-PROBE_IMAGES = 100
+LARGE_SAMPLES, LEAST_SAMPLES = 256, 64
+"""Calibration images where the user chooses no number and images are large, and the fewest that a budget leaves."""
+
+LEAST_EVALUATED = 100
+"""Fewest images of the data that a budget leaves, where there are as many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What was measured: seconds of a step of each phase, of one image in the float network, and of all else."""
+
+    fit_step: float
+    distill_step: float
+    image: float
+    fixed: float
+    """Prior, writing the files, and measuring."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +83,27 @@ class Plan:
     """A schedule and what it was computed from; times in seconds."""
 
     settings: Settings
-    fit_step_seconds: float
-    distill_step_seconds: float
-    fixed_seconds: float
+    costs: Costs
+    num_eval_images: int
+    """Images of the data on which the result is evaluated; 0 without data."""
+
+    @property
+    def rest_seconds(self) -> float:
+        """What follows the training."""
+        return rest_seconds(self.costs, self.settings, self.num_eval_images)
 
     @property
     def expected_seconds(self) -> float:
         """What the run should take."""
-        fit = self.fit_step_seconds * self.settings.method.steps
-        return fit + self.distill_step_seconds * self.settings.distill_steps + self.fixed_seconds
+        fit = self.costs.fit_step * self.settings.method.steps
+        return fit + self.costs.distill_step * self.settings.distill_steps + self.rest_seconds
+
+
+def rest_seconds(costs: Costs, settings: Settings, num_eval_images: int) -> float:
+    """Return what calibration, check, samples and evaluation take."""
+    count = settings.quantizer.num_samples
+    images = CALIBRATION * count + CHECK * ENOUGH_DECIDED + SAMPLES * max(LEAST_IMAGES, min(count, AGREEMENT_IMAGES))
+    return costs.fixed + costs.image * (images + EVALUATION * num_eval_images)
 
 
 def parse_duration(text: str | float) -> float:
@@ -104,72 +147,91 @@ def _wait() -> None:
 def plan(
     settings: Settings, teacher: Teacher, run: Run, budget_seconds: float, *, num_eval_images: int, fitted: bool
 ) -> Plan:
-    """Choose the steps that fill a budget, leaving alone those that the user chose.
+    """Choose the steps that fill a budget, leaving alone what the user chose.
 
     Args:
         settings: what is to be run.
         teacher: the network, on the run's device.
         run: gives seed and device; nothing is written to its folder.
         budget_seconds: for the whole run from here: training, calibration, export, evaluation.
-        num_eval_images: images on which the result will be evaluated, in four ways.
+        num_eval_images: images of the data on which the result is evaluated at most.
         fitted: the method is already fitted (`--from`).
-
-    Raises:
-        InputError: not even ten steps of each phase fit.
     """
-    with forgetting():
-        return _measured_plan(settings, teacher, run, budget_seconds, num_eval_images, fitted)
+    with forgetting(), kept_memory():
+        costs = _measured(settings, teacher, run, budget_seconds, fitted)
+    return distributed.on_main(  # clocks differ
+        lambda: fill(settings, costs, budget_seconds, num_eval_images=num_eval_images, fitted=fitted)
+    )
 
 
-def _measured_plan(
-    settings: Settings, teacher: Teacher, run: Run, budget_seconds: float, num_eval_images: int, fitted: bool
-) -> Plan:
+def _measured(settings: Settings, teacher: Teacher, run: Run, budget_seconds: float, fitted: bool) -> Costs:
     begin = time.perf_counter()
-    patience = max(2.0, MEASURING_SHARE * budget_seconds)
+    patience = MEASURING_SHARE * budget_seconds
     method, quantizer = settings.method, settings.quantizer
-    probe = Run(seed=run.seed, device=run.device)
+    probe, count = Run(seed=run.seed, device=run.device), teacher.spec.images_at_once
     surrogate = method.with_steps(0).fit(teacher, probe, distill_steps=MOST_DISTILL_STEPS)
     source = surrogate.source
     fit_seconds = 0.0
     if method.steps and not fitted:
         assert isinstance(source, Learner), f"{method.name} has steps and its source learns nothing"
         fit_seconds = seconds_each(partial(probe.take, source), at_least_seconds=patience)
-    few = replace(quantizer, num_samples=PROBE_IMAGES)
     start = time.perf_counter()
     student = quantize_ptq(
         surrogate.network,
-        lambda: source.sample(PROBE_IMAGES),
-        few,
+        lambda: source.sample(count, count),
+        replace(quantizer, num_samples=count),
         probe,
         learnable=quantizer.trains_scales,
         statistics=surrogate.statistics,
     )
-    calibrate_seconds = (time.perf_counter() - start) / PROBE_IMAGES
-    batch = next(iter(source.sample(PROBE_IMAGES)))
-    forward_seconds = seconds_each(lambda _: teacher.network(batch.images), at_least_seconds=0.5) / PROBE_IMAGES
+    fixed = time.perf_counter() - start
+    batch = next(iter(source.sample(count, count)))
+    forward = seconds_each(lambda _: teacher.network(batch.images), at_least=1, at_least_seconds=0.2)
     distill_seconds = 0.0
     distiller = quantizer.learner(student, teacher.network, source, run.device)
     if distiller is not None:
         distill_seconds = seconds_each(partial(probe.take, distiller), at_least_seconds=patience)
     layers = sum(1 for name, _ in student.network.named_children() if name.startswith("weight_"))
-    images = PROBE_IMAGES if surrogate.statistics else quantizer.num_samples  # statistics ask for none
-    # all are evaluated, and so are the samples on which labels (1,000) and agreement (500) are counted
-    fixed = calibrate_seconds * images + 4 * forward_seconds * (num_eval_images + 1500)
-    fixed += EXPORT_SECONDS_PER_LAYER * layers
-    spent = time.perf_counter() - begin
-    available = RESERVE * budget_seconds - fixed - spent
+    fixed += EXPORT_SECONDS_PER_LAYER * layers + time.perf_counter() - begin
+    return Costs(fit_seconds, distill_seconds, forward / count, fixed)
 
-    def choose() -> Plan:
-        chosen = _choose(settings, fit_seconds, distill_seconds, available, fitted=fitted)
-        return Plan(chosen, fit_seconds, distill_seconds, fixed + spent)
 
-    return distributed.on_main(choose)  # clocks differ
+def sized(settings: Settings, spec: ImageSpec) -> Settings:
+    """Return the settings with as many calibration images as such images need, unless the user chose a number."""
+    if not spec.is_large or "quantizer.num_samples" in settings.chosen:
+        return settings
+    return replace(settings, quantizer=replace(settings.quantizer, num_samples=LARGE_SAMPLES))
+
+
+def fill(settings: Settings, costs: Costs, budget_seconds: float, *, num_eval_images: int, fitted: bool) -> Plan:
+    """Fill a budget: calibration and evaluation shrink first, down to their least, and training takes what is left.
+
+    Args:
+        settings: what is to be run.
+        costs: what was measured.
+        budget_seconds: for the whole run.
+        num_eval_images: images of the data.
+        fitted: the method is already fitted.
+    """
+    planned = RESERVE * budget_seconds
+    most = REST_SHARE * planned if costs.fit_step or costs.distill_step else planned
+    count, evaluated = settings.quantizer.num_samples, num_eval_images
+    excess = rest_seconds(costs, settings, evaluated) - most
+    if excess > 0 and "quantizer.num_samples" not in settings.chosen:
+        count = max(min(count, LEAST_SAMPLES), int(count - excess / (costs.image * (CALIBRATION + SAMPLES))))
+        settings = replace(settings, quantizer=replace(settings.quantizer, num_samples=count))
+        excess = rest_seconds(costs, settings, evaluated) - most
+    if excess > 0:
+        evaluated = max(min(evaluated, LEAST_EVALUATED), int(evaluated - excess / (costs.image * EVALUATION)))
+    available = planned - rest_seconds(costs, settings, evaluated)
+    chosen = _choose(settings, costs.fit_step, costs.distill_step, available, fitted=fitted)
+    return Plan(chosen, costs, evaluated)
 
 
 def _choose(
     settings: Settings, fit_seconds: float, distill_seconds: float, available: float, *, fitted: bool
 ) -> Settings:
-    """Divide the available seconds between the phases whose steps are free."""
+    """Divide the available seconds between the phases whose steps are free; each gets its least in any case."""
     fit_free = bool(fit_seconds) and "method.steps" not in settings.chosen
     distill_free = bool(distill_seconds) and "quantizer.steps" not in settings.chosen
     if fit_seconds and not fit_free:
@@ -177,25 +239,13 @@ def _choose(
     if distill_seconds and not distill_free:
         available -= distill_seconds * settings.distill_steps
     share = FIT_SHARE if fit_free and distill_free else 1.0
-    fit = int(available * share / fit_seconds) if fit_free else None
-    distill = int(available * (1 - share if fit_free else 1.0) / distill_seconds) if distill_free else None
-    phases = (
-        ("fit", "method.steps", fit, fit_seconds, share),
-        ("distillation", "quantizer.steps", distill, distill_seconds, 1 - share if fit_free else 1.0),
-    )
-    needed = max((LEAST_STEPS * each / part for _, _, steps, each, part in phases if steps is not None), default=0.0)
-    for name, setting, steps, each, _ in phases:
-        if steps is not None and steps < LEAST_STEPS:
-            raise InputError(
-                f"the budget leaves {max(0, steps)} steps of {name}, at {each:.2f} s a step; give at least "
-                f"{math.ceil((needed - available) / RESERVE)} s more, or choose the steps: --set {setting}=N."
-            )
-    if distill_free and fit is not None and fit > MOST_FIT_STEPS:
-        distill = int((available - MOST_FIT_STEPS * fit_seconds) / distill_seconds)
-    return settings.with_steps(
-        method=min(fit, MOST_FIT_STEPS) if fit is not None and not fitted else None,
-        quantizer=min(distill, MOST_DISTILL_STEPS) if distill is not None else None,
-    )
+    fit = distill = None
+    if fit_free:
+        fit = min(MOST_FIT_STEPS, max(LEAST_STEPS, int(available * share / fit_seconds)))
+    if distill_free:
+        left = available - (fit * fit_seconds if fit is not None else 0.0)
+        distill = min(MOST_DISTILL_STEPS, max(LEAST_STEPS, int(left / distill_seconds)))
+    return settings.with_steps(method=fit if not fitted else None, quantizer=distill)
 
 
 def choose_schedule(
@@ -219,12 +269,16 @@ def choose_schedule(
         return wanted, {}
     logger.info(f"measuring a step, to fit the schedule into {seconds:.0f} s")
     planned = plan(wanted, teacher, run, seconds, num_eval_images=num_eval_images, fitted=fitted)
-    logger.info(_describe(planned))
-    return planned.settings, {
+    logger.info(_describe(planned, num_eval_images))
+    _warn_of(planned, seconds)
+    facts: dict[str, Any] = {
         "budget_seconds": seconds,
-        "fit_step_seconds": round(planned.fit_step_seconds, 4),
-        "distill_step_seconds": round(planned.distill_step_seconds, 4),
+        "fit_step_seconds": round(planned.costs.fit_step, 4),
+        "distill_step_seconds": round(planned.costs.distill_step, 4),
     }
+    if planned.num_eval_images < num_eval_images:
+        facts[EVALUATED] = planned.num_eval_images
+    return planned.settings, facts
 
 
 def _has_schedule(settings: Settings) -> bool:
@@ -237,11 +291,33 @@ def _has_schedule(settings: Settings) -> bool:
     return all(name in settings.chosen for name in free)
 
 
-def _describe(planned: Plan) -> str:
-    parts = []
-    if planned.fit_step_seconds:
-        parts.append(f"{planned.settings.method.steps} generator steps of {planned.fit_step_seconds:.3f} s")
-    if planned.distill_step_seconds:
-        parts.append(f"{planned.settings.distill_steps} distillation steps of {planned.distill_step_seconds:.3f} s")
+def _describe(planned: Plan, num_eval_images: int) -> str:
+    """Say what each part of the run gets."""
+    costs, settings, parts = planned.costs, planned.settings, []
+    if costs.fit_step:
+        parts.append(f"{settings.method.steps} generator steps of {costs.fit_step:.3f} s")
+    if costs.distill_step:
+        parts.append(f"{settings.distill_steps} distillation steps of {costs.distill_step:.3f} s")
     steps = " and ".join(parts) or "nothing to train"
-    return f"schedule: {steps}, {planned.fixed_seconds:.0f} s for the rest; {planned.expected_seconds:.0f} s expected"
+    rest = f"{settings.quantizer.num_samples} calibration images"
+    if num_eval_images:
+        some = planned.num_eval_images < num_eval_images
+        rest += f", {f'{planned.num_eval_images} of ' if some else ''}{num_eval_images} images evaluated"
+    return (
+        f"schedule: {steps}; {planned.rest_seconds:.0f} s for the rest ({rest}); "
+        f"{planned.expected_seconds:.0f} s expected"
+    )
+
+
+def _warn_of(planned: Plan, budget_seconds: float) -> None:
+    """Say beforehand where the budget is too small for what it is to hold, or for good samples."""
+    if planned.expected_seconds > budget_seconds:
+        logger.warning(
+            f"the least that a run does takes {planned.expected_seconds:.0f} s here, more than the budget of "
+            f"{budget_seconds:.0f} s."
+        )
+    if planned.costs.fit_step and planned.settings.method.steps < FEW_STEPS:
+        logger.warning(
+            f"{planned.settings.method.steps} steps make rough samples: with batch norm's own ranges they serve at "
+            "8 bits; for fewer bits, give more time."
+        )

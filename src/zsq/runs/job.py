@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from zsq.data.datasets import LabelledImages
+from zsq.data.datasets import EvenSubset, LabelledImages
 from zsq.evaluation.accuracy import Evaluation
 from zsq.models.teacher import Teacher
 from zsq.runs.fitted import FittedRun
@@ -21,8 +21,6 @@ class Outputs:
     """Write the class that the file names for each image of the data, and the true one."""
     simulation: bool = True
     """Measure the accuracy of the simulation, too."""
-    check_batches: int | None = None
-    """Batches of the data on which the file is checked against the simulation; None takes all."""
     float_results: Evaluation | None = None
     """The float network's results on the data where they are known; None measures them."""
 
@@ -39,7 +37,7 @@ class Job:
     """Where everything is written."""
     settings: Settings
     """Method and quantizer with their schedule."""
-    data: LabelledImages | None = None
+    data: LabelledImages | EvenSubset | None = None
     """Images on which accuracy is measured."""
     fitted: FittedRun | None = None
     """A finished fit that is reused."""

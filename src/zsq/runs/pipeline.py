@@ -27,7 +27,7 @@ from zsq.runs.stages import (
     write_and_check,
 )
 from zsq.runtime import distributed
-from zsq.runtime.memory import clear_memory_errors
+from zsq.runtime.memory import clear_memory_errors, kept_memory
 from zsq.runtime.versions import versions
 
 HASHED = (GENERATOR, MODEL, PROGRAM)
@@ -81,6 +81,7 @@ class Stopwatch:
 
 
 @clear_memory_errors()
+@kept_memory()
 def carry_out(job: Job, begin: float) -> Result:
     """Do all the work; the record is written even where the file fails its check.
 

@@ -61,6 +61,11 @@ def stored_spec(folder: Path) -> ImageSpec:
     return ImageSpec(**sizes, mean=mean, std=std, resize=table.get("resize"))
 
 
+def stored_facts(folder: Path) -> dict[str, Any]:
+    """Return what a run's settings.toml says of how it was started; empty where it has no such table."""
+    return dict(read_toml(folder / SETTINGS).get("run", {}))
+
+
 def shape_of(spec: ImageSpec) -> str:
     """Say all of an image spec that a generator depends on; `resize` serves files only."""
     values = f"mean {list(spec.mean)}, std {list(spec.std)}"

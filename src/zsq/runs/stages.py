@@ -33,9 +33,14 @@ MODEL, PROGRAM, SAMPLES = "model.onnx", "model.pt2", "samples.png"
 PREDICTIONS = "predictions.npz"
 """File of predicted and true classes, int32 [N] each."""
 
-VERIFY_IMAGES = 500
+CHECK_IMAGES, ENOUGH_DECIDED = 500, 100
+"""Samples on which the file is checked at most, and decided images after which the check ends if all agree."""
+
 RECOGNITION_IMAGES = 1000
 AGREEMENT_IMAGES = 500
+LEAST_IMAGES = 100
+"""Samples on which something is measured at most; as many as calibrate are enough, and no fewer than this."""
+
 LOW_AGREEMENT = 80.0
 """Percent of fresh samples on which file and teacher agree, below which the file is not worth much as it is."""
 MANY_CLASSES = 20
@@ -84,6 +89,11 @@ def _keep_generator(job: Job, surrogate: Surrogate) -> None:
     save_tensors(path, state, {"method": job.settings.method.name, "weights_sha256": job.teacher.weights_sha256})
 
 
+def measured_on(most: int, job: Job) -> int:
+    """Return on how many samples something is measured: as many as calibrate, within limits."""
+    return min(most, max(LEAST_IMAGES, job.settings.quantizer.num_samples))
+
+
 @torch.no_grad()
 def measure_recognition(job: Job, surrogate: Surrogate) -> float | None:
     """Return how often the teacher's top-1 class is the wanted one, in percent, and warn where it is low.
@@ -92,11 +102,13 @@ def measure_recognition(job: Job, surrogate: Surrogate) -> float | None:
     """
     if not surrogate.source.asks_labels:
         return None
-    hits = count = 0
-    for batch in surrogate.source.sample(RECOGNITION_IMAGES):
+    hits = seen = 0
+    count = measured_on(RECOGNITION_IMAGES, job)
+    images = surrogate.source.sample(count, job.teacher.spec.images_at_once)
+    for batch in job.run.each("recognise", images, count, lambda batch: len(batch.labels)):
         hits += int((job.teacher.network(batch.images).argmax(1) == batch.labels).sum())
-        count += len(batch.labels)
-    recognition = 100 * hits / count
+        seen += len(batch.labels)
+    recognition = 100 * hits / seen
     if recognition < LOW_RECOGNITION:
         logger.warning(
             f"the teacher recognises {recognition:.1f} % of the labels that the samples were asked for; "
@@ -110,7 +122,7 @@ def quantize_network(job: Job, surrogate: Surrogate) -> Student:
     quantizer = job.settings.quantizer
     student = quantize_ptq(
         surrogate.network,
-        lambda: surrogate.source.sample(quantizer.num_samples),
+        lambda: surrogate.source.sample(quantizer.num_samples, job.teacher.spec.images_at_once),
         quantizer,
         job.run,
         learnable=quantizer.trains_scales,
@@ -121,24 +133,31 @@ def quantize_network(job: Job, surrogate: Surrogate) -> Student:
 
 
 def write_and_check(job: Job, student: Student, surrogate: Surrogate) -> Verification:
-    """Write the files and run `model.onnx` beside the simulation, on synthetic images and on those of the data."""
+    """Write the files and run `model.onnx` beside the simulation, on samples and images of the data in turn."""
     logger.info(f"writing and checking {MODEL}{f' and {PROGRAM}' if job.outputs.pt2 else ''}")
     converted, spec = convert(student), job.teacher.spec
+    write_onnx(converted, spec, job.folder / MODEL)
     if job.outputs.pt2:
         write_pt2(converted, spec, job.folder / PROGRAM)
-    write_onnx(converted, spec, job.folder / MODEL)
 
     def simulate(images: Tensor) -> Tensor:
         logits: Tensor = student(images.to(job.run.device))
         return logits
 
-    def images() -> Iterator[Tensor]:
-        yield from (batch.images.cpu() for batch in surrogate.source.sample(VERIFY_IMAGES))
-        batches = job.data.batches() if job.data else iter(())
-        yield from (batch.images for batch in itertools.islice(batches, job.outputs.check_batches))
-
-    threads = torch.get_num_threads()
-    return verify_onnx(job.folder / MODEL, simulate, images(), output_step(converted), threads=threads)
+    most = measured_on(CHECK_IMAGES, job)
+    samples = surrogate.source.sample(most, spec.images_at_once)
+    data = job.data.batches(spec.images_at_once) if job.data else iter(())
+    mixed = (batch for pair in itertools.zip_longest(samples, data) for batch in pair if batch is not None)
+    total = most + (job.data.num_images if job.data else 0)
+    batches = job.run.each("check", mixed, total, lambda batch: len(batch.images))
+    return verify_onnx(
+        job.folder / MODEL,
+        simulate,
+        (batch.images.cpu() for batch in batches),
+        output_step(converted),
+        threads=torch.get_num_threads(),
+        enough=ENOUGH_DECIDED,
+    )
 
 
 def evaluate_file(job: Job, student: Student) -> dict[str, Evaluation]:
@@ -159,7 +178,8 @@ def evaluate_file(job: Job, student: Student) -> dict[str, Evaluation]:
     def show(done: int, total: int) -> None:
         job.run.observer.update("evaluate", done, total, {})
 
-    found = evaluate_many(networks, job.data, teacher=teacher, progress=show)
+    at_once = job.teacher.spec.images_at_once
+    found = evaluate_many(networks, job.data, teacher=teacher, batch_size=at_once, progress=show)
     if job.outputs.predictions:
         _keep_predictions(job.folder / PREDICTIONS, found["quantized"])
     return found if known is None else {"float": known, **found}
@@ -200,7 +220,13 @@ def measure_agreement(job: Job, surrogate: Surrogate) -> SampleAgreement | None:
         return None
     teacher = _asked_once(job)
     networks: dict[str, Predict] = {"file": opened_file(job.folder), "teacher": teacher}
-    found = evaluate_many(networks, FreshSamples(surrogate.source, AGREEMENT_IMAGES), teacher=teacher)
+    fresh = FreshSamples(surrogate.source, measured_on(AGREEMENT_IMAGES, job))
+
+    def show(done: int, total: int) -> None:
+        job.run.observer.update("compare samples", done, total, {})
+
+    at_once = job.teacher.spec.images_at_once
+    found = evaluate_many(networks, fresh, teacher=teacher, batch_size=at_once, progress=show)
     named, agreement = found["teacher"].predictions, found["file"].teacher_agreement
     assert named is not None
     assert agreement is not None

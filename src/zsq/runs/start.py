@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from zsq.data.datasets import open_dataset
+from zsq.data.datasets import EvenSubset, open_dataset
 from zsq.errors import InputError
 from zsq.graph.fold import fold
 from zsq.models.teacher import Teacher
 from zsq.quantization import PTQ
 from zsq.quantization.prepare import check_weight_names
-from zsq.runs.budget import choose_schedule
+from zsq.runs.budget import EVALUATED, choose_schedule, sized
 from zsq.runs.console import shown
 from zsq.runs.fitted import FittedRun
 from zsq.runs.folder import claimed, clear_folder, open_folder
@@ -24,7 +24,7 @@ from zsq.runs.job import Job
 from zsq.runs.request import Request
 from zsq.runs.resume import chosen_seed, resumed_settings, warn_of_recipe
 from zsq.runs.settings import Settings, resolve
-from zsq.runs.settings_file import SETTINGS, teacher_table, write_settings
+from zsq.runs.settings_file import SETTINGS, stored_facts, teacher_table, write_settings
 from zsq.runtime import distributed
 from zsq.runtime.device import pick_device
 from zsq.runtime.versions import versions
@@ -142,7 +142,14 @@ def _open_or_resume(job: Job, request: Request) -> Job | None:
         return found
 
     settings = distributed.on_main(stored)
-    return None if settings is None else replace(job, settings=settings)
+    if settings is None:
+        return None
+    return _evaluated_on(replace(job, settings=settings), stored_facts(job.folder).get(EVALUATED))
+
+
+def _evaluated_on(job: Job, count: int | None) -> Job:
+    """Return the job with as many images of its data, or all."""
+    return job if count is None or job.data is None else replace(job, data=EvenSubset(job.data, count))
 
 
 def _plan_and_write(job: Job, request: Request, said: dict[str, Any]) -> Job:
@@ -152,7 +159,7 @@ def _plan_and_write(job: Job, request: Request, said: dict[str, Any]) -> Job:
     """
     warn_of_recipe(request.recipe_path, job.teacher, reuses=job.fitted is not None)
     settings, measured = choose_schedule(
-        job.settings,
+        sized(job.settings, job.teacher.spec),
         job.teacher,
         job.run,
         request.budget,
@@ -170,4 +177,4 @@ def _plan_and_write(job: Job, request: Request, said: dict[str, Any]) -> Job:
         clear_folder(job.folder, everything=True)
         network = teacher_table(job.teacher) | {"weights_file": request.weights_file()}
         write_settings(job.folder / SETTINGS, settings, network, facts)
-    return replace(job, settings=settings)
+    return _evaluated_on(replace(job, settings=settings), measured.get(EVALUATED))

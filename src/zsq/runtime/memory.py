@@ -10,45 +10,48 @@ import torch
 
 from zsq.errors import InputError
 
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
-"""Parameters of glibc's `mallopt`: free bytes at the end of the heap, and bytes of a block, from which on the system
-gets them back as soon as they are free."""
-
-LARGEST_IN_HEAP = 12 * 2**20
-"""Bytes of a block. glibc itself comes to 32 MiB, with which larger gaps are left in the heap; see
-benchmarks/reports/2026-11-cost.md."""
+TRIM_THRESHOLD, MMAP_MAX = -1, -4
+"""Parameters of glibc's `mallopt`: free bytes at the end of the heap from which on the system gets them back, and the
+most blocks outside of the heap, which the system gets back as soon as they are free."""
 
 KEPT = 2**31 - 1
 """Most free bytes at the end of the heap that are kept."""
 
-GLIBC_KEEPS = 2 * LARGEST_IN_HEAP
-"""What glibc comes to by itself where blocks of that size have been freed."""
+GLIBC_TRIMS, GLIBC_MAPS = 24 * 2**20, 2**16
+"""What glibc comes to by itself where large blocks have been freed, and what it starts with."""
+
+_nested: list[object] = []
+"""One entry a block of `kept_memory` that is open."""
 
 
 @contextmanager
 def kept_memory() -> Iterator[None]:
-    """Keep freed memory for what is allocated next, and give it back at the end of the block.
+    """Keep freed memory for what is allocated next, and give it back at the end of the outermost block.
 
-    Else glibc returns what a step has freed, and the system clears it anew, page by page, for the next: at 224x224,
-    80,000 pages and a tenth of each step's time (benchmarks/reports/2026-11-cost.md). Nothing is done where the C
-    library is another, or where the environment sets these thresholds.
+    Else glibc returns what a step has freed, and the system clears it anew, page by page, for the next: half of the
+    time of a step at 224x224 (benchmarks/reports/2026-11-mobile.md). Nothing is done where the C library is another,
+    or where the environment sets how it maps memory.
     """
     libc = _glibc()
     if libc is None:
         yield
         return
-    libc.mallopt(MMAP_THRESHOLD, LARGEST_IN_HEAP)
+    _nested.append(libc)
+    libc.mallopt(MMAP_MAX, 0)
     libc.mallopt(TRIM_THRESHOLD, KEPT)
     try:
         yield
     finally:
-        libc.mallopt(TRIM_THRESHOLD, GLIBC_KEEPS)
-        libc.malloc_trim(0)
+        _nested.pop()
+        if not _nested:
+            libc.mallopt(MMAP_MAX, GLIBC_MAPS)
+            libc.mallopt(TRIM_THRESHOLD, GLIBC_TRIMS)
+            libc.malloc_trim(0)
 
 
 def _glibc() -> Any:
     """Return the C library where it has these parameters and nobody else has set them, else None."""
-    if {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys():
+    if {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES"} & os.environ.keys():
         return None
     try:
         libc = ctypes.CDLL("libc.so.6")
