@@ -67,8 +67,9 @@ class Clock(Run):
         super().__init__()
         self.keep, self.unit, self.times = keep, unit, list[float]()
 
-    def train(self, phase: str, learner: Learner, steps: int) -> None:
+    def train(self, phase: str, learner: Learner, steps: int, until: Callable[[int], bool] | None = None) -> None:
         """Run the steps."""
+        del until
         wanted = kept_steps(steps, self.unit)
         for step in range(steps):
             start = time.perf_counter()

@@ -21,6 +21,8 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
         ("cifar10.py:cifar10_resnet44", 658_586, 43),
         ("mobilenet_v1.py:mobilenet_v1_025", 470_072, 27),
         ("mobilenet_v1.py:mobilenet_v1_075", 2_585_560, 27),
+        ("mobilenet_v2.py:mobilenet_v2", 3_504_872, 52),
+        ("efficientnet_lite.py:efficientnet_lite0", 4_652_008, 49),
     ],
 )
 def test_definitions(model, parameters, norms) -> None:
@@ -36,10 +38,13 @@ def test_definitions(model, parameters, norms) -> None:
     [
         ("cifar10.py:cifar10_resnet20", "cifar10_resnet20", "cifar10/test.npz", (4606, 5000)),
         ("mobilenet_v1.py:mobilenet_v1_025", "imagenet_mobilenet_v1_025", "imagenet/val", (422, 650)),
+        ("mobilenet_v2.py:mobilenet_v2", "imagenet_mobilenet_v2", "imagenet/val", (529, 650)),
+        ("efficientnet_lite.py:efficientnet_lite0", "imagenet_efficientnet_lite0", "imagenet/val", (551, 650)),
     ],
 )
 def test_real_weights_reach_their_accuracy(real_data, model, weights, images, counts) -> None:
-    teacher = load_teacher(str(EXAMPLES / model), weights=real_data / "weights" / f"{weights}.safetensors")
+    path = real_data / "weights" / f"{weights}.safetensors"
+    teacher = load_teacher(str(EXAMPLES / model), weights=path, resize="none")  # what the images are: cropped already
     result = evaluate(teacher.network, open_dataset(str(real_data / images), teacher.spec))
     assert result.num_images == counts[1]
     assert result.top1_correct == pytest.approx(counts[0], abs=2)

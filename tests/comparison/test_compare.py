@@ -101,8 +101,7 @@ CHECK = Verification(
     decided_agreement=100.0,
     max_logit_difference_steps=0.0,
     decided_self_agreement=100.0,
-    only_from_simulation=0,
-    only_from_itself=0,
+    decided_agreement_optimized=99.5,
 )
 
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from zsq.data import digits
-from zsq.data.datasets import open_dataset
+from zsq.data.datasets import EvenSubset, open_dataset
 from zsq.errors import InputError
 from zsq.types import ImageSpec
 
@@ -285,3 +285,20 @@ def test_images_are_normalised_wherever_it_was_done_first() -> None:
     images.square().sum().backward()
     assert images.unique().tolist() == [1.5]
     assert pixels.grad is not None
+
+
+def test_an_even_subset_keeps_all_classes_of_a_sorted_set(tmp_path) -> None:
+    labels = np.repeat(np.arange(5), 20)
+    images = np.broadcast_to(np.arange(100, dtype=np.uint8)[:, None, None, None], (100, 8, 8, 1))
+    np.savez(tmp_path / "a.npz", images=np.ascontiguousarray(images), labels=labels)
+    spec = ImageSpec(channels=1, height=8, width=8, classes=5, mean=(0.0,), std=(1.0,))
+    whole = open_dataset(str(tmp_path / "a.npz"), spec)
+    some = EvenSubset(whole, 10)
+    batches = list(some.batches(7))
+    assert some.num_images == sum(len(batch.labels) for batch in batches) == 10
+    assert torch.cat([batch.labels for batch in batches]).tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    shown = torch.cat([batch.images for batch in batches])[:, 0, 0, 0] * 255
+    assert shown.round().tolist() == list(range(5, 100, 10))
+    everything = EvenSubset(whole, 1000)
+    assert everything.num_images == 100
+    assert torch.cat([batch.labels for batch in everything.batches()]).tolist() == labels.tolist()

@@ -23,7 +23,7 @@ from zsq.quantization.convert import convert
 from zsq.quantization.fake_quantize import affine_grid
 from zsq.quantization.implied_statistics import ROWS, implied_statistics, normal_quantiles, uniform_pixels
 from zsq.quantization.prepare import prepared_layers, quantized_weight
-from zsq.quantization.ptq import quantize_ptq
+from zsq.quantization.ptq import LOGIT_AGREEMENT, quantize_ptq
 from zsq.quantization.quantizers import ActivationQuantizer, quantizers
 from zsq.runs.synthesize import synthesize
 from zsq.training.loop import Run
@@ -184,7 +184,7 @@ def test_every_quantizer_and_layer_gets_its_statistics(make: Callable[[], nn.Mod
         for node in student.network.graph.nodes:
             module = student.network.get_submodule(node.target) if node.op == "call_module" else None
             if isinstance(module, ActivationQuantizer):
-                headroom = 4.0 if node.target == student.output_name else 1.0
+                headroom = 2.0 * LOGIT_AGREEMENT if node.target == student.output_name else 1.0
                 ends = [edge * headroom for edge in found.ranges[node.args[0].name]]
                 scale, zero_point = affine_grid(*ends, module.bits)
                 assert torch.equal(module.scale, scale)
@@ -267,7 +267,7 @@ def uneven() -> zsq.Teacher:
 
 def relative_error(teacher: zsq.Teacher, method: DFQ, granularity: str) -> float:
     surrogate = method.fit(teacher, Run())
-    settings = PTQ(weight_granularity=granularity)
+    settings = PTQ(weight_granularity=granularity, logit_headroom=1.0)
     student = quantize_ptq(surrogate.network, _no_images, settings, Run(), statistics=surrogate.statistics)
     with torch.no_grad():
         logits, answers = teacher.network(images(200, seed=3)), student(images(200, seed=3))

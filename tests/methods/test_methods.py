@@ -15,6 +15,7 @@ from zsq.data.datasets import open_dataset
 from zsq.errors import InputError
 from zsq.graph.fold import fold
 from zsq.methods import METHODS, ZSCGAN, Method, Noise, Real, Surrogate, ZeroQ
+from zsq.methods.natural_noise import BRIGHTNESS, CHANNEL_CORRELATION, CONTRAST_SPREAD, natural_noise
 from zsq.models.teacher import Teacher, load_teacher, state_sha256, teacher_from_module
 from zsq.quantization import QAT, QUANTIZERS
 from zsq.quantization.convert import convert
@@ -126,7 +127,7 @@ def test_settings_of_other_packages_take_steps_and_places() -> None:
 def test_it_gives_an_image_for_each_label_or_nothing(name: str, teacher: Teacher) -> None:
     labels = torch.tensor([3, 1, 3])
     images = fit(teacher, name).source.sample_labels(labels)
-    assert (images is not None) == (name == "zscgan")
+    assert (images is not None) == (name in ("zscgan", "noise", "dfq"))
     if images is not None:
         fits(Batch(images, labels), len(labels), teacher)
 
@@ -360,6 +361,40 @@ def test_noise_distributions(teacher: Teacher) -> None:
     assert -1e-6 <= pixels.min() < 0.01
     assert 0.99 < pixels.max() <= 1 + 1e-6
     assert pixels.std().item() == pytest.approx(12**-0.5, abs=0.01)
+
+
+@pytest.mark.parametrize(("channels", "height", "width"), [(3, 64, 96), (1, 33, 32), (4, 16, 16)])
+def test_natural_noise_has_the_statistics_of_photographs(channels: int, height: int, width: int) -> None:
+    mean, std = (0.4,) * channels, (0.2,) * channels
+    spec = ImageSpec(channels=channels, height=height, width=width, classes=5, mean=mean, std=std)
+    images = natural_noise(300, spec, torch.Generator().manual_seed(0))
+    assert images.shape == (300, channels, height, width)
+    pixels = images * 0.2 + 0.4
+    assert pixels.min() >= -1e-6
+    assert pixels.max() <= 1 + 1e-6
+    assert pixels.mean().item() == pytest.approx(BRIGHTNESS, abs=0.03)
+    assert pixels.std((1, 2, 3)).log().std().item() == pytest.approx(CONTRAST_SPREAD, abs=0.06)
+    spectrum = torch.fft.fft2(pixels.double()).abs().square().mean((0, 1))
+    for axis in (spectrum[0], spectrum[:, 0]):  # power falls by 4 an octave
+        assert axis[1] / axis[2] == pytest.approx(4, rel=0.25)
+        assert axis[2] / axis[4] == pytest.approx(4, rel=0.25)
+    if channels > 1:
+        first, second = (pixels[:, c].flatten(1) for c in (0, 1))
+        both = torch.stack([first - first.mean(1, True), second - second.mean(1, True)])
+        correlation = (both[0] * both[1]).mean() / both.square().mean((1, 2)).prod().sqrt()
+        assert correlation.item() == pytest.approx(CHANNEL_CORRELATION, abs=0.05)
+
+
+def test_natural_noise_is_drawn_anew_for_each_batch_and_alike_for_each_run(teacher: Teacher) -> None:
+    def drawn(seed: int, name: str) -> Tensor:
+        source = Noise(distribution="natural").fit(teacher, Run(seed=seed)).source
+        return torch.cat([batch.images for batch in source.sample(30, 10, name)])
+
+    assert torch.equal(drawn(0, "sample"), drawn(0, "sample"))
+    others = [drawn(1, "sample"), drawn(0, "fresh")]
+    assert not any(torch.equal(drawn(0, "sample"), other) for other in others)
+    batches = drawn(0, "sample").split(10)
+    assert not torch.equal(batches[0], batches[1])
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from zsq.errors import InputError
 from zsq.graph.fold import fold
 from zsq.quantization import PTQ
 from zsq.quantization.bias_correction import first_images
+from zsq.quantization.implied_statistics import implied_statistics, pixels_of
 from zsq.quantization.prepare import Student
 from zsq.quantization.ptq import calibrate, quantize_ptq
 from zsq.quantization.quantizers import ActivationQuantizer, WeightQuantizer, quantizers
@@ -56,12 +57,50 @@ def test_moving_average_damps_what_one_batch_has() -> None:
     assert activations(again)[0].high.item() == high
 
 
-@pytest.mark.parametrize(("bits", "rule"), [("8", "minmax"), ("W4A8", "minmax"), ("6", "mse"), ("W8A4", "mse")])
-def test_auto_is_minmax_at_eight_bits_and_mse_below(bits: str, rule: str) -> None:
-    assert PTQ(bits=bits).resolved_range_rule == rule
+@pytest.mark.parametrize(("bits", "sigmas"), [("8", 6.0), ("W4A8", 6.0), ("6", 0.0), ("W8A4", 0.0)])
+def test_auto_is_mse_with_batch_norms_ranges_at_eight_bits(bits: str, sigmas: float) -> None:
+    assert PTQ(bits=bits).resolved_range_rule == "mse"
     assert PTQ(bits=bits, range_rule="percentile").resolved_range_rule == "percentile"
-    auto, named = (quantized(graph(Plain), PTQ(bits=bits, range_rule=r)) for r in ("auto", rule))
+    assert PTQ(bits=bits, range_rule="mse").resolved_range_sigmas == 0
+    assert PTQ(bits=bits, range_sigmas=2).resolved_range_sigmas == 2
+    settings = PTQ(bits=bits), PTQ(bits=bits, range_rule="mse", range_sigmas=sigmas)
+    auto, named = (quantized(graph(ConvHead), each) for each in settings)
     assert all(torch.equal(a, b) for a, b in zip(grids(auto), grids(named), strict=True))
+
+
+def ends(student: Student) -> Tensor:
+    """Return the ends of every grid of activations but the input's, [quantizers, 2]."""
+    grids = activations(student)[1:]
+    return torch.stack([(q.scale * (torch.tensor([q.quant_min, q.quant_max]) - q.zero_point)).detach() for q in grids])
+
+
+def test_ranges_span_what_batch_norm_says_and_what_images_show() -> None:
+    network = graph(ConvHead)
+    folded, record = fold(network)
+
+    def found(x: Tensor, sigmas: float) -> Tensor:
+        settings = PTQ(range_rule="minmax", range_sigmas=sigmas, bias_correction=False, logit_headroom=1.0)
+        return ends(quantize_ptq(network, stream_of(x), settings, Run()))
+
+    settings = PTQ(bias_correction=False, logit_headroom=1.0)
+    for size in (0.1, 1.0, 20.0):
+        x = size * images(64)
+        statistics = implied_statistics(folded, record, pixels_of(x[:16]), 2.0, Run())
+        implied = ends(quantize_ptq(network, stream_of(x), settings, Run(), statistics=statistics))
+        shown, both = found(x, 0), found(x, 2)
+        step = (both[:, 1] - both[:, 0]) / 255
+        for edge, widest in ((0, torch.minimum), (1, torch.maximum)):
+            assert ((both[:, edge] - widest(shown[:, edge], implied[:, edge])).abs() <= 1.5 * step).all()
+        assert (both - shown).abs().max() > 1 if size < 1 else True  # such images do not reach what batch norm says
+        assert (both - implied).abs().max() > 1 if size > 1 else True  # and such images reach more
+
+
+@pytest.mark.parametrize("make", [Plain, Branchy])
+def test_a_network_with_few_batch_norms_is_calibrated_by_images_alone(make: Callable) -> None:
+    with_them, without = (
+        quantized(graph(make), PTQ(range_rule="mse", range_sigmas=sigmas, bias_correction=False)) for sigmas in (6, 0)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(grids(with_them), grids(without), strict=True))
 
 
 @pytest.mark.parametrize("rule", RULES)

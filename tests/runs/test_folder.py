@@ -9,7 +9,7 @@ from zsq.methods import ZSCGAN, Noise
 from zsq.models.teacher import Teacher, load_teacher
 from zsq.quantization import PTQ, QAT
 from zsq.runs import budget as budget_module
-from zsq.runs.budget import choose_schedule
+from zsq.runs.budget import choose_schedule, settling
 from zsq.runs.fitted import FittedRun
 from zsq.runs.folder import ARTIFACTS, claimed, clear_folder, open_folder
 from zsq.runs.request import QuantizeRequest
@@ -294,12 +294,13 @@ def test_a_budget_is_the_default_where_steps_are_open(monkeypatch, teacher, argu
 
     def fake(settings, teacher, run, seconds, **rest):
         asked.append(seconds)
-        return budget_module.Plan(settings.with_steps(), 0.25, 0.0, 3.0)
+        return budget_module.Plan(settings.with_steps(), budget_module.Costs(0.25, 0.0, 0.01, 3.0), 0)
 
     monkeypatch.setattr(budget_module, "plan", fake)
     wanted = resolve(**arguments)
     chosen, facts = choose_schedule(wanted, teacher, Run(), budget, recipe=recipe, num_eval_images=0, fitted=False)
-    assert chosen == wanted
+    assert chosen == (settling(wanted) if planned and not budget else wanted)
+    assert chosen.method == wanted.method or chosen.method.settle
     assert asked == ([] if planned is None else [planned])
     assert facts.get("budget_seconds") == planned
     assert bool(said) == (planned is not None)

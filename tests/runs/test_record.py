@@ -19,8 +19,7 @@ CHECK = Verification(
     decided_agreement=100.0,
     max_logit_difference_steps=1.0,
     decided_self_agreement=99.5,
-    only_from_simulation=0,
-    only_from_itself=6,
+    decided_agreement_optimized=99.5,
 )
 
 

@@ -13,12 +13,12 @@ from zsq.runtime.memory import kept_memory
 
 GLIBC = pytest.mark.skipif(not sys.platform.startswith("linux") or memory._glibc() is None, reason="no glibc here")
 PAGE = os.sysconf("SC_PAGE_SIZE")
-BYTES = 8 * 2**20
+BYTES, BLOCKS = 64 * 2**20, 4
 
 
 def work() -> None:
-    """Allocate 64 MiB in blocks that lie in the heap, write them, and free them."""
-    blocks = [torch.ones(BYTES // 4) for _ in range(8)]
+    """Allocate blocks that glibc would take from outside of the heap, write them, and free them."""
+    blocks = [torch.ones(BYTES // 4) for _ in range(BLOCKS)]
     del blocks
 
 
@@ -45,12 +45,14 @@ def test_what_is_freed_is_used_again_within_the_block() -> None:
         [sys.executable, "-c", CHILD], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
     )
     inside, after = map(int, run.stdout.split())
-    assert inside < 8 * BYTES / PAGE / 10
-    assert after > 8 * BYTES / PAGE / 2  # given back after it
+    assert inside < BLOCKS * BYTES / PAGE / 10
+    assert after > BLOCKS * BYTES / PAGE / 2  # given back after it
 
 
 @GLIBC
-@pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"])
+@pytest.mark.parametrize(
+    "name", ["MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES"]
+)
 def test_what_the_environment_says_stays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "1")
     assert memory._glibc() is None
@@ -67,9 +69,19 @@ def test_the_usual_threshold_is_back_after_a_fault(monkeypatch: pytest.MonkeyPat
         malloc_trim = staticmethod(lambda left: asked.append((0, left)))
 
     monkeypatch.setattr(memory, "_glibc", Library)
-    with pytest.raises(ValueError, match="fault"), kept_memory():
-        raise ValueError("fault")
-    assert asked[-2:] == [(memory.TRIM_THRESHOLD, memory.GLIBC_KEEPS), (0, 0)]
+    kept = [(memory.MMAP_MAX, 0), (memory.TRIM_THRESHOLD, memory.KEPT)]
+
+    def fail() -> None:
+        with kept_memory():
+            with kept_memory():
+                pass
+            assert asked == kept * 2  # the inner block's end gives nothing back
+            raise ValueError("fault")
+
+    with pytest.raises(ValueError, match="fault"):
+        fail()
+    usual = [(memory.MMAP_MAX, memory.GLIBC_MAPS), (memory.TRIM_THRESHOLD, memory.GLIBC_TRIMS), (0, 0)]
+    assert asked[4:] == usual
 
 
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

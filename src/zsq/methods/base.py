@@ -74,6 +74,10 @@ class Method(Checked, ABC):
         learns = "steps" in {field.name for field in fields(self)}  # type: ignore[arg-type]
         return replace(self, steps=steps) if learns else self  # type: ignore[type-var]
 
+    def until_settled(self) -> Self:
+        """Return these settings with a fit that ends by itself when it suffices for 8 bits: the same if it cannot."""
+        return self
+
     def with_paths(self, located: Callable[[str], str]) -> Self:
         """Return these settings with each file or folder that they name where `located` says that it lies."""
         found = {name: located(path) for name in self.paths if (path := getattr(self, name))}

@@ -1,9 +1,10 @@
 """What the methods that train a generator share: its settings, its updates and its state."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from zsq.checked import BatchSize, Count, CountOrZero, Momentum, Positive
 from zsq.methods.base import LearningMethod, Surrogate, restore
 from zsq.methods.generators import Generator, make_generator
 from zsq.models.teacher import Teacher
+from zsq.quantization.ptq import PTQ, activation_quantizers, quantize_ptq
 from zsq.runtime import distributed
 from zsq.runtime.cuda_graphs import Replays
 from zsq.runtime.random_streams import stream
@@ -20,6 +22,20 @@ from zsq.training.losses import bns_loss
 from zsq.training.optim import cosine, flatten_optimizer, rate_on, restore_optimizer, set_learning_rate
 from zsq.training.state import part, under
 from zsq.types import Batch, ImageSpec, joined
+
+SMALL_WIDTH, LARGE_WIDTH = 32, 16
+SMALL_RATE, LARGE_RATE = 1e-3, 3e-3
+
+SETTLING_PARTS = (16, 8, 4, 2)
+"""A fit looks whether its ranges have settled after the steps divided by these."""
+
+SETTLING_IMAGES = 64
+"""Samples that it looks at."""
+
+SETTLED = 0.03
+"""Mean relative change of the ranges since the last look, half as many steps ago, below which they have settled."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,16 +46,17 @@ class GeneratorSettings(LearningMethod, ABC):
     """Generator updates before the first sample is taken."""
     batch_size: BatchSize | None = None
     """Images a step, in `fit` and in distillation; unset, 64, and 32 from 96 pixels on."""
-    learning_rate: Positive = 1e-3
-    """Adam's step size, annealed by a cosine over fit and distillation together."""
+    learning_rate: Positive | None = None
+    """Adam's step size, annealed by a cosine over fit and distillation together; unset, 1e-3, and 3e-3 from 96 pixels
+    on."""
     beta1: Momentum = 0.5
     """Adam's first momentum."""
     beta2: Momentum = 0.999
     """Adam's second momentum."""
     generator: Literal["unet", "light"] = "light"
     """Network: the paper's U-Net or the light decoder, which costs a fraction of it."""
-    width: Count = 32
-    """Channels of the generator's layers."""
+    width: Count | None = None
+    """Channels of the generator's layers; unset, 32, and 16 from 96 pixels on, where steps are few."""
     levels: Count = 5
     """Most levels of the U-Net."""
     skip: Count = 4
@@ -50,6 +67,16 @@ class GeneratorSettings(LearningMethod, ABC):
     """Length of the noise that every batch norm sees beside the label's code."""
     bound_contrast: bool = True
     """Keep brightness and contrast of each image near those learnt for all images."""
+    whole_every: Count = 4
+    """Of images from 96 pixels on, the light decoder makes whole ones in one step of so many, and in the others
+    windows, which cost a third; 1: whole ones in every step."""
+    settle: bool = False
+    """End the fit before `steps` where its samples no longer change the ranges of an INT8 calibration; chosen by
+    itself where a run is told neither steps nor budget and calibrates at 8 bits."""
+
+    def until_settled(self) -> Self:
+        """See `Method.until_settled`."""
+        return replace(self, settle=True)
 
     @property
     def needs_statistics(self) -> bool:
@@ -58,7 +85,8 @@ class GeneratorSettings(LearningMethod, ABC):
 
     def build(self, spec: ImageSpec, codes: Tensor, seed: int, number: int = 0) -> Generator:
         """Make generator `number`, untrained; a pure function of settings and arguments."""
-        settings = {"width": self.width, "noise_channels": self.noise_channels, "style_size": self.style_size}
+        width = self.width or (LARGE_WIDTH if spec.is_large else SMALL_WIDTH)
+        settings = {"width": width, "noise_channels": self.noise_channels, "style_size": self.style_size}
         settings["bound_contrast"] = self.bound_contrast
         if self.generator == "unet":
             settings |= {"levels": self.levels, "skip": self.skip}
@@ -81,10 +109,48 @@ class GeneratorSettings(LearningMethod, ABC):
         """
         source = self.source(teacher, run, distill_steps)
         if fitted is None:
-            run.train("fit", source, self.steps)
+            run.train("fit", source, self.steps, until=Settling(teacher, source, self.steps) if self.settle else None)
         else:
             restore(source, fitted)
         return Surrogate(source, teacher.network)
+
+
+class Settling:
+    """Tells when what samples are for has settled: the ranges of a calibration at 8 bits.
+
+    Asked after each step, it looks after 1/16, 1/8, 1/4 and 1/2 of the steps. What it saw last is part of the source's
+    state, so that a run that is resumed ends where it would have ended.
+
+    Args:
+        teacher: the float network.
+        source: whose samples calibrate.
+        steps: of the whole fit.
+    """
+
+    def __init__(self, teacher: Teacher, source: "GeneratorSource", steps: int) -> None:
+        self.teacher, self.source = teacher, source
+        self.looks = {steps // part for part in SETTLING_PARTS} - {0}
+
+    def __call__(self, done: int) -> bool:
+        """Tell whether the ranges have changed little since the last look."""
+        if done not in self.looks:
+            return False
+        source, settings = self.source, PTQ(num_samples=SETTLING_IMAGES, bias_correction=False)
+        at_once = self.teacher.spec.images_at_once
+        student = quantize_ptq(
+            self.teacher.network,
+            lambda: source.sample(SETTLING_IMAGES, at_once, "settling"),
+            settings,
+            Run(seed=source.seed, device=source.device),
+        )
+        before = source.scales
+        source.scales = torch.cat([quantizer.scale.detach() for quantizer in activation_quantizers(student).values()])
+        if before is None:
+            return False
+        change = float((source.scales / before).log().abs().mean())
+        settled = change < SETTLED
+        logger.info(f"after {done} steps, ranges have moved by {100 * change:.1f} %{': enough' if settled else ''}")
+        return settled
 
 
 class GeneratorSource(ABC):
@@ -109,18 +175,22 @@ class GeneratorSource(ABC):
     def __init__(
         self, settings: GeneratorSettings, generator: nn.Module, teacher: Teacher, run: Run, distill_steps: int
     ) -> None:
+        self.scales: Tensor | None = None
         self.first_distill_step, self.seed, self.device, self.spec = settings.steps, run.seed, run.device, teacher.spec
         self.batch_size = settings.batch_size or (32 if teacher.spec.is_large else 64)
         self.horizon = settings.steps + distill_steps
         self.parts = 1
+        self.whole_every = settings.whole_every
         self.teacher = settings.observed(teacher, self.device, required=settings.needs_statistics)
         self.generator = generator.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        for network in self.generator.modules():
-            if isinstance(network, Generator):
-                network.low_precision = settings.precision == "bfloat16"
+        self.networks = [network for network in self.generator.modules() if isinstance(network, Generator)]
+        for network in self.networks:
+            network.low_precision = settings.precision == "bfloat16"
+        if not self._takes_windows(teacher):
+            self.whole_every = 1
         self.optimizer = torch.optim.Adam(
             self.generator.parameters(),
-            lr=rate_on(self.device, settings.learning_rate),
+            lr=rate_on(self.device, settings.learning_rate or (LARGE_RATE if teacher.spec.is_large else SMALL_RATE)),
             betas=(settings.beta1, settings.beta2),
             fused=True,
             capturable=self.device.type == "cuda",
@@ -142,9 +212,24 @@ class GeneratorSource(ABC):
     def draw(self, name: str, index: int, count: int) -> Batch:
         """Return `count` images as when sampling; a pure function of the generator and of (seed, name, index)."""
 
+    def _takes_windows(self, teacher: Teacher) -> bool:
+        """Whether the generators can make windows, and the teacher takes images of their size."""
+        window = self.networks[0].window
+        if self.whole_every == 1 or window is None:
+            return False
+        try:
+            with torch.no_grad():
+                self.teacher(torch.zeros(2, teacher.spec.channels, *window, device=self.device))
+        except RuntimeError:  # a layer that reads a whole map, such as a linear one behind flatten
+            return False
+        return True
+
     def update(self, step: int, student: nn.Module | None) -> Batch:
         """Update the generator once and return its images and losses; the batch goes through in `parts`."""
         turn = step % self.turns
+        windowed = student is None and (step // self.turns + 1) % self.whole_every > 0
+        for network in self.networks:
+            network.windowed = windowed
         set_learning_rate(self.optimizer, cosine(1.0, step, self.horizon))
 
         def learn(*drawn: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor | None], dict[str, Tensor]]:
@@ -161,7 +246,7 @@ class GeneratorSource(ABC):
             whole = joined(made)
             return (whole.images, whole.labels, whole.teacher_logits), whole.losses
 
-        batch, losses = self.replays.call((turn, student), learn, *self.inputs(step))
+        batch, losses = self.replays.call((turn, windowed, student), learn, *self.inputs(step))
         return Batch(*batch, losses)
 
     def halve(self) -> bool:
@@ -198,10 +283,12 @@ class GeneratorSource(ABC):
     def state_dict(self) -> dict[str, Tensor]:
         """Return the generator's weights and Adam's moments."""
         moments = flatten_optimizer(self.optimizer)
-        return under("generator", self.generator.state_dict()) | under("optimizer", moments)
+        state = under("generator", self.generator.state_dict()) | under("optimizer", moments)
+        return state if self.scales is None else state | {"scales": self.scales}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what `state_dict` returned."""
         self.generator.load_state_dict(part("generator", state))
         restore_optimizer(self.optimizer, part("optimizer", state))
+        self.scales = state["scales"].to(self.device) if "scales" in state else None
         self.replays.forget()

@@ -27,6 +27,9 @@ DETAIL = 0.2
 """Size of the noise in the light decoder's first map, beside the label's layout of 0.6, before training."""
 
 
+WINDOW = 4 / 7
+"""Side of a window over that of the image."""
+
 BRIGHTNESS_BOUND = 0.7
 """Most by which an image's mean before the sigmoid lies off that of all: about 0.17 in pixels of [0, 1]."""
 
@@ -153,6 +156,7 @@ class Generator(nn.Module, ABC):
 
     Attributes:
         low_precision: compute the layers in bfloat16 in training.
+        windowed: make a window of about half of each side in training, where the generator can: see `window`.
         noise_size: length of one image's noise, style included.
     """
 
@@ -161,7 +165,7 @@ class Generator(nn.Module, ABC):
 
     def __init__(self, spec: ImageSpec, codes: Tensor, style_size: int, bound_contrast: bool) -> None:
         super().__init__()
-        self.spec, self.style_size, self.low_precision = spec, style_size, False
+        self.spec, self.style_size, self.low_precision, self.windowed = spec, style_size, False, False
         self.code_size = codes.shape[1] + style_size
         mean = min(max(sum(spec.mean) / len(spec.mean), 0.05), 0.95)
         self.exposure = Exposure(mean, self.code_size) if bound_contrast else None
@@ -177,6 +181,11 @@ class Generator(nn.Module, ABC):
         if self.exposure is not None:
             x = self.exposure(x, code)
         return self.spec.normalize(torch.sigmoid(x))
+
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """Height and width of a part of an image that can be made for a part of the work; None where none can."""
+        return None
 
     @abstractmethod
     def synthesize(self, noise: Tensor, code: Tensor) -> Tensor:
@@ -264,6 +273,20 @@ class LightDecoder(Generator):
         self.refine = _Block(widths[-1], widths[-1], code_size)
         self.to_pixels = nn.Conv2d(widths[-1], spec.channels * self.shuffle**2, 3, padding=1, padding_mode="reflect")
 
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """See `Generator.window`; the first map of a large image shifts circularly, so that any part is as good."""
+        if not self.spec.is_large:
+            return None
+        height, width = (side * 2**self.ups * self.shuffle for side in self._window_cells)
+        return height, width
+
+    @property
+    def _window_cells(self) -> tuple[int, int]:
+        """Height and width of a window in the first map."""
+        height, width = (max(2, round(WINDOW * side)) for side in self.start)
+        return height, width
+
     def synthesize(self, noise: Tensor, code: Tensor) -> Tensor:
         """See `Generator.synthesize`."""
         drawn, detail = noise.split([2, noise.shape[1] - 2], dim=1)
@@ -271,7 +294,11 @@ class LightDecoder(Generator):
         layout = self.layout(code).unflatten(1, (self.widths[0], *self.start))
         if not self.margin:
             layout = shifted(layout, (share * self.sides).long())
-        x = layout + self.detail(detail.unflatten(1, self.noise_map))
+        detail = detail.unflatten(1, self.noise_map)
+        if self.windowed and self.training:
+            height, width = self._window_cells
+            layout, detail = layout[..., :height, :width], detail[..., :height, :width]
+        x = layout + self.detail(detail)
         x = F.leaky_relu(self.norm(x, code), LEAK)
         for block in self.blocks:
             x = block(F.interpolate(x, scale_factor=2.0, mode="nearest"), code)

@@ -69,6 +69,10 @@ class NoiseSource(Stateless):
         for index, start in enumerate(range(0, count, batch_size)):
             yield self._draw(name, index, min(batch_size, count - start))
 
+    def sample_labels(self, labels: Tensor) -> Tensor:
+        """Return one image for each label [N], [N, C, H, W]: any is as good as another."""
+        return self._draw("grid", 0, len(labels)).images
+
     def batch(self, step: int, student: nn.Module | None) -> Batch:
         """Return the batch of a distillation step."""
         del student

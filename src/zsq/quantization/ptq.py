@@ -25,7 +25,7 @@ from zsq.types import Batch, SampleSource, Statistics
 PRIOR_SIGMAS = 6.0
 """Standard deviations of DFQ's ranges (Nagel et al. 2019, section 4.2.2)."""
 
-LOGIT_AGREEMENT = 2.0
+LOGIT_AGREEMENT = 5 / 3
 """By how much the logits of clear images exceed what independent features would give, beside `logit_headroom`."""
 
 
@@ -177,8 +177,7 @@ def _prior(
 ) -> Statistics | None:
     """Return what batch norm says of the folded network's values; None where most layers have none, or nobody asks."""
     asked = settings.resolved_range_sigmas or settings.bias_correction
-    first = next(images(), None)
-    if not asked or first is None or 2 * len(record) < len(list(edit.layers(folded))):
+    if not asked or 2 * len(record) < len(list(edit.layers(folded))) or (first := next(images(), None)) is None:
         return None
     return implied_statistics(
         folded, record, pixels_of(first.images.to(run.device)), settings.resolved_range_sigmas or PRIOR_SIGMAS, run

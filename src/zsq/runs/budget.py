@@ -3,6 +3,7 @@
 import logging
 import re
 import time
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -218,14 +219,24 @@ def fill(settings: Settings, costs: Costs, budget_seconds: float, *, num_eval_im
     count, evaluated = settings.quantizer.num_samples, num_eval_images
     excess = rest_seconds(costs, settings, evaluated) - most
     if excess > 0 and "quantizer.num_samples" not in settings.chosen:
-        count = max(min(count, LEAST_SAMPLES), int(count - excess / (costs.image * (CALIBRATION + SAMPLES))))
-        settings = replace(settings, quantizer=replace(settings.quantizer, num_samples=count))
+
+        def calibrated(count: int) -> Settings:
+            return replace(settings, quantizer=replace(settings.quantizer, num_samples=count))
+
+        count = _most(LEAST_SAMPLES, count, most, lambda count: rest_seconds(costs, calibrated(count), evaluated))
+        settings = calibrated(count)
         excess = rest_seconds(costs, settings, evaluated) - most
     if excess > 0:
-        evaluated = max(min(evaluated, LEAST_EVALUATED), int(evaluated - excess / (costs.image * EVALUATION)))
+        evaluated = _most(LEAST_EVALUATED, evaluated, most, lambda count: rest_seconds(costs, settings, count))
     available = planned - rest_seconds(costs, settings, evaluated)
     chosen = _choose(settings, costs.fit_step, costs.distill_step, available, fitted=fitted)
     return Plan(chosen, costs, evaluated)
+
+
+def _most(least: int, wanted: int, seconds: float, cost: Callable[[int], float]) -> int:
+    """Return the largest number up to `wanted` that costs no more seconds, or `least`, or `wanted` if that is less."""
+    numbers = range(min(least, wanted), wanted + 1)
+    return numbers[max(0, bisect_right(numbers, seconds, key=cost) - 1)]
 
 
 def _choose(
@@ -261,6 +272,7 @@ def choose_schedule(
     """Fit the schedule to the budget; return settings and what was measured, for the record."""
     if budget is None and recipe is None and not _has_schedule(wanted):
         budget = DEFAULT_BUDGET
+        wanted = settling(wanted)
     if budget is None:
         return wanted, {}
     seconds = parse_duration(budget)
@@ -279,6 +291,14 @@ def choose_schedule(
     if planned.num_eval_images < num_eval_images:
         facts[EVALUATED] = planned.num_eval_images
     return planned.settings, facts
+
+
+def settling(settings: Settings) -> Settings:
+    """Return the settings of a fit that ends by itself, where it serves a calibration at 8 bits."""
+    eight = settings.quantizer.name == "ptq" and settings.quantizer.bits == "8" and not settings.quantizer.weight_bits
+    if not eight or "method.settle" in settings.chosen:
+        return settings
+    return replace(settings, method=settings.method.until_settled())
 
 
 def _has_schedule(settings: Settings) -> bool:

@@ -57,10 +57,16 @@ class Run:
         self.checkpoint_steps = checkpoint_steps
         self.observer: Observer = observer or Silent()
 
-    def train(self, phase: str, learner: Learner, steps: int) -> None:
+    def train(self, phase: str, learner: Learner, steps: int, until: Callable[[int], bool] | None = None) -> None:
         """Run steps 0 to `steps` of a phase, from its checkpoint where the folder holds one.
 
         An interrupt (SIGINT) or a request to end (SIGTERM) takes effect after the step, and its checkpoint.
+
+        Args:
+            phase: its name.
+            learner: takes the steps.
+            steps: most steps.
+            until: told how many are done; true ends the phase. It depends on nothing but the learner's state.
 
         Raises:
             NumericsError: a loss is not finite; names term and step.
@@ -75,14 +81,15 @@ class Run:
                     log.flush()  # an earlier loss that was not finite explains what this step choked on
                     raise
                 full = log.is_full
-                due = step + 1 == steps or checkpoints.due(step + 1, full)
+                done = steps if until is not None and until(step + 1) else step + 1
+                due = done == steps or checkpoints.due(done, full)
                 if due or full:
                     log.flush()
                 stop = self._stops(received, full)  # asked once: what comes later takes effect a step later
                 if due or stop:
                     log.flush()
-                    checkpoints.save(learner, step + 1)
-                if stop:
+                    checkpoints.save(learner, done)
+                if stop or done == steps:
                     break
 
     def take(self, learner: Learner, step: int) -> dict[str, Tensor]:
