@@ -133,4 +133,4 @@ def test_a_file_with_such_a_stem_agrees_with_the_simulation(bits, tmp_path: Path
     assert list(weight.dims) == [8, 4, 3, 3]
     found = verify_onnx(tmp_path / "model.onnx", student, iter(images.split(100)), output_step(converted), threads=1)
     assert found.decided_agreement >= 99
-    assert found.max_logit_difference_steps <= 1
+    assert round(found.max_logit_difference_steps, 4) <= 1

@@ -225,6 +225,11 @@ def test_first_images_takes_no_more_than_it_needs() -> None:
     assert torch.equal(first_images(stream_of(x[:7])(), torch.device("cpu")), x[:7])
 
 
+def test_first_images_takes_fewer_large_ones() -> None:
+    large = torch.randn(7, 1, 1024, 1024)
+    assert torch.equal(first_images(stream_of(large, 3)(), torch.device("cpu")), large[:4])
+
+
 def test_recalibration_starts_afresh_only_in_a_new_student() -> None:
     folded, _ = fold(graph(Plain))
     assert folded is not None

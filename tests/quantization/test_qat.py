@@ -353,3 +353,34 @@ def test_lone_batch_norms_stay_what_the_file_computes(scales: str) -> None:
     with torch.no_grad():
         steps = (student(x) - convert(student)(x)) / student.network.get_submodule(student.output_name).scale
     assert (steps.abs() < 1e-3).float().mean() >= 0.99
+
+
+@pytest.mark.parametrize(("rate", "undone"), [(3e-4, False), (10.0, True)])
+def test_a_distillation_that_makes_it_worse_is_undone(rate: float, undone: bool, said: list[str]) -> None:
+    teacher, x = load_teacher("digits"), images_of_digits()
+    source = Real(data="digits:train", limit=200, batch_size=32).fit(teacher, Run()).source
+    source.true_labels = False  # as generated images, which have the teacher's answers alone
+    settings = QAT(bits="4", num_samples=100, steps=6, learning_rate=rate)
+
+    def calibrated() -> Student:
+        return quantize_ptq(teacher.network, lambda: source.sample(100), settings, Run(), learnable=True)
+
+    student = calibrated()
+    settings.train(student, teacher.network, source, Run())
+    with torch.no_grad():
+        same = torch.equal(student(x), calibrated()(x))
+    assert student.undone == same == undone
+    assert any("took the student away from the teacher" in line for line in said) == undone
+
+
+def images_of_digits() -> Tensor:
+    return next(iter(open_dataset("digits", load_teacher("digits").spec).batches(20))).images
+
+
+def test_true_labels_may_take_a_student_away_from_its_teacher() -> None:
+    teacher = load_teacher("digits")
+    source = Real(data="digits:train", limit=200, batch_size=32).fit(teacher, Run()).source
+    settings = QAT(bits="4", num_samples=100, steps=2, learning_rate=10.0)
+    student = quantize_ptq(teacher.network, lambda: source.sample(100), settings, Run(), learnable=True)
+    settings.train(student, teacher.network, source, Run())
+    assert not student.undone

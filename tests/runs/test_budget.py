@@ -9,11 +9,13 @@ import pytest
 import zsq
 from zsq.errors import InputError
 from zsq.models.teacher import load_teacher
+from zsq.quantization import PTQ
 from zsq.quantization.qat import Distiller
 from zsq.quantization.quantizers import quantizers
 from zsq.runs import budget
 from zsq.runs.budget import (
     FIT_SHARE,
+    LARGE_RATE,
     LARGE_SAMPLES,
     LEAST_EVALUATED,
     LEAST_SAMPLES,
@@ -23,10 +25,12 @@ from zsq.runs.budget import (
     RESERVE,
     REST_SHARE,
     Costs,
+    Plan,
     _choose,
     fill,
     parse_duration,
     plan,
+    rest_seconds,
     seconds_each,
     sized,
 )
@@ -110,20 +114,27 @@ def costs(**changes: float) -> Costs:
 
 
 def test_calibration_and_evaluation_shrink_before_the_fit_does():
-    wanted = resolve()  # 2,000 images: 140 s, 10,000 evaluated: 500 s
-    ample = fill(wanted, costs(), 3000.0, num_eval_images=10_000, fitted=False)
+    wanted = resolve()
+    whole = rest_seconds(costs(), wanted, 10_000)
+    without = rest_seconds(costs(), replace(wanted, quantizer=PTQ(num_samples=LEAST_SAMPLES)), 10_000)
+
+    def filled(rest: float) -> Plan:
+        """Return the plan of a budget of which so many seconds may go to all but training."""
+        return fill(wanted, costs(), rest / REST_SHARE / RESERVE, num_eval_images=10_000, fitted=False)
+
+    ample = filled(whole + 1)
     assert (ample.settings.quantizer.num_samples, ample.num_eval_images) == (2000, 10_000)
-    less = fill(wanted, costs(), 1800.0, num_eval_images=10_000, fitted=False)
+    less = filled((whole + without) / 2)
     assert LEAST_SAMPLES < less.settings.quantizer.num_samples < 2000
     assert less.num_eval_images == 10_000
-    assert less.rest_seconds == pytest.approx(REST_SHARE * RESERVE * 1800, rel=0.02)
-    small = fill(wanted, costs(), 600.0, num_eval_images=10_000, fitted=False)
+    assert less.rest_seconds == pytest.approx((whole + without) / 2, rel=0.02)
+    small = filled(without / 2)
     assert small.settings.quantizer.num_samples == LEAST_SAMPLES
     assert LEAST_EVALUATED < small.num_eval_images < 10_000
-    assert small.settings.method.steps == pytest.approx((1 - REST_SHARE) * RESERVE * 600, abs=2)
-    tiny = fill(wanted, costs(), 20.0, num_eval_images=10_000, fitted=False)
+    assert small.settings.method.steps == pytest.approx(without / 2 * (1 - REST_SHARE) / REST_SHARE, abs=2)
+    tiny = filled(5.0)
     assert (tiny.num_eval_images, tiny.settings.method.steps) == (LEAST_EVALUATED, LEAST_STEPS)
-    assert tiny.expected_seconds > 20
+    assert tiny.expected_seconds > 5 / REST_SHARE / RESERVE
 
 
 def test_what_the_user_chose_does_not_shrink():
@@ -138,9 +149,14 @@ def test_where_nothing_is_trained_the_rest_takes_the_whole_budget():
     assert planned.settings.quantizer.num_samples == 2000
 
 
-def test_large_images_are_calibrated_with_fewer():
+def test_large_images_are_calibrated_with_fewer_and_distilled_in_smaller_steps():
     large = ImageSpec(channels=1, height=96, width=120, classes=5, mean=(0.5,), std=(0.5,))
     assert sized(resolve(), large).quantizer.num_samples == LARGE_SAMPLES
+    assert sized(resolve(quantizer="qat"), large).quantizer.learning_rate == LARGE_RATE
+    assert (
+        sized(resolve(quantizer="qat", assignments=["quantizer.learning_rate=0.3"]), large).quantizer.learning_rate
+        == 0.3
+    )
     assert sized(resolve(), replace(large, height=95)).quantizer.num_samples == 2000
     chosen = resolve(assignments=["quantizer.num_samples=700"])
     assert sized(chosen, large) == chosen

@@ -26,14 +26,15 @@ from zsq.types import Batch, ImageSpec, joined
 SMALL_WIDTH, LARGE_WIDTH = 32, 16
 SMALL_RATE, LARGE_RATE = 1e-3, 3e-3
 
-SETTLING_PARTS = (16, 8, 4, 2)
+SETTLING_PARTS = (32, 16, 8, 4, 2)
 """A fit looks whether its ranges have settled after the steps divided by these."""
 
 SETTLING_IMAGES = 64
 """Samples that it looks at."""
 
-SETTLED = 0.03
-"""Mean relative change of the ranges since the last look, half as many steps ago, below which they have settled."""
+SETTLED = 0.06
+"""Mean relative change of the ranges since the last look, half as many steps ago, below which they have settled: a grid
+so much too wide adds half a decibel of noise."""
 
 logger = logging.getLogger(__name__)
 
@@ -118,8 +119,8 @@ class GeneratorSettings(LearningMethod, ABC):
 class Settling:
     """Tells when what samples are for has settled: the ranges of a calibration at 8 bits.
 
-    Asked after each step, it looks after 1/16, 1/8, 1/4 and 1/2 of the steps. What it saw last is part of the source's
-    state, so that a run that is resumed ends where it would have ended.
+    Asked after each step, it looks after 1/32, 1/16, 1/8, 1/4 and 1/2 of the steps. What it saw last is part of the
+    source's state, so that a run that is resumed ends where it would have ended.
 
     Args:
         teacher: the float network.

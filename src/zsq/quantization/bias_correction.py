@@ -1,5 +1,6 @@
 """Bias correction: take out of each layer's bias what rounding adds to its mean output."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,18 +13,21 @@ from zsq.quantization.fake_quantize import quantize_bias
 from zsq.quantization.prepare import Student, quantized_weight
 from zsq.types import Batch
 
-IMAGES = 256
-"""Images over which means are taken, held at once; activations are dropped as soon as they are read."""
+IMAGES, PIXELS = 256, 2**22
+"""Images over which means are taken, or pixels of fewer; held at once, activations are dropped as soon as they are
+read."""
 
 
 def first_images(batches: Iterable[Batch], device: torch.device) -> Tensor:
     """Return the first images of a stream, as many as are held at once, [N, C, H, W] on the device."""
     found: list[Tensor] = []
+    most = IMAGES
     for batch in batches:
         found.append(batch.images.to(device))
-        if sum(map(len, found)) >= IMAGES:
+        most = min(IMAGES, max(1, PIXELS // math.prod(batch.images.shape[2:])))
+        if sum(map(len, found)) >= most:
             break
-    return torch.cat(found)[:IMAGES]
+    return torch.cat(found)[:most]
 
 
 def channel_mean(x: Tensor, channel: int) -> Tensor:

@@ -97,11 +97,13 @@ class Student(nn.Module):
         network: the graph; activations and weights pass through `ActivationQuantizer` and `WeightQuantizer` modules.
         output_name: name of the quantizer of the logits.
         num_calibration_images: images from which its grids were chosen.
+        undone: whether a distillation made it worse, and it is again what calibration gave.
     """
 
     def __init__(self, network: GraphModule, output_name: str) -> None:
         super().__init__()
         self.network, self.output_name, self.num_calibration_images = network, output_name, 0
+        self.undone = False
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images [N, C, H, W] to logits [N, classes]."""

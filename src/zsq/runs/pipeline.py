@@ -151,6 +151,7 @@ def _record(
         samples=samples,
         label_recognition=recognition,
         num_calibration_images=student.num_calibration_images,
+        distillation_undone=student.undone,
         seconds=watch.total,
         seconds_by_phase=watch.phases,
     )

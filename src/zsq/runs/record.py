@@ -88,6 +88,8 @@ class Record:
     """Percent of the samples in which the float network sees the label they were made for; None without labels."""
     num_calibration_images: int = 0
     """Images from which ranges were chosen."""
+    distillation_undone: bool = False
+    """Whether distillation took the student away from the teacher, so that the file is what calibration gave."""
     seconds: float = 0.0
     """Wall-clock time of the run."""
     seconds_by_phase: dict[str, float] = field(default_factory=dict)

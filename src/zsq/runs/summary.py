@@ -24,6 +24,8 @@ def summary_rows(record: Record) -> Iterator[tuple[str, str]]:
         share, seen = samples.teacher_agreement, f"in which the float network sees {samples.num_classes} classes"
         known = "not known" if share is None else f"{share:.1f} %"
         yield "agreement on samples", f"{known} ({samples.num_images} samples, {seen})"
+    if record.distillation_undone:
+        yield "distillation", "made it worse and is undone: the file is what calibration gave"
     if record.label_recognition is not None:
         yield "label recognition", f"{percent(record.label_recognition, 1)} % of the samples' labels"
     yield "file", f"model.onnx, {record.artifacts['model.onnx'].bytes / 1024:.0f} KiB"
