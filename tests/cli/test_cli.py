@@ -454,7 +454,6 @@ def test_a_loss_that_is_not_finite(place):
         (["--method", "real", "--set", "method.data=nowhere"], "no such data set: 'nowhere'"),
         (["--out", "networks.py"], "networks.py is a file; --out takes a folder."),
         (["--out", "networks.py/run"], "--out takes a folder."),
-        pytest.param(["--budget", "0.001s"], "the budget leaves 0 steps of fit", marks=pytest.mark.slow),
     ],
 )
 def test_other_mistakes(place, arguments, message):

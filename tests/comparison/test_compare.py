@@ -555,7 +555,7 @@ def test_a_small_grid_of_verified_files(recipe, tmp_path):
     line = done.lines["digits/zscgan/qat-4/seed0"].outcome
     record = json.loads((folder / "result.json").read_text())
     assert record["artifacts"].keys() == {"model.onnx"}
-    assert record["verification"]["num_images"] == 500 + 899
+    assert record["verification"]["num_decided"] >= 100
     assert line.quantized_top1 == record["quantized_top1"]
     with np.load(folder / "predictions.npz") as arrays:
         hits = arrays["predictions"] == arrays["labels"]

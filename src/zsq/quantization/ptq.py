@@ -49,7 +49,7 @@ class PTQ(Checked):
     """How the range of a weight is chosen."""
     logit_headroom: AtLeastOne = 1.5
     """Factor on the range of the logits, since synthetic images reach smaller ones than real ones; the paper: 1. With
-    `range_sigmas`, the range is also twice as many times what batch norm implies for logits."""
+    `range_sigmas`, the range also spans what batch norm implies for logits, times this and 5/3."""
     bias_correction: bool = True
     """Shift biases by what rounding adds to each layer's mean output, by batch norm's means where most layers have
     them, else by those of the images; the paper does not."""
