@@ -26,7 +26,7 @@ _nested: list[object] = []
 
 @contextmanager
 def kept_memory() -> Iterator[None]:
-    """Keep freed memory for what is allocated next, and give it back at the end of the outermost block.
+    """Keep freed memory for what is allocated next, and give it back at the end of the block.
 
     Else glibc returns what a step has freed, and the system clears it anew, page by page, for the next: half of the
     time of a step at 224x224 (benchmarks/reports/2026-11-mobile.md). Nothing is done where the C library is another,
@@ -46,7 +46,7 @@ def kept_memory() -> Iterator[None]:
         if not _nested:
             libc.mallopt(MMAP_MAX, GLIBC_MAPS)
             libc.mallopt(TRIM_THRESHOLD, GLIBC_TRIMS)
-            libc.malloc_trim(0)
+        libc.malloc_trim(0)
 
 
 def _glibc() -> Any:
