@@ -188,9 +188,22 @@ def test_seconds_each_leaves_the_first_call_out(monkeypatch):
     assert calls == [0, 1, 2, 3, 4]
 
 
+def test_whole_rounds_of_steps_are_timed(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(budget.time, "perf_counter", lambda: clock[0])
+
+    def action(index: int) -> None:
+        clock[0] += 3.0 if index % 4 == 3 else 1.0
+
+    assert seconds_each(action, at_least_seconds=0.0, rounds_of=4) == 1.5
+    assert seconds_each(action, at_least_seconds=7.0, rounds_of=4) == 1.5
+
+
 @pytest.mark.slow
 def test_a_plan_measures_and_touches_no_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(budget.seconds_each, "__kwdefaults__", {"at_least": 2, "at_least_seconds": 0.05})
+    monkeypatch.setattr(
+        budget.seconds_each, "__kwdefaults__", {"at_least": 2, "at_least_seconds": 0.05, "rounds_of": 1}
+    )
     monkeypatch.chdir(tmp_path)
     teacher = load_teacher("digits")
     before = {name: value.clone() for name, value in teacher.network.state_dict().items()}

@@ -657,7 +657,9 @@ def test_the_source_is_seen_to_start_once_before_a_folder_is_overwritten(budget_
     monkeypatch.setattr(ZSCGAN, "source", counted)
     monkeypatch.setattr(stages, "write_onnx", _stop)
     monkeypatch.setattr(budget, "MOST_FIT_STEPS", 12)
-    monkeypatch.setattr(budget.seconds_each, "__kwdefaults__", {"at_least": 2, "at_least_seconds": 0.01})
+    monkeypatch.setattr(
+        budget.seconds_each, "__kwdefaults__", {"at_least": 2, "at_least_seconds": 0.01, "rounds_of": 1}
+    )
     settings = tuple(text for text in PTQ if "steps" not in text or not budget_given)
     asked = {"budget": "1m"} if budget_given else {}
     with pytest.raises(InputError, match="far enough"):

@@ -246,11 +246,12 @@ def distill(student: Student, teacher: nn.Module, source: SampleSource, settings
     Raises:
         NumericsError: the loss is not finite.
     """
-    calibrated = copy.deepcopy(student.network)
+    judged = settings.steps > 0 and not source.true_labels
+    calibrated = copy.deepcopy(student.network) if judged else student.network
     run.train("distill", Distiller(student, teacher, source, settings, run.device), settings.steps)
     student.eval()
     plain_biases(student)
-    if settings.steps and not source.true_labels:
+    if judged:
         _keep_the_better(student, calibrated, teacher, source, run)
 
 
@@ -259,20 +260,18 @@ def _keep_the_better(
     student: Student, calibrated: GraphModule, teacher: nn.Module, source: SampleSource, run: Run
 ) -> None:
     """Undo a distillation whose student answers fresh samples less like the teacher than the calibrated one did."""
-    trained, divergences = student.network, []
-    for network in (calibrated, trained):
-        student.network = network.eval()
-        found, count = torch.zeros((), dtype=torch.float64), 0
-        for batch in source.sample(JUDGED, JUDGED_AT_ONCE, "judged"):
-            images = batch.images.to(run.device)
-            found += len(images) * kl_divergence(teacher(images), student(images)).cpu()
-            count += len(images)
-        divergences.append(float(found) / count)
-    before, after = divergences
+    networks = (calibrated.eval(), student.network.eval())
+    found, count = torch.zeros(2, dtype=torch.float64), 0
+    for batch in source.sample(JUDGED, JUDGED_AT_ONCE, "judged"):
+        images = batch.images.to(run.device)
+        wanted = teacher(images)
+        found += len(images) * torch.stack([kl_divergence(wanted, network(images)).cpu() for network in networks])
+        count += len(images)
+    before, after = (found / count).tolist()
     student.undone = not after <= before
     if student.undone:
         student.network = calibrated
         logger.warning(
-            f"distillation took the student away from the teacher: a divergence of {after:.3g} on {JUDGED} samples, "
+            f"distillation took the student away from the teacher: a divergence of {after:.3g} on {count} samples, "
             f"{before:.3g} before. It is undone; a lower --set quantizer.learning_rate or more steps may help."
         )

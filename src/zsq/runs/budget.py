@@ -16,7 +16,7 @@ from zsq.errors import InputError
 from zsq.models.teacher import Teacher
 from zsq.quantization.ptq import quantize_ptq
 from zsq.runs.settings import Settings
-from zsq.runs.stages import AGREEMENT_IMAGES, ENOUGH_DECIDED, LEAST_IMAGES
+from zsq.runs.stages import AGREEMENT_IMAGES, ENOUGH_DECIDED, measured_on
 from zsq.runtime import distributed
 from zsq.runtime.cuda_graphs import forgetting
 from zsq.runtime.memory import kept_memory
@@ -61,6 +61,9 @@ CALIBRATION, CHECK, SAMPLES, EVALUATION = 3.5, 12.0, 2.5, 2.5
 """What an image costs in each part, over what it costs the float network (measured on MobileNetV2): two observing
 passes; simulation and file, both in two ways, for each decided image; recognition and agreement; float network,
 simulation, file and the reading of the image."""
+
+STEPS_A_ROUND = 4
+"""Generator steps that are timed together: of large images, one of four is whole and costs thrice."""
 
 LARGE_SAMPLES, LEAST_SAMPLES = 256, 64
 """Calibration images where the user chooses no number and images are large, and the fewest that a budget leaves."""
@@ -107,8 +110,9 @@ class Plan:
 
 def rest_seconds(costs: Costs, settings: Settings, num_eval_images: int) -> float:
     """Return what calibration, check, samples and evaluation take."""
-    count = settings.quantizer.num_samples
-    images = CALIBRATION * count + CHECK * ENOUGH_DECIDED + SAMPLES * max(LEAST_IMAGES, min(count, AGREEMENT_IMAGES))
+    quantizer = settings.quantizer
+    images = CALIBRATION * quantizer.num_samples + CHECK * ENOUGH_DECIDED
+    images += SAMPLES * measured_on(AGREEMENT_IMAGES, quantizer)
     return costs.fixed + costs.image * (images + EVALUATION * num_eval_images)
 
 
@@ -127,11 +131,16 @@ def parse_duration(text: str | float) -> float:
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
-def seconds_each(action: Callable[[int], object], *, at_least: int = 3, at_least_seconds: float = 2.0) -> float:
-    """Return the mean time of one call, after one that does not count; processes make the same calls together."""
+def seconds_each(
+    action: Callable[[int], object], *, at_least: int = 3, at_least_seconds: float = 2.0, rounds_of: int = 1
+) -> float:
+    """Return the mean time of one call, after one that does not count; processes make the same calls together.
+
+    Where calls of several kinds take turns, whole rounds of them are timed.
+    """
 
     def again() -> bool:
-        return count < at_least or time.perf_counter() - start < at_least_seconds
+        return count % rounds_of > 0 or count < at_least or time.perf_counter() - start < at_least_seconds
 
     with distributed.together():
         action(0)
@@ -180,7 +189,7 @@ def _measured(settings: Settings, teacher: Teacher, run: Run, budget_seconds: fl
     fit_seconds = 0.0
     if method.steps and not fitted:
         assert isinstance(source, Learner), f"{method.name} has steps and its source learns nothing"
-        fit_seconds = seconds_each(partial(probe.take, source), at_least_seconds=patience)
+        fit_seconds = seconds_each(partial(probe.take, source), at_least_seconds=patience, rounds_of=STEPS_A_ROUND)
     start = time.perf_counter()
     student = quantize_ptq(
         surrogate.network,
@@ -206,13 +215,9 @@ def sized(settings: Settings, spec: ImageSpec) -> Settings:
     """Return the settings with what images of such a size need of the quantizer, unless the user chose it."""
     wanted = {"num_samples": LARGE_SAMPLES, "learning_rate": LARGE_RATE} if spec.is_large else {}
     known = {field.name for field in fields(settings.quantizer)}
-    changed = {key: value for key, value in wanted.items() if key in known - chosen_of(settings)}
+    free = {key for key in known if f"quantizer.{key}" not in settings.chosen}
+    changed = {key: value for key, value in wanted.items() if key in free}
     return replace(settings, quantizer=replace(settings.quantizer, **changed))  # type: ignore[arg-type]
-
-
-def chosen_of(settings: Settings) -> set[str]:
-    """Return the quantizer's settings that a recipe or the user chose."""
-    return {name.removeprefix("quantizer.") for name in settings.chosen if name.startswith("quantizer.")}
 
 
 def fill(settings: Settings, costs: Costs, budget_seconds: float, *, num_eval_images: int, fitted: bool) -> Plan:

@@ -17,6 +17,7 @@ from zsq.export.onnx import write_onnx
 from zsq.export.pt2 import write_pt2
 from zsq.export.verify import OnnxClassifier, Verification, verify_onnx
 from zsq.methods import Surrogate
+from zsq.quantization import PTQ
 from zsq.quantization.convert import convert
 from zsq.quantization.prepare import Student
 from zsq.quantization.ptq import quantize_ptq
@@ -89,9 +90,9 @@ def _keep_generator(job: Job, surrogate: Surrogate) -> None:
     save_tensors(path, state, {"method": job.settings.method.name, "weights_sha256": job.teacher.weights_sha256})
 
 
-def measured_on(most: int, job: Job) -> int:
+def measured_on(most: int, quantizer: PTQ) -> int:
     """Return on how many samples something is measured: as many as calibrate, within limits."""
-    return min(most, max(LEAST_IMAGES, job.settings.quantizer.num_samples))
+    return min(most, max(LEAST_IMAGES, quantizer.num_samples))
 
 
 @torch.no_grad()
@@ -103,7 +104,7 @@ def measure_recognition(job: Job, surrogate: Surrogate) -> float | None:
     if not surrogate.source.asks_labels:
         return None
     hits = seen = 0
-    count = measured_on(RECOGNITION_IMAGES, job)
+    count = measured_on(RECOGNITION_IMAGES, job.settings.quantizer)
     images = surrogate.source.sample(count, job.teacher.spec.images_at_once)
     for batch in job.run.each("recognise", images, count, lambda batch: len(batch.labels)):
         hits += int((job.teacher.network(batch.images).argmax(1) == batch.labels).sum())
@@ -144,7 +145,7 @@ def write_and_check(job: Job, student: Student, surrogate: Surrogate) -> Verific
         logits: Tensor = student(images.to(job.run.device))
         return logits
 
-    most = measured_on(CHECK_IMAGES, job)
+    most = measured_on(CHECK_IMAGES, job.settings.quantizer)
     samples = surrogate.source.sample(most, spec.images_at_once)
     data = job.data.batches(spec.images_at_once) if job.data else iter(())
     mixed = (batch for pair in itertools.zip_longest(samples, data) for batch in pair if batch is not None)
@@ -220,7 +221,7 @@ def measure_agreement(job: Job, surrogate: Surrogate) -> SampleAgreement | None:
         return None
     teacher = _asked_once(job)
     networks: dict[str, Predict] = {"file": opened_file(job.folder), "teacher": teacher}
-    fresh = FreshSamples(surrogate.source, measured_on(AGREEMENT_IMAGES, job))
+    fresh = FreshSamples(surrogate.source, measured_on(AGREEMENT_IMAGES, job.settings.quantizer))
 
     def show(done: int, total: int) -> None:
         job.run.observer.update("compare samples", done, total, {})
