@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from floatfile import quantize_by_onnxruntime, write_float
 from genie import Genie
 
 from zsq.data.datasets import LabelledImages, open_dataset
-from zsq.evaluation.accuracy import evaluate
+from zsq.evaluation.accuracy import Evaluation, evaluate
 from zsq.export.onnx import write_onnx
 from zsq.export.verify import OnnxClassifier
 from zsq.methods import ZSCGAN, Noise, Real, ZeroQ
@@ -126,26 +127,54 @@ def given(job: dict[str, Any], teacher: Teacher) -> dict[str, Any]:
     return {"synthesis_seconds": 0.0, "images_per_second": None, "kept": kept}
 
 
+def synthesise_by_mct(job: dict[str, Any]) -> dict[str, Any]:
+    """Let MCT make its images, in its own environment."""
+    path = Path(job["folder"]) / "images-mct.npy"
+    asked = {"weights": job["weights"], "images": job["images"], "iterations": job["iterations"]}
+    asked |= {"threads": job["threads"], "out": path}
+    flags = [text for name, value in asked.items() for text in (f"--{name}", str(value))]
+    command = [job["python"], str(Path(__file__).with_name("mct_images.py")), *flags]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    facts = json.loads(done.stdout.splitlines()[-1])
+    kept = [{"step": facts["steps"], "seconds": facts["seconds"], "images": facts["images"], "path": str(path)}]
+    return {
+        "steps": facts["steps"],
+        "batch_size": facts["images"],
+        "synthesis_seconds": facts["seconds"],
+        "synthesis_peak_MiB": facts["peak_MiB"],
+        "images_per_second": None,
+        "mct": facts["model-compression-toolkit"],
+        "kept": kept,
+    }
+
+
 def batches_of(path: str, size: int = 64) -> Iterator[Batch]:
     """Stream stored images."""
     for images in torch.from_numpy(np.load(path)).split(size):
         yield Batch(images, torch.zeros(len(images), dtype=torch.int64))
 
 
-def top1_of_zsq(teacher: Teacher, path: str, bits: str, file: Path, test: LabelledImages) -> float:
-    """Quantize with stored images, write the file, and return the file's accuracy."""
+def measured(teacher: Teacher, file: Path, test: LabelledImages) -> Evaluation:
+    """Return a file's accuracy, and its agreement with the float network."""
+    return evaluate(OnnxClassifier(file, threads=torch.get_num_threads()), test, teacher=teacher.network)
+
+
+def by_calibration(teacher: Teacher, path: str, bits: str, file: Path, test: LabelledImages) -> Evaluation:
+    """Quantize with stored images, write the file, and measure it."""
     student = quantize_ptq(teacher.network, lambda: batches_of(path), PTQ(bits=bits, num_samples=10**6), Run())
     write_onnx(convert(student), teacher.spec, file)
-    return round(evaluate(OnnxClassifier(file, threads=torch.get_num_threads()), test).top1, 2)
+    return measured(teacher, file, test)
 
 
 def quantize_by_zsq(job: dict[str, Any], teacher: Teacher, test: LabelledImages) -> dict[str, Any]:
     """Quantize to all widths, and find out when the images were good enough for the target."""
     kept, file = job["kept"], Path(job["folder"]) / "zsq.onnx"
     start = time.perf_counter()
-    top1 = {bits: top1_of_zsq(teacher, kept[-1]["path"], bits, file, test) for bits in job["bits"]}
+    found = {bits: by_calibration(teacher, kept[-1]["path"], bits, file, test) for bits in job["bits"]}
+    top1 = {bits: round(evaluation.top1, 2) for bits, evaluation in found.items()}
     result: dict[str, Any] = {
         "top1": top1,
+        "agreement": {bits: round(evaluation.teacher_agreement or 0, 2) for bits, evaluation in found.items()},
         "job_seconds": round(time.perf_counter() - start, 2),
         "peak_MiB": peak_mebibytes(),
         "seconds_to_target": None,
@@ -153,9 +182,9 @@ def quantize_by_zsq(job: dict[str, Any], teacher: Teacher, test: LabelledImages)
     bits, least = job["target"]
     for moment in kept:
         is_last = moment is kept[-1] and bits in top1
-        found = top1[bits] if is_last else top1_of_zsq(teacher, moment["path"], bits, file, test)
-        moment["top1"] = found
-        if found >= least:
+        reached = top1[bits] if is_last else by_calibration(teacher, moment["path"], bits, file, test).top1
+        moment["top1"] = round(reached, 2)
+        if reached >= least:
             result["seconds_to_target"] = moment["seconds"]
             break
     return result | {"curve": [{k: v for k, v in moment.items() if k != "path"} for moment in kept]}
@@ -216,6 +245,26 @@ def run_by_zsq(job: dict[str, Any], teacher: Teacher, test: LabelledImages) -> d
     return {"top1": {bits: top1}, "curve": [moment], **seconds}
 
 
+def run_default(job: dict[str, Any], teacher: Teacher, test: LabelledImages) -> dict[str, Any]:
+    """Do what `zsq quantize NET --bits 8` does, files and check included."""
+    out = Path(job["folder"]) / "zsq-default"
+    asked = {"weights": job["weights"], "bits": "8", "out": out} | ({"resize": job["resize"]} if job["resize"] else {})
+    flags = [text for name, value in asked.items() for text in (f"--{name}", str(value))]
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "zsq", "quantize", job["model"], *flags, "--overwrite"], check=True)
+    spent = time.perf_counter() - start
+    found = measured(teacher, out / "model.onnx", test)
+    fit = json.loads((out / "result.json").read_text())["seconds_by_phase"]["fit"]
+    return {
+        "top1": {"8": round(found.top1, 2)},
+        "agreement": {"8": round(found.teacher_agreement or 0, 2)},
+        "synthesis_seconds": round(fit, 2),
+        "images": "fresh",
+        "job_seconds": round(spent - fit, 2),
+        "peak_MiB": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024,
+    }
+
+
 def quantize_by_peer(job: dict[str, Any], test: LabelledImages) -> dict[str, Any]:
     """Quantize to INT8 by another tool's own static quantization, and measure its file."""
     folder = Path(job["folder"])
@@ -252,15 +301,19 @@ def quantize_by_nncf(source: Path, images: np.ndarray, path: Path) -> str:
 def work(job: dict[str, Any]) -> dict[str, Any]:
     """Do one job."""
     torch.set_num_threads(job["threads"])
-    teacher = load_teacher(job["model"], weights=job["weights"])
+    teacher = load_teacher(job["model"], weights=job["weights"], resize=job["resize"])
     if job["kind"] == "images":
+        if job["source"] == "mct":
+            return synthesise_by_mct(job)
         return synthesise(job, teacher) if job["source"] in METHODS else given(job, teacher)
     if job["kind"] == "float":
         write_float(teacher, Path(job["folder"]) / "float.onnx")
         return {}
     test = open_dataset(job["test"], teacher.spec, limit=job["test_images"])
-    own = {"zsq": quantize_by_zsq, "zsq-qat": distil_by_zsq, "zsq-live": run_by_zsq}.get(job["tool"])
-    return own(job, teacher, test) if own else quantize_by_peer(job, test)
+    own = {"zsq": quantize_by_zsq, "zsq-qat": distil_by_zsq, "zsq-live": run_by_zsq, "zsq-default": run_default}
+    if job["tool"] in own:
+        return own[job["tool"]](job, teacher, test)
+    return quantize_by_peer(job, test)
 
 
 if __name__ == "__main__":

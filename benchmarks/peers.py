@@ -2,12 +2,15 @@
 
     python benchmarks/peers.py --data ../shared/data
     python benchmarks/peers.py --small
+    python benchmarks/peers.py mobilenet_v2 --mct ../mct/bin/python --sources mct noise --tools zsq zsq-default --bits 8
 
 Images: zsq's generator (zscgan), ZeroQ's distilled data (zeroq), GENIE's (genie, see genie.py), real ones and noise.
 ZeroQ and GENIE are written anew from their papers, and each method stops when its time is over, so that these are not
 those papers' figures. Quantizers: zsq's PTQ at INT8, INT6 and INT4, its distillation at the target's width, and the
 static INT8 quantization of ONNX Runtime (with int8 and with uint8 activations) and of NNCF, each at its defaults. Every
-top-1 is an ONNX file's in ONNX Runtime. zsq-live is `zsq quantize --recipe recipes/quick.toml` as a whole.
+top-1 is an ONNX file's in ONNX Runtime, every agreement that of the same file with the float network. Sony MCT's images
+(mct) are made by MCT itself, in an environment of its own: mct_images.py. zsq-default is `zsq quantize NET --bits 8`
+without more, zsq-live is `zsq quantize --recipe recipes/quick.toml` as a whole.
 
 One process after the other does the work, each measured by its own peak memory. A finished row is not run again;
 its line is in benchmarks/results/peers.jsonl, and its files are under the folder of --out.
@@ -20,18 +23,24 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from machine import load, processor
 from records import append
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SYNTHETIC = ("zscgan", "zeroq", "genie")
-SOURCES = (*SYNTHETIC, "real", "noise")
+MCT = "mct"
+SOURCES = (*SYNTHETIC, MCT, "real", "noise")
 LIVE = "zsq-live"
 """The whole of recipes/quick.toml: the generator goes on learning while it teaches, and no images are stored."""
-TOOLS = ("zsq", "zsq-qat", LIVE, "onnxruntime", "onnxruntime-uint8", "nncf")
+DEFAULT = "zsq-default"
+"""The command without a setting: it chooses when to stop."""
+WHOLE = (LIVE, DEFAULT)
+TOOLS = ("zsq", "zsq-qat", *WHOLE, "onnxruntime", "onnxruntime-uint8", "nncf")
 DATA_FREE_PEERS = ("zeroq", "genie")
+MCT_IMAGES, MCT_ITERATIONS = 32, 120
+"""One batch, and as many iterations as take some minutes of two CPU cores."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,8 @@ class Network:
     train: str
     target: tuple[str, float]
     """Bits, and the least top-1 in percent."""
+    resize: Literal["none"] | None = None
+    """`none`: the test images are crops already."""
 
 
 NETWORKS = {
@@ -60,6 +71,14 @@ NETWORKS = {
         "imagenet/val",
         "imagenet/calib",
         ("8", 64.92 - 3.5),
+    ),
+    "mobilenet_v2": Network(
+        "mobilenet_v2.py:mobilenet_v2",
+        "weights/imagenet_mobilenet_v2.safetensors",
+        "imagenet/val",
+        "imagenet/calib",
+        ("8", 81.38 - 1.0),
+        resize="none",
     ),
 }
 
@@ -79,18 +98,21 @@ class Bench:
             "train": str(data / network.train),
             "folder": str(self.folder),
             "threads": arguments.threads,
+            "resize": network.resize,
         }
 
     def images(self, source: str) -> dict[str, Any]:
         """Make or take a source's images, unless that is done."""
         job = {"kind": "images", "source": source, "images": self.arguments.images, "seconds": self.arguments.seconds}
+        if source == MCT:
+            job |= {"python": self.arguments.mct, "images": MCT_IMAGES, "iterations": MCT_ITERATIONS}
         return self.do(f"images-{source}", job)
 
     def row(self, tool: str, source: str) -> dict[str, Any]:
         """Quantize with a source's images, unless that is done; record the row."""
         none: dict[str, Any] = {"kept": [{"images": "fresh"}], "images_per_second": None}
-        made = none if tool == LIVE else self.images(source)
-        if tool not in ("zsq", LIVE):
+        made = none if tool in WHOLE else self.images(source)
+        if tool not in ("zsq", *WHOLE):
             self.do("float", {"kind": "float"})  # by itself, so that it counts in nobody's memory
         job = {"kind": "quantize", "tool": tool, "source": source, "kept": made["kept"]}
         job |= {"bits": self.arguments.bits, "target": self.target, "test_images": self.arguments.test_images}
@@ -139,7 +161,7 @@ class Bench:
 def cells(row: dict[str, Any], bits: list[str]) -> list[str]:
     """Return a row of the table."""
     if "skipped" in row:
-        return [row["tool"], row["source"], f"skipped: {row['skipped']}", *["-"] * (6 + len(bits))]
+        return [row["tool"], row["source"], f"skipped: {row['skipped']}", *["-"] * (7 + len(bits))]
 
     def text(value: Any, form: str = "{:.0f}") -> str:
         return "-" if value is None else form.format(value)
@@ -151,6 +173,7 @@ def cells(row: dict[str, Any], bits: list[str]) -> list[str]:
         str(row["images"]),
         text(row.get("seconds_to_target")) if row["tool"] == "zsq" else "-",
         *(text(row["top1"].get(width), "{:.2f}") for width in bits),
+        text(row.get("agreement", {}).get(bits[0]), "{:.2f}"),
         text(row.get("synthesis_peak_MiB")),
         text(row["peak_MiB"]),
         text(row["job_seconds"]),
@@ -162,6 +185,7 @@ def table(rows: list[dict[str, Any]], bits: list[str], target: tuple[str, float]
     """Return the rows as a Markdown table."""
     head = ["quantizer", "images of", "s to synthesise", "images", f"s to INT{target[0]} {target[1]:.1f} %"]
     head += [f"INT{width} top-1" for width in bits]
+    head += [f"INT{bits[0]} agreement"]
     head += ["peak MiB, synthesis", "peak MiB, quantizing", "s, quantizing", "images/s once trained"]
     lines = [head, ["---"] * len(head), *(cells(row, bits) for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -206,13 +230,16 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--test-images", type=int, help="images of the accuracy (all; small: 1000)")
     parser.add_argument("--distill-steps", type=int, help="of 64 images (200; small: 50)")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--mct", help="interpreter that has MCT, for the source mct")
     parser.add_argument("--no-record", action="store_true", help="append nothing to the results")
-    parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES))
+    parser.add_argument("--sources", nargs="+", choices=SOURCES, default=[*SYNTHETIC, "real", "noise"])
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
     parser.add_argument("--bits", nargs="+", default=["8", "6", "4"])
     arguments = parser.parse_args(given)
     if unknown := [name for name in arguments.networks if name not in NETWORKS]:
         parser.error(f"unknown networks {', '.join(unknown)}; known: {', '.join(NETWORKS)}")
+    if MCT in arguments.sources and not arguments.mct:
+        parser.error("the source mct needs --mct PYTHON; see mct_images.py")
     small = arguments.small
     arguments.networks = arguments.networks or (["cifar10"] if small else list(NETWORKS))
     arguments.out = arguments.out or Path("runs/peers-small" if small else "runs/peers")
@@ -229,7 +256,7 @@ def main(given: list[str] | None = None) -> None:
     for name in arguments.networks:
         bench = Bench(name, arguments)
         pairs = ((tool, source) for tool in arguments.tools for source in arguments.sources)
-        rows = [bench.row(*pair) for pair in pairs if pair[0] != LIVE or pair[1] == "zscgan"]
+        rows = [bench.row(*pair) for pair in pairs if pair[0] not in WHOLE or pair[1] == arguments.sources[0]]
         print(f"\n{name}, {arguments.threads} thread(s)\n\n{table(rows, arguments.bits, bench.target)}\n", flush=True)
         print("\n".join(aims(rows)), flush=True)
 

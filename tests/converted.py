@@ -54,8 +54,9 @@ class Builder:
 
     def layer(self, name: str, target: Callable[..., Tensor], node: fx.Node, shape: tuple[int, ...]) -> fx.Node:
         high = 2 ** (self.bits - 1) - 1
+        largest = min(high, 63)  # steps of the largest weight: no pair of products leaves int16
         weight, bias = torch.randn(shape) / np.prod(shape[1:]) ** 0.5, torch.randn(shape[0])
-        scales = (weight.flatten(1).abs().amax(1) if self.per_channel else weight.abs().max().reshape(1)) / high
+        scales = (weight.flatten(1).abs().amax(1) if self.per_channel else weight.abs().max().reshape(1)) / largest
         weights = self.constant(f"{name}_weight", weight, scales, (-high - 1, high, torch.int8))
         biases = self.constant(f"{name}_bias", bias, scales * node.args[1], (-(2**31), 2**31 - 1, torch.int32))
         return self.call(target, node, weights, biases, *([[1, 1], [1, 1]] if len(shape) == 4 else []))

@@ -135,6 +135,7 @@ ROW = {
     "synthesis_seconds": 61.3,
     "seconds_to_target": 7.7,
     "top1": {"8": 91.5, "4": 82.25},
+    "agreement": {"8": 96.25, "4": 88.0},
     "synthesis_peak_MiB": 512,
     "peak_MiB": 600,
     "job_seconds": 20.2,
@@ -144,11 +145,11 @@ ROW = {
 
 def test_peers_table_says_what_was_not_measured(module):
     peers = module("peers")
-    other = ROW | {"tool": "onnxruntime", "top1": {"8": 90.0}, "images_per_second": None}
+    other = ROW | {"tool": "onnxruntime", "top1": {"8": 90.0}, "agreement": {}, "images_per_second": None}
     skipped = {"tool": "nncf", "source": "real", "skipped": "pip install nncf"}
     lines = peers.table([ROW, other, skipped], ["8", "4"], ("4", 80.0)).splitlines()
-    assert lines[2] == "| zsq | zscgan | 61 | 256 | 8 | 91.50 | 82.25 | 512 | 600 | 20 | 800 |"
-    assert lines[3] == "| onnxruntime | zscgan | 61 | 256 | - | 90.00 | - | 512 | 600 | 20 | - |"
+    assert lines[2] == "| zsq | zscgan | 61 | 256 | 8 | 91.50 | 82.25 | 96.25 | 512 | 600 | 20 | 800 |"
+    assert lines[3] == "| onnxruntime | zscgan | 61 | 256 | - | 90.00 | - | - | 512 | 600 | 20 | - |"
     assert "skipped: pip install nncf" in lines[4]
     assert len({line.count("|") for line in lines}) == 1
 

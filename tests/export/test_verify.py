@@ -21,7 +21,7 @@ def test_a_tampered_file_is_refused(files: Path, images: Tensor, tmp_path: Path)
     scale.raw_data = (4 * onnx.numpy_helper.to_array(scale)).tobytes()
     onnx.save(model, tmp_path / "tampered.onnx")
     verification = verify_onnx(tmp_path / "tampered.onnx", simulate(network), [images], output_step(network), threads=1)
-    with pytest.raises(ExportError, match=r"disagrees .* where 99 % is required"):
+    with pytest.raises(ExportError, match=r"is \d+\.\d quantization steps from the simulation"):
         require(verification)
     assert canonical_sha256(tmp_path / "tampered.onnx") != canonical_sha256(files / "8.onnx")
 
@@ -66,7 +66,10 @@ def test_as_many_disagreements_as_chance_allows_are_accepted() -> None:
     for far in ({"distance_literal_steps": 6.1}, {"distance_optimized_steps": 6.1}, {"noise_steps": 0.0}):
         with pytest.raises(ExportError, match=r"98.40 % of 1000 .* logits differ by [56]\.\d quantization steps"):
             require(found(98.4, **near | far))  # chance, but of another file
-    require(found(99.0, distance_literal_steps=50.0))
+    require(found(99.0, distance_literal_steps=4.0))
+    require(found(99.0, noise_steps=8.0, distance_literal_steps=48.0))
+    with pytest.raises(ExportError, match=r"is 4.1 quantization steps from the simulation, .* by 0.0"):
+        require(found(100.0, distance_literal_steps=4.1))  # one class is far ahead, whatever the file computes
 
 
 @pytest.mark.parametrize("way", ["literal", "optimized"])
@@ -115,6 +118,7 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> None:
             return Order(0.0)(batch)
 
     monkeypatch.setattr("zsq.export.verify.OnnxClassifier", Runner)
+    monkeypatch.setattr("zsq.export.verify.saturating_layers", lambda path: ())
 
 
 def test_images_within_the_noise_are_not_decided(runner, images: Tensor) -> None:

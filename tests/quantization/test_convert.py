@@ -35,6 +35,7 @@ from zsq.quantization import PTQ
 from zsq.quantization.convert import convert
 from zsq.quantization.fake_quantize import integer_range
 from zsq.quantization.integer_ops import grid_norm
+from zsq.quantization.pair_sums import neighbour_sums
 from zsq.quantization.prepare import Student
 from zsq.quantization.quantizers import WeightQuantizer, quantizers
 
@@ -129,7 +130,8 @@ def test_weights_are_stored_as_int8_and_biases_as_int32(bits: str, granularity: 
         assert value.dtype == (torch.int8 if name.endswith("weight") else torch.int32)
         if name.endswith("weight"):
             assert low <= value.min() <= value.max() <= high
-            assert value.abs().max() >= high
+            largest = value.abs().max()
+            assert largest >= high or (bits == "8" and neighbour_sums(value.float()).max() in (127, 128))
 
 
 def test_no_float_weight_is_left() -> None:
@@ -178,8 +180,8 @@ def test_integers_by_hand() -> None:
 
 
 def test_a_weight_halfway_between_integers_is_stored_as_it_is_simulated() -> None:
-    """With min-max, the largest weight of each channel lies at 127.5 steps."""
-    student = student_of(Plain, bias_correction=False)
+    """With min-max, the largest weight of each channel lies at 127.5 steps where no pair of neighbours is the bound."""
+    student = student_of(Plain, "W8A7", bias_correction=False)
     quantizer, weight = student.network.weight_1, student.network.second.weight.detach()
     steps = (weight / quantizer.scale.detach().view(-1, 1, 1, 1)).abs().flatten(1).amax(1)
     torch.testing.assert_close(steps, torch.full_like(steps, 127.5))

@@ -57,8 +57,8 @@ def test_moving_average_damps_what_one_batch_has() -> None:
     assert activations(again)[0].high.item() == high
 
 
-@pytest.mark.parametrize(("bits", "sigmas"), [("8", 6.0), ("W4A8", 6.0), ("6", 0.0), ("W8A4", 0.0)])
-def test_auto_is_mse_with_batch_norms_ranges_at_eight_bits(bits: str, sigmas: float) -> None:
+@pytest.mark.parametrize(("bits", "sigmas"), [("8", 6.0), ("W4A8", 6.0), ("7", 4.5), ("6", 3.0), ("W8A4", 1.5)])
+def test_auto_is_mse_with_ranges_that_batch_norm_implies(bits: str, sigmas: float) -> None:
     assert PTQ(bits=bits).resolved_range_rule == "mse"
     assert PTQ(bits=bits, range_rule="percentile").resolved_range_rule == "percentile"
     assert PTQ(bits=bits, range_rule="mse").resolved_range_sigmas == 0
@@ -74,8 +74,28 @@ def ends(student: Student) -> Tensor:
     return torch.stack([(q.scale * (torch.tensor([q.quant_min, q.quant_max]) - q.zero_point)).detach() for q in grids])
 
 
-def test_ranges_span_what_batch_norm_says_and_what_images_show() -> None:
+@pytest.mark.parametrize("bits", ["8", "6", "4"])
+def test_logits_span_what_batch_norm_implies_at_every_width(bits: str) -> None:
     network = graph(ConvHead)
+    x = 0.01 * images(64)  # such images reach small logits only
+    wide, narrow = (
+        ends(quantize_ptq(network, stream_of(x), PTQ(bits=bits, bias_correction=False, **kw), Run()))
+        for kw in ({}, {"range_sigmas": 0.0})
+    )
+    assert (wide[-1] - narrow[-1]).abs().max() > 1
+
+
+class Unbounded(ConvHead):
+    """Values that grow with the image's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images to logits."""
+        logits: Tensor = self.head(self.norm(self.conv(x)).relu())
+        return logits.view(x.size(0), -1)
+
+
+def test_ranges_span_what_batch_norm_says_and_what_images_show() -> None:
+    network = graph(Unbounded)
     folded, record = fold(network)
 
     def found(x: Tensor, sigmas: float) -> Tensor:
@@ -88,6 +108,10 @@ def test_ranges_span_what_batch_norm_says_and_what_images_show() -> None:
         statistics = implied_statistics(folded, record, pixels_of(x[:16]), 2.0, Run())
         implied = ends(quantize_ptq(network, stream_of(x), settings, Run(), statistics=statistics))
         shown, both = found(x, 0), found(x, 2)
+        wide = implied_statistics(folded, record, pixels_of(x[:16]), 2.0, Run(), output_sigmas=6.0)
+        logits = ends(quantize_ptq(network, stream_of(x), settings, Run(), statistics=wide))
+        assert torch.equal(logits[:-2], implied[:-2])
+        implied[-2:] = logits[-2:]  # the last layer and the logits span six deviations, whatever is chosen
         step = (both[:, 1] - both[:, 0]) / 255
         for edge, widest in ((0, torch.minimum), (1, torch.maximum)):
             assert ((both[:, edge] - widest(shown[:, edge], implied[:, edge])).abs() <= 1.5 * step).all()

@@ -3,10 +3,15 @@
 from collections import Counter
 
 import onnx
+from onnx.checker import ValidationError
+from onnx.shape_inference import InferenceError
 
 from zsq.errors import ExportError
 from zsq.export.image_spec import KEY, to_json
 from zsq.types import ImageSpec
+
+OLDEST_OPSET = 13
+"""The first operator set with a scale for each channel."""
 
 
 def canonical_onnx(model: onnx.ModelProto, spec: ImageSpec, kept: frozenset[str]) -> onnx.ModelProto:
@@ -23,6 +28,8 @@ def canonical_onnx(model: onnx.ModelProto, spec: ImageSpec, kept: frozenset[str]
     if model.functions or any(attribute.HasField("g") for node in graph.node for attribute in node.attribute):
         raise ExportError("the network branches or loops on its data; an ONNX file of it is not supported.")
     strip_metadata(model)
+    drop_defaults(model)
+    own_zero_points(model)
     names = {"": "", "images": "images", "logits": "logits"}
     stored = {tensor.name: tensor for tensor in graph.initializer}
     counts: Counter[str] = Counter()
@@ -41,16 +48,65 @@ def canonical_onnx(model: onnx.ModelProto, spec: ImageSpec, kept: frozenset[str]
     graph.ClearField("initializer")
     graph.initializer.extend(tensors)
     _name_interface(model, spec)
+    stamp_oldest(model)
     return model
 
 
+def stamp_oldest(model: onnx.ModelProto) -> None:
+    """Declare the oldest operator set and IR version by whose rules a model is valid, so that old runtimes load it.
+
+    Raises:
+        ExportError: it is valid by none, up to the operator set that it declares.
+    """
+    newest, reason = max(entry.version for entry in model.opset_import if not entry.domain), ""
+    for opset in range(OLDEST_OPSET, newest + 1):
+        del model.opset_import[:]
+        model.opset_import.append(onnx.helper.make_opsetid("", opset))
+        model.ir_version = onnx.helper.find_min_ir_version_for(model.opset_import)
+        try:
+            onnx.checker.check_model(model, full_check=True)
+        except (ValidationError, InferenceError) as error:
+            reason = str(error).strip().splitlines()[0]
+        else:
+            return
+    raise ExportError(f"the network has no valid ONNX form: {reason}")
+
+
+def drop_defaults(model: onnx.ModelProto) -> None:
+    """Leave out attributes that say what is so anyway, in place: some are newer than the operator is."""
+    opset = max(entry.version for entry in model.opset_import if not entry.domain)
+    for node in model.graph.node:
+        known = onnx.defs.get_schema(node.op_type, opset, node.domain).attributes
+        said = [a for a in node.attribute if a.name not in known or not _is_default(a, known[a.name].default_value)]
+        node.ClearField("attribute")
+        node.attribute.extend(said)
+
+
+def _is_default(attribute: onnx.AttributeProto, default: onnx.AttributeProto) -> bool:
+    if default.type == onnx.AttributeProto.UNDEFINED:
+        return False
+    return bool(onnx.helper.get_attribute_value(attribute) == onnx.helper.get_attribute_value(default))
+
+
+def own_zero_points(model: onnx.ModelProto) -> None:
+    """Give each stored weight and bias a zero point of its own, in place: some runtimes rewrite both together."""
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type != "DequantizeLinear" or node.input[0] not in stored or len(node.input) < 3:
+            continue
+        own = f"{node.input[0]}.zero_point"
+        value = onnx.numpy_helper.to_array(stored[node.input[2]])
+        model.graph.initializer.append(onnx.numpy_helper.from_array(value, own))
+        node.input[2] = own
+
+
 def _constant_name(node: onnx.NodeProto, slot: int, names: dict[str, str], counts: Counter[str]) -> str:
-    """Name a constant for its first use: a weight's own scale after the weight, others by role and number."""
+    """Name a constant for its first use: a weight's own scale and zero point after it, others by role and number."""
     role = "constant"
     if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
         role = ("input", "scale", "zero_point")[slot]
         owned = f"{node.input[0]}.{role}"
-        if role == "scale" and names.get(node.input[0]) == node.input[0] != "images" and owned not in names.values():
+        if role != "input" and names.get(node.input[0]) == node.input[0] != "images" and owned not in names.values():
             return owned
     counts[role] += 1
     return f"{role}_{counts[role]}"

@@ -30,8 +30,13 @@ def pad_channels(model: onnx.ModelProto) -> None:
         return
     weight = numpy_helper.to_array(tensor)
     missing, width = -weight.shape[1] % UNIT, weight.shape[-1]
-    strides = _attribute(conv, "strides", [1] * (weight.ndim - 2))
-    if not missing or weight.shape[1] * width > MOST_BYTES or width <= strides[-1] or _attribute(conv, "group", 1) != 1:
+    strides = node_attribute(conv, "strides", [1] * (weight.ndim - 2))
+    if (
+        not missing
+        or weight.shape[1] * width > MOST_BYTES
+        or width <= strides[-1]
+        or node_attribute(conv, "group", 1) != 1
+    ):
         return
     padded = np.pad(weight, [(0, missing if axis == 1 else 0) for axis in range(weight.ndim)])
     tensor.CopyFrom(numpy_helper.from_array(padded, tensor.name))
@@ -67,6 +72,6 @@ def _weight(graph: onnx.GraphProto, conv: onnx.NodeProto) -> onnx.TensorProto | 
     return tensor if alone and around_zero and tensor.data_type == onnx.TensorProto.INT8 else None
 
 
-def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
+def node_attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
     """Return the value of a node's attribute."""
     return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)

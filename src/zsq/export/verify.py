@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from zsq.errors import ExportError, InputError
 from zsq.export.image_spec import KEY, from_json
+from zsq.export.saturation import saturating_layers
 from zsq.runtime.gpu import full_float32
 from zsq.types import ImageSpec
 
@@ -99,6 +100,9 @@ CHANCE = 0.01
 SAME_NOISES, SAME_STEPS = 2.0, 1.0
 """Distance from the simulation up to which a file computes the same: over the simulation's own noise, and in steps."""
 
+FAR_NOISES, FAR_STEPS = 6.0, 4.0
+"""Distance beyond which a file computes something else, even where one class is so far ahead that it stays first."""
+
 
 @dataclass(frozen=True)
 class Verification:
@@ -131,6 +135,8 @@ class Verification:
     """Distance of the file's logits from the simulated ones, optimisations off, root mean square, in steps."""
     distance_optimized_steps: float = 0.0
     """The same, optimisations on."""
+    saturating_layers: tuple[str, ...] = ()
+    """Layers of the file that a processor whose products saturate in int16 would compute otherwise."""
 
 
 def verify_onnx(
@@ -179,7 +185,8 @@ def verify_onnx(
                 break
     if not seen:
         raise InputError("verification needs at least one image.")
-    return found or _compared(seen, output_step, margin_steps)
+    found = found or _compared(seen, output_step, margin_steps)
+    return replace(found, saturating_layers=saturating_layers(path))
 
 
 def _reordered(batch: Tensor) -> Tensor:
@@ -227,14 +234,22 @@ def _compared(batches: list[tuple[Tensor, ...]], step: float, least_margin: floa
 def require(verification: Verification, minimum: float = LEAST_AGREEMENT) -> None:
     """Return if the file, run in both ways, names the simulation's class on ``minimum`` percent of the decided images.
 
-    A few more disagreements are accepted where chance explains them and the logits are no further from the simulated
-    ones than the order of additions takes those, or a step. Where no image is decided, because that order changes more
-    than their logits differ by, the distance alone counts.
+    A file with layers that saturate on some processors is refused whatever it computes here.
+
+    The logits may be no further from the simulated ones than `FAR_STEPS`, or than six times the order of additions
+    takes those. A few more disagreements are accepted where chance explains them and the distance is at most twice that
+    of the order, or a step. Where no image is decided, because that order changes more than their logits differ by, the
+    distance alone counts.
 
     Raises:
         ExportError: it does not, or nothing shows that it does.
     """
     found = verification
+    if found.saturating_layers:
+        raise ExportError(
+            "on a processor without VNNI the file computes something else: the weights of "
+            f"{', '.join(found.saturating_layers)} let the products of two neighbours leave int16."
+        )
     if found.num_decided == 0 and found.noise_steps == 0:
         raise ExportError(
             f"the file is not verified: on none of {found.num_images} images are the two highest logits more "
@@ -248,11 +263,7 @@ def require(verification: Verification, minimum: float = LEAST_AGREEMENT) -> Non
         near = distance <= max(SAME_STEPS, SAME_NOISES * found.noise_steps)
         wrong = round(found.num_decided * (100 - agreement) / 100)
         chance = at_least(wrong, found.num_decided, 1 - minimum / 100) >= CHANCE
-        if found.num_decided == 0 and not near:
-            raise ExportError(
-                f"the file, run {way}, is {distance:.1f} quantization steps from the simulation, which the order "
-                f"of additions moves by {found.noise_steps:.1f}; it computes something else."
-            )
+        far = distance > max(FAR_STEPS, FAR_NOISES * found.noise_steps)
         if found.num_decided and agreement < minimum and not (near and chance):
             raise ExportError(
                 f"the file, run {way}, disagrees with the simulation: the same class on {agreement:.2f} % of "
@@ -260,6 +271,11 @@ def require(verification: Verification, minimum: float = LEAST_AGREEMENT) -> Non
                 f"images: {found.agreement_literal:.2f} % run literally, {found.agreement_optimized:.2f} % optimised; "
                 f"logits differ by {distance:.1f} quantization steps, and by {found.noise_steps:.1f} where only the "
                 "order of additions differs."
+            )
+        if far or (found.num_decided == 0 and not near):
+            raise ExportError(
+                f"the file, run {way}, is {distance:.1f} quantization steps from the simulation, which the order "
+                f"of additions moves by {found.noise_steps:.1f}; it computes something else."
             )
 
 

@@ -57,6 +57,12 @@ def layers(network: GraphModule) -> Iterator[Node]:
             yield node
 
 
+def is_depthwise(layer: Node, weight: Tensor) -> bool:
+    """Whether a layer filters each channel by itself, with one filter."""
+    groups = argument(layer, 6, 1) if layer.target in CONVOLUTIONS else 1
+    return bool(groups > 1 and weight.shape[:2] == (groups, 1))
+
+
 def read_attribute(network: GraphModule, name: str, before: Node) -> Node:
     """Insert a `get_attr` node in front of `before`."""
     with network.graph.inserting_before(before):

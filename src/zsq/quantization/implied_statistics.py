@@ -1,5 +1,6 @@
 """What batch norm says of a network's values, without an image: their ranges, and the mean inputs of its layers."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,7 +24,13 @@ SUMS = (*edit.LAYERS, aten.add.Tensor)
 
 
 def implied_statistics(
-    network: GraphModule, record: Record, pixels: Tensor, range_sigmas: float, run: Run
+    network: GraphModule,
+    record: Record,
+    pixels: Tensor,
+    range_sigmas: float,
+    run: Run,
+    *,
+    output_sigmas: float | None = None,
 ) -> Statistics:
     """Return what batch norm says of a network's values: their ranges, and the mean inputs of its layers.
 
@@ -38,12 +45,17 @@ def implied_statistics(
         pixels: draws of each input channel as the network takes it and the ends of its range, [ROWS + 2, C].
         range_sigmas: standard deviations that a range spans on both sides.
         run: seed and device of the network.
+        output_sigmas: those of the last layer and of what follows, where they differ.
     """
     norms = {norm.node.name: (norm.std, norm.beta) for norm in batch_norms(network)}
     for layer in edit.layers(network):
         if weight_name(layer) in record:
             norms[layer.name] = record[weight_name(layer)]
-    sampler = _Sampler(network, norms, range_sigmas, run)
+    nodes, (*_, last) = list(network.graph.nodes), edit.layers(network)
+    sigmas = dict.fromkeys((node.name for node in nodes), range_sigmas)
+    if output_sigmas is not None:
+        sigmas |= dict.fromkeys((node.name for node in nodes[nodes.index(last) :]), output_sigmas)
+    sampler = _Sampler(network, norms, sigmas, run)
     pixels = torch.cat([sampler.permuted(pixels[:ROWS], "input"), pixels[ROWS:]])
     space = network.graph.find_nodes(op="placeholder")[0].meta["val"].shape[2:]
     with torch.no_grad():
@@ -80,7 +92,7 @@ def normal_quantiles(device: torch.device) -> Tensor:
 class _Sampler(Interpreter):
     """Runs a network on draws where batch norm knows the distribution; the last two rows carry the ends of ranges."""
 
-    def __init__(self, network: GraphModule, norms: Record, sigmas: float, run: Run) -> None:
+    def __init__(self, network: GraphModule, norms: Record, sigmas: Mapping[str, float], run: Run) -> None:
         super().__init__(network)
         self.norms, self.sigmas, self.seed, self.device = norms, sigmas, run.seed, run.device
         self.ranges: dict[str, tuple[Tensor, Tensor]] = {}
@@ -114,7 +126,7 @@ class _Sampler(Interpreter):
         std, mean = self.norms[name]
         quantiles = normal_quantiles(self.device)[:, None].expand(-1, len(mean))
         draws = mean + std * self.permuted(quantiles, name)
-        reach = self.sigmas * std
+        reach = self.sigmas[name] * std
         return torch.cat([draws, (mean - reach)[None], (mean + reach)[None]])
 
     def _renew_ends(self, n: Node, value: Tensor) -> Tensor:
@@ -123,7 +135,7 @@ class _Sampler(Interpreter):
         An addition's ends stay within the sums of its terms' ends.
         """
         draws = value[:ROWS]
-        mean, reach = draws.mean(0), self.sigmas * draws.std(0, correction=0)
+        mean, reach = draws.mean(0), self.sigmas[n.name] * draws.std(0, correction=0)
         low, high = mean - reach, mean + reach
         if n.target not in edit.LAYERS:
             low, high = torch.maximum(low, value[ROWS]), torch.minimum(high, value[ROWS + 1])

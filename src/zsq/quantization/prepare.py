@@ -16,6 +16,7 @@ from zsq.graph.batchnorm import batch_norms
 from zsq.graph.edit import argument, aten, tensor_of
 from zsq.quantization.fake_quantize import quantize_bias
 from zsq.quantization.integer_ops import HARD_REACH, grid_hardsigmoid, grid_hardswish, grid_norm
+from zsq.quantization.pair_sums import pair_limit
 from zsq.quantization.quantizers import ActivationQuantizer, WeightQuantizer
 
 ENDS_BITS = 8
@@ -282,7 +283,9 @@ class _Placer:
         bits = self.weight_bits_of(layer)
         source, weight = self.own(layer, layer.args[1])
         name = f"weight_{self.layers.index(layer)}"
-        quantizer = WeightQuantizer(weight, bits, per_channel=self.scheme.per_channel, learnable=self.scheme.learnable)
+        limit = None if edit.is_depthwise(layer, weight) else pair_limit(bits, self.grid_of(layer).bits)
+        per_channel, learnable = self.scheme.per_channel, self.scheme.learnable
+        quantizer = WeightQuantizer(weight, bits, per_channel=per_channel, learnable=learnable, pair_limit=limit)
         self.network.add_submodule(name, quantizer)
         edit.set_tensor(self.network, str(source.target), weight, trainable=True)
         graph = self.network.graph
@@ -310,11 +313,21 @@ class _Placer:
 
     def input_scale(self, layer: Node) -> Node:
         """Return a node that reads the scale of the grid on which the layer's input lies."""
+        return self.network.graph.get_attr(f"{self.input_grid(layer)}.scale")
+
+    def input_grid(self, layer: Node) -> str:
+        """Return the name of the quantizer on whose grid the layer's input lies."""
         node = layer.args[0]
         while isinstance(node, Node) and node.op != "call_module":
             node = node.args[0]
         assert isinstance(node, Node)
-        return self.network.graph.get_attr(f"{self.placed[node]}.scale")
+        return self.placed[node]
+
+    def grid_of(self, layer: Node) -> ActivationQuantizer:
+        """Return the quantizer on whose grid the layer's input lies."""
+        quantizer = self.network.get_submodule(self.input_grid(layer))
+        assert isinstance(quantizer, ActivationQuantizer)
+        return quantizer
 
 
 def weight_node(layer: Node) -> tuple[Node, Node]:

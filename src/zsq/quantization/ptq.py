@@ -22,8 +22,12 @@ from zsq.training.learner import Learner
 from zsq.training.loop import Run
 from zsq.types import Batch, SampleSource, Statistics
 
-PRIOR_SIGMAS = 6.0
-"""Standard deviations of DFQ's ranges (Nagel et al. 2019, section 4.2.2)."""
+PRIOR_SIGMAS = {8: 6.0, 7: 4.5, 6: 3.0}
+"""Standard deviations of each channel that a range spans, by the width of activations: at 8 bits those of DFQ (Nagel et
+al. 2019, section 4.2.2); a coarser grid has fewer steps to spare for values that are rare."""
+
+LEAST_SIGMAS = 1.5
+"""The same below 6 bits."""
 
 LOGIT_AGREEMENT = 5 / 3
 """By how much the logits of clear images exceed what independent features would give, beside `logit_headroom`."""
@@ -43,13 +47,13 @@ class PTQ(Checked):
     range_rule: Literal["auto", "minmax", "moving-average", "percentile", "mse"] = "auto"
     """How the range of an activation is chosen; auto is mse, the paper takes minmax."""
     range_sigmas: Factor | None = None
-    """Standard deviations of each channel that a range spans at least, by what batch norm stores; 0: none. Unset, 6 at
-    8 bits under the rule auto, where steps are fine enough for it, else 0."""
+    """Standard deviations of each channel that a range spans at least, by what batch norm stores; 0: none. Unset, under
+    the rule auto, 6 at 8 bits, 4.5 at 7, 3 at 6 and 1.5 below; under another rule 0."""
     weight_range_rule: Literal["minmax", "mse"] = "minmax"
     """How the range of a weight is chosen."""
     logit_headroom: AtLeastOne = 1.5
-    """Factor on the range of the logits, since synthetic images reach smaller ones than real ones; the paper: 1. With
-    `range_sigmas`, the range also spans what batch norm implies for logits, times this and 5/3."""
+    """Factor on the range of the logits, since synthetic images reach smaller ones than real ones; the paper: 1. Under
+    the rule auto, the range also spans what batch norm implies for logits, times this and 5/3."""
     bias_correction: bool = True
     """Shift biases by what rounding adds to each layer's mean output, by batch norm's means where most layers have
     them, else by those of the images; the paper does not."""
@@ -76,8 +80,12 @@ class PTQ(Checked):
         """The standard deviations that a range spans at least; 0: none."""
         if self.range_sigmas is not None:
             return self.range_sigmas
-        fine = self.range_rule == "auto" and Bits.parse(self.bits).activation == ENDS_BITS
-        return PRIOR_SIGMAS if fine else 0.0
+        return PRIOR_SIGMAS.get(Bits.parse(self.bits).activation, LEAST_SIGMAS) if self.range_rule == "auto" else 0.0
+
+    @property
+    def widens_logits(self) -> bool:
+        """Whether the range of the logits spans what batch norm implies for them."""
+        return self.range_rule == "auto" if self.range_sigmas is None else self.range_sigmas > 0
 
     @property
     def distill_steps(self) -> int:
@@ -158,10 +166,11 @@ def quantize_ptq(
         for layer in prepared_layers(student.network):
             quantizer, weight = quantized_weight(student.network, layer)
             quantizer.set_scale(weight_mse(quantizer, weight.detach()))
+            quantizer.keep_pairs(weight)
     known = statistics
     if statistics is None:
         known = _prior(folded.to(run.device), record, images, settings, run)
-        calibrate(student, images, settings, run, known if settings.resolved_range_sigmas else None)
+        calibrate(student, images, settings, run, known)
     else:
         take_ranges(student, statistics, settings)
     set_mode(student, "quantize")
@@ -176,12 +185,11 @@ def _prior(
     folded: GraphModule, record: Record, images: Callable[[], Iterator[Batch]], settings: PTQ, run: Run
 ) -> Statistics | None:
     """Return what batch norm says of the folded network's values; None where most layers have none, or nobody asks."""
-    asked = settings.resolved_range_sigmas or settings.bias_correction
+    asked = settings.widens_logits or settings.bias_correction
     if not asked or 2 * len(record) < len(list(edit.layers(folded))) or (first := next(images(), None)) is None:
         return None
-    return implied_statistics(
-        folded, record, pixels_of(first.images.to(run.device)), settings.resolved_range_sigmas or PRIOR_SIGMAS, run
-    )
+    pixels, sigmas = pixels_of(first.images.to(run.device)), settings.resolved_range_sigmas
+    return implied_statistics(folded, record, pixels, sigmas, run, output_sigmas=PRIOR_SIGMAS[ENDS_BITS])
 
 
 @torch.no_grad()
@@ -199,7 +207,7 @@ def calibrate(
         images: starts a stream of calibration batches.
         settings: range rule and headroom.
         run: device and progress.
-        prior: ranges that are spanned at least, whatever the images show.
+        prior: ranges that are spanned at least, whatever the images show, where the settings ask for it.
 
     Raises:
         InputError: the stream holds no image, or values that are not finite.
@@ -229,7 +237,7 @@ def calibrate(
             )
         if is_logits:
             low, high = low * settings.logit_headroom, high * settings.logit_headroom
-        if prior is not None:
+        if prior is not None and (settings.widens_logits if is_logits else settings.resolved_range_sigmas):
             least = _implied_range(prior, node, settings, is_logits=is_logits)
             low, high = torch.minimum(low, least[0]), torch.maximum(high, least[1])
         quantizer.choose_range(low, high)

@@ -15,7 +15,7 @@ from zsq.graph import edit
 from zsq.graph.fold import fold
 from zsq.quantization.bias_centring import centre_biases, plain_biases
 from zsq.quantization.bias_correction import IMAGES, first_images
-from zsq.quantization.prepare import Student, prepared_layers
+from zsq.quantization.prepare import Student, prepared_layers, quantized_weight
 from zsq.quantization.ptq import PTQ
 from zsq.quantization.quantizers import ActivationQuantizer, WeightQuantizer, constrain, quantizers
 from zsq.quantization.training_view import merged
@@ -145,6 +145,8 @@ class Distiller:
             fused=device.type == "cuda" or None,
         )
         self.replays = Replays(device, self.optimizer)
+        every = [quantized_weight(student.network, layer) for layer in prepared_layers(student.network)]
+        self.paired = [(q, weight) for q, weight in every if q.learnable and q.pair_limit is not None]
 
     def step(self, step: int) -> dict[str, Tensor]:
         """Do one distillation step by eq. (3) and return its losses."""
@@ -166,6 +168,8 @@ class Distiller:
         distributed.reduce_gradients(self.student.parameters())
         self.optimizer.step()
         constrain(self.student)
+        for quantizer, weight in self.paired:
+            quantizer.keep_pairs(weight)
         return (), averaged(losses, [len(part.labels) for part in parts])
 
     def _add_gradient(self, batch: Batch, whole: int) -> dict[str, Tensor]:

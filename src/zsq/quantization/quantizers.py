@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zsq.quantization.fake_quantize import SMALLEST_SCALE, UNCLIPPED, Clip, affine_grid, fake_quantize, integer_range
+from zsq.quantization.pair_sums import ROUNDING, neighbour_sums
 from zsq.runtime import distributed
 from zsq.runtime.gpu import kernels
 
@@ -133,6 +134,7 @@ class WeightQuantizer(nn.Module):
         bits: width of the integers.
         per_channel: one scale a channel instead of one for all.
         learnable: train the scales (LSQ) instead of following the weight's range.
+        pair_limit: steps that two neighbours of one sign may sum to; see `zsq.quantization.pair_sums`. None: any.
 
     Attributes:
         scale: [C] or [1].
@@ -143,9 +145,11 @@ class WeightQuantizer(nn.Module):
     zero_point: Tensor
     smallest: Tensor
 
-    def __init__(self, weight: Tensor, bits: int, *, per_channel: bool, learnable: bool) -> None:
+    def __init__(
+        self, weight: Tensor, bits: int, *, per_channel: bool, learnable: bool, pair_limit: int | None = None
+    ) -> None:
         super().__init__()
-        self.bits, self.per_channel, self.learnable = bits, per_channel, learnable
+        self.bits, self.per_channel, self.learnable, self.pair_limit = bits, per_channel, learnable, pair_limit
         self.quant_min, self.quant_max = integer_range(bits)
         self.mode: Mode = "off"
         channels, device = weight.shape[0] if per_channel else 1, weight.device
@@ -172,12 +176,22 @@ class WeightQuantizer(nn.Module):
             largest, self.quant_max - self.quant_min
         )  # GPUs do not divide by a number, they multiply
         self.set_scale(largest * 2 / steps)
+        self.keep_pairs(weight)
 
     def set_scale(self, scale: Tensor) -> None:
         """Take these scales, [C] or [1], raised to what keeps int32 biases from saturating."""
         with torch.no_grad():
             self.smallest.copy_((scale.max() * DEAD_CHANNEL).clamp_(min=SMALLEST_SCALE))
             torch.maximum(scale, self.smallest, out=self.scale)
+
+    @torch.no_grad()
+    def keep_pairs(self, weight: Tensor) -> None:
+        """Raise the scales to what keeps each pair of neighbours of this weight within `pair_limit`."""
+        if self.pair_limit is None:
+            return
+        sums = neighbour_sums(weight.detach())
+        least = (sums if self.per_channel else sums.amax().view(1)) * (ROUNDING / self.pair_limit)
+        torch.maximum(self.scale, least, out=self.scale)
 
 
 def quantizers(network: nn.Module) -> list[ActivationQuantizer | WeightQuantizer]:

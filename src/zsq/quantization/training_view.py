@@ -33,12 +33,18 @@ def merged(network: GraphModule) -> GraphModule:
     view = edit.view_of(network)
     for node in list(view.graph.nodes):
         _merge_activation(view, node)
-    if (fused := kernels(next(view.parameters()))) is not None:
+    if (fused := kernels(next(view.parameters()))) is not None and not _follows_pairs(view):
         _merge_weights(view, fused)
     view.graph.eliminate_dead_code()
     view.graph.lint()
     view.recompile()
     return view
+
+
+def _follows_pairs(view: GraphModule) -> bool:
+    """Whether scales follow sums of neighbours, which the fused kernels do not add."""
+    found = [quantized_weight(view, layer)[0] for layer in prepared_layers(view)]
+    return any(q.pair_limit is not None and not q.learnable for q in found)
 
 
 def _merge_activation(view: GraphModule, node: Node) -> None:
