@@ -1,14 +1,13 @@
 """Run an ONNX file and prove that it computes what was simulated."""
 
 import math
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
-from onnxruntime.capi import onnxruntime_pybind11_state as runtime_status
 from torch import Tensor
 
 from zsq.errors import ExportError, InputError
@@ -16,6 +15,11 @@ from zsq.export.image_spec import KEY, from_json
 from zsq.export.saturation import saturating_layers
 from zsq.runtime.gpu import full_float32
 from zsq.types import ImageSpec
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read at the import: the runtime reports every session otherwise
+
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as runtime_status
 
 _RUNTIME_ERRORS = (
     UnicodeDecodeError,

@@ -33,8 +33,9 @@ class DFQ(Method):
     """Move what a channel nearly always exceeds into the next layer's bias."""
     absorb_sigmas: Factor = 3.0
     """Standard deviations below a channel's mean that nearly all of its values exceed."""
-    relu6: Literal["relu", "clip", "keep"] = "clip"
-    """A ReLU6 becomes a ReLU, or one clipped at a bound a channel, or stays and keeps layers from being equalised."""
+    relu6: Literal["relu", "clip", "keep"] = "keep"
+    """A ReLU6 stays and keeps layers from being equalised, or becomes a ReLU, or is clipped at a bound a channel, which
+    no integer kernel does."""
     range_sigmas: Positive = 6.0
     """Standard deviations on both sides of a channel's mean that an activation's range spans."""
 
