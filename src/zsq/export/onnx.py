@@ -3,6 +3,7 @@
 In the file activations are unsigned: the integer minus ``quant_min``, so b bits are 0 .. 2^b - 1 in a uint8, and
 ``Clip`` makes fewer than 8 bits saturate. The numbers are the same; ONNX Runtime fuses unsigned activations with
 signed weights into integer kernels on every processor, and loses some of the fusions when activations are signed.
+Targets that take signed activations alone get those.
 """
 
 import contextlib
@@ -26,27 +27,31 @@ from zsq.export.first_conv import pad_channels
 from zsq.graph.activations import clamp_limits
 from zsq.graph.edit import aten
 from zsq.runtime.files import replacing
+from zsq.targets import TARGETS, Target
 from zsq.types import ImageSpec
 
 OPSET = 20
 """ONNX operator set of the export; the files declare the oldest that their nodes allow."""
 
 
-def write_onnx(converted: fx.GraphModule, spec: ImageSpec, path: Path) -> None:
+def write_onnx(converted: fx.GraphModule, spec: ImageSpec, path: Path, target: Target = TARGETS["onnxruntime"]) -> None:
     """Write an ONNX file in QDQ form, with input ``images`` [batch, C, H, W] and output ``logits`` [batch, classes].
 
-    Weights stay int8 and biases int32. The same network gives the same bytes, and no local path is in them.
+    Weights stay int8, and biases int32, or float where the target holds them so. The same network gives the same bytes,
+    and no local path is in them.
 
     Args:
         converted: the converted network (see `zsq.export.converted`), left as it is.
         spec: what the network takes and gives; also stored in the file's metadata under ``image_spec``.
         path: the file to write; it appears whole or not at all.
+        target: the runtime that it is for, whose grids the network was quantized with.
     Raises:
         ExportError: an operation has no ONNX form, or the graph departs from the convention.
     """
     network = detached_copy(converted)
     _drop_implied_clamps(network.graph)
-    _make_activations_unsigned(network.graph)
+    if not target.symmetric_activations:
+        _make_activations_unsigned(network.graph)
     network.recompile()
     exported = export_program(network, spec)
     try:
@@ -65,7 +70,8 @@ def write_onnx(converted: fx.GraphModule, spec: ImageSpec, path: Path) -> None:
         raise ExportError(f"the network has no ONNX form: {reason} The .pt2 file needs none.") from error
     assert program is not None
     model = program.model_proto
-    pad_channels(model)
+    if not target.symmetric_activations:
+        pad_channels(model)
     model = canonical_onnx(model, spec, frozenset(network.state_dict()))
     with replacing(Path(path)) as temporary:
         temporary.write_bytes(model.SerializeToString(deterministic=True))

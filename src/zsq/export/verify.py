@@ -12,8 +12,11 @@ from torch import Tensor
 
 from zsq.errors import ExportError, InputError
 from zsq.export.image_spec import KEY, from_json
+from zsq.export.openvino import OpenVinoClassifier
 from zsq.export.saturation import saturating_layers
+from zsq.export.tensorrt_rules import broken_rules
 from zsq.runtime.gpu import full_float32
+from zsq.targets import TARGETS, Target
 from zsq.types import ImageSpec
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read at the import: the runtime reports every session otherwise
@@ -141,6 +144,15 @@ class Verification:
     """The same, optimisations on."""
     saturating_layers: tuple[str, ...] = ()
     """Layers of the file that a processor whose products saturate in int16 would compute otherwise."""
+    broken_rules: tuple[str, ...] = ()
+    """What the file breaks of the rules that its target sets, where that target is not run here."""
+    agreement_target: float | None = None
+    """Percent of all images with the simulation's top-1 class in the target's own runtime; None where that is ONNX
+    Runtime, or is not run here."""
+    decided_agreement_target: float | None = None
+    """The same, of the decided images."""
+    distance_target_steps: float | None = None
+    """Distance of the logits of the target's own runtime from the simulated ones, root mean square, in steps."""
 
 
 def verify_onnx(
@@ -152,6 +164,7 @@ def verify_onnx(
     threads: int | None = None,
     margin_steps: float = MARGIN_STEPS,
     enough: int | None = None,
+    target: Target = TARGETS["onnxruntime"],
 ) -> Verification:
     """Run the file, literally and optimised, beside the simulation, one batch at a time.
 
@@ -168,11 +181,13 @@ def verify_onnx(
         margin_steps: an image is decided where its two highest simulated logits are further apart than this many steps,
             and than six times the noise.
         enough: stop after so many decided images if all agree; None takes all images.
+        target: the runtime that the file is for; where it is another, the file is run in that one as well.
 
     Raises:
         InputError: there is no image, or the file cannot be loaded.
     """
     literal, optimized = OnnxClassifier(path, optimize=False, threads=threads), OnnxClassifier(path, threads=threads)
+    own = OpenVinoClassifier(path, threads=threads) if target.runs_in == "openvino" else None
     seen: list[tuple[Tensor, ...]] = []
     found = None
     for batch in images:
@@ -181,16 +196,21 @@ def verify_onnx(
             other = expected[:0]
             if batch.dim() == 4 and sum(len(logits) for logits, *_ in seen) < NOISE_IMAGES:
                 other = simulate(_reordered(batch)).detach().to("cpu", torch.float32)
-        seen.append((expected, other, literal(batch), optimized(batch)))
+        seen.append((expected, other, literal(batch), optimized(batch), own(batch) if own else expected[:0]))
         if enough is not None:
             found = _compared(seen, output_step, margin_steps)
-            agreed = found.decided_agreement == found.decided_agreement_optimized == 100
+            ways = (found.decided_agreement, found.decided_agreement_optimized, found.decided_agreement_target)
+            agreed = all(way in (100, None) for way in ways)
             if found.num_decided >= enough and agreed:
                 break
     if not seen:
         raise InputError("verification needs at least one image.")
     found = found or _compared(seen, output_step, margin_steps)
-    return replace(found, saturating_layers=saturating_layers(path))
+    return replace(
+        found,
+        saturating_layers=saturating_layers(path) if target.saturates else (),
+        broken_rules=broken_rules(path) if target.name == "tensorrt" else (),
+    )
 
 
 def _reordered(batch: Tensor) -> Tensor:
@@ -201,8 +221,8 @@ def _reordered(batch: Tensor) -> Tensor:
 
 
 def _compared(batches: list[tuple[Tensor, ...]], step: float, least_margin: float) -> Verification:
-    """Compare logits [N, classes]: simulated, simulated of reordered images, and the file's, literal and optimised."""
-    expected, other, literal, optimized = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    """Compare logits [N, classes]: simulated, of reordered images, and the file's: literal, optimised, the target's."""
+    expected, other, literal, optimized, own = (torch.cat(parts) for parts in zip(*batches, strict=True))
 
     def distance(logits: Tensor) -> float:
         difference = logits - expected[: len(logits)]
@@ -232,6 +252,9 @@ def _compared(batches: list[tuple[Tensor, ...]], step: float, least_margin: floa
         noise_steps=noise,
         distance_literal_steps=distance(literal),
         distance_optimized_steps=distance(optimized),
+        agreement_target=agreement(own.argmax(1), wanted, everywhere) if len(own) else None,
+        decided_agreement_target=agreement(own.argmax(1), wanted, decided) if len(own) else None,
+        distance_target_steps=distance(own) if len(own) else None,
     )
 
 
@@ -254,15 +277,19 @@ def require(verification: Verification, minimum: float = LEAST_AGREEMENT) -> Non
             "on a processor without VNNI the file computes something else: the weights of "
             f"{', '.join(found.saturating_layers)} let the products of two neighbours leave int16."
         )
+    if found.broken_rules:
+        raise ExportError(f"TensorRT takes no such file: {'; '.join(found.broken_rules)}.")
     if found.num_decided == 0 and found.noise_steps == 0:
         raise ExportError(
             f"the file is not verified: on none of {found.num_images} images are the two highest logits more "
             "than the margin apart. Verify with images that the network tells apart."
         )
-    runs = (
+    runs = [
         ("literally", found.decided_agreement, found.distance_literal_steps),
         ("optimised", found.decided_agreement_optimized, found.distance_optimized_steps),
-    )
+    ]
+    if found.decided_agreement_target is not None and found.distance_target_steps is not None:
+        runs.append(("by its target", found.decided_agreement_target, found.distance_target_steps))
     for way, agreement, distance in runs:
         near = distance <= max(SAME_STEPS, SAME_NOISES * found.noise_steps)
         wrong = round(found.num_decided * (100 - agreement) / 100)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from zsq.graph import edit
-from zsq.quantization.fake_quantize import quantize_bias
+from zsq.quantization.fake_quantize import BIASES
 from zsq.quantization.prepare import Student, quantized_weight
 from zsq.types import Batch
 
@@ -45,7 +45,7 @@ def biased_layers(student: Student) -> list[tuple[Node, Node]]:
     found = []
     for node in student.network.graph.nodes:
         bias = edit.argument(node, 2) if node.target in edit.LAYERS else None
-        if isinstance(bias, Node) and bias.target is quantize_bias:
+        if isinstance(bias, Node) and bias.target in BIASES:
             found.append((node, bias))
     return found
 
@@ -76,13 +76,15 @@ class _Corrector(Interpreter):
         """Run one node; a layer's bias takes the difference of means, and its output with it."""
         value = super().run_node(n)
         bias = edit.argument(n, 2) if n.target in edit.LAYERS else None
-        if isinstance(bias, Node) and bias.target is quantize_bias:
+        if isinstance(bias, Node) and bias.target in BIASES:
             channel = channel_dim(n)
             difference = self.means[n.name] - channel_mean(value, channel)
             stored, *scales = (edit.get_attribute(self.network, str(source.target)) for source in bias.all_input_nodes)
-            before = quantize_bias(stored, *scales)
+            rounded = bias.target
+            assert callable(rounded)
+            before = rounded(stored, *scales)
             stored.copy_(before + difference)
-            change = quantize_bias(stored, *scales) - before  # the difference, in steps of the file's integers
+            change = rounded(stored, *scales) - before  # the difference, in steps of the file's integers
             value = value + change.view(-1, *[1] * (value.dim() - 2 if channel == 1 else 0))
         return value
 

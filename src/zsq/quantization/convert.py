@@ -7,7 +7,7 @@ from torch.fx import GraphModule, Node
 
 from zsq.graph import edit
 from zsq.graph.edit import argument, tensor_of
-from zsq.quantization.fake_quantize import bias_integers, grid_integers, quantize_bias, saturated
+from zsq.quantization.fake_quantize import bias_integers, grid_integers, keep_bias, quantize_bias, saturated
 from zsq.quantization.integer_ops import (
     HARD_REACH,
     LARGEST_FACTOR,
@@ -146,6 +146,10 @@ def _store_layer(network: GraphModule, layer: Node) -> None:
         assert isinstance(source, Node)
         edit.set_tensor(network, str(source.target), integers.to(torch.int32))
         bias = _dequantize(network, layer, str(source.target), product, -(2**31), 2**31 - 1, torch.int32)
+    elif isinstance(bias, Node) and bias.target is keep_bias:
+        bias = bias.args[0]
+        assert isinstance(bias, Node)
+        edit.set_tensor(network, str(bias.target), _read(network, bias))
     shape = (-1, *[1] * (weight.dim() - 1))
     integers = grid_integers(weight, scale.view(shape), scale.new_zeros(1), quantizer.quant_min, quantizer.quant_max)
     edit.set_tensor(network, name, integers.to(torch.int8).contiguous())

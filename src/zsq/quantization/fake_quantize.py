@@ -61,6 +61,14 @@ def affine_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return torch.where(low < high, scale, 1.0), zero_point
 
 
+def symmetric_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero point 0 of the grid that spans [low, high] with as many steps on both sides; as `affine_grid`."""
+    _, quant_max = integer_range(bits)
+    largest = torch.maximum(-low, high).clamp(min=0)
+    scale = (largest / quant_max).clamp(min=SMALLEST_SCALE)
+    return torch.where(largest > 0, scale, 1.0), torch.zeros_like(scale)
+
+
 def grid_integers(
     x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, out: Tensor | None = None
 ) -> Tensor:
@@ -168,6 +176,12 @@ def fake_quantize(
     return rounded
 
 
+def keep_bias(bias: Tensor, activation_scale: Tensor, weight_scale: Tensor) -> Tensor:
+    """Return a bias as it is, for targets that hold it in float."""
+    del activation_scale, weight_scale
+    return bias
+
+
 def quantize_bias(bias: Tensor, activation_scale: Tensor, weight_scale: Tensor) -> Tensor:
     """Round a bias to int32 multiples of input scale x weight scale, as the file stores it; gradients pass straight.
 
@@ -195,3 +209,7 @@ def bias_integers(bias: Tensor, scale: Tensor) -> Tensor:
 def saturated(integers: Tensor) -> Tensor:
     """Limit float integers to what int32 holds."""
     return integers.clamp(-INT32_LIMIT, INT32_LIMIT)
+
+
+BIASES = (quantize_bias, keep_bias)
+"""What stands between a layer and its stored bias in a student's graph."""

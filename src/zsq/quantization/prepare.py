@@ -14,10 +14,11 @@ from zsq.graph import edit
 from zsq.graph.activations import clamp_limits
 from zsq.graph.batchnorm import batch_norms
 from zsq.graph.edit import argument, aten, tensor_of
-from zsq.quantization.fake_quantize import quantize_bias
+from zsq.quantization.fake_quantize import keep_bias, quantize_bias
 from zsq.quantization.integer_ops import HARD_REACH, grid_hardsigmoid, grid_hardswish, grid_norm
 from zsq.quantization.pair_sums import pair_limit
 from zsq.quantization.quantizers import ActivationQuantizer, WeightQuantizer
+from zsq.targets import TARGETS, Target
 
 ENDS_BITS = 8
 """Bits of the network's input and of its logits, always."""
@@ -89,6 +90,8 @@ class Scheme:
     learnable: bool = True
     weight_bits: Mapping[str, int] = field(default_factory=dict)
     """Width of a weight by its name; it wins over `first_last_bits`, which wins over `bits`."""
+    target: Target = TARGETS["onnxruntime"]
+    """What the file is for."""
 
 
 class Student(nn.Module):
@@ -139,8 +142,9 @@ def prepare(folded: GraphModule, scheme: Scheme) -> Student:
     check_weight_names(network, scheme.weight_bits)
     placer = _Placer(network, scheme, every_layer)
     placer.place_activations()
-    placer.put_hardswish_on_grids()
-    placer.put_norms_on_grids()
+    if scheme.target.integer_operators:
+        placer.put_hardswish_on_grids()
+        placer.put_norms_on_grids()
     for layer in every_layer:
         placer.place_weight(layer)
     placer.put_hardsigmoid_on_grids()
@@ -231,7 +235,8 @@ class _Placer:
 
     def is_gate(self, node: Node) -> bool:
         """Whether a node is a hard sigmoid that the layer in front computes: its bias adds and its rounding clips."""
-        layer = node.args[0] if node.target is aten.hardsigmoid.default and self.scheme.all_activations else None
+        asked = self.scheme.all_activations and self.scheme.target.integer_operators
+        layer = node.args[0] if node.target is aten.hardsigmoid.default and asked else None
         if not isinstance(layer, Node) or layer not in self.layers or len(layer.users) > 1:
             return False
         has_bias = isinstance(argument(layer, 2), Node)
@@ -263,7 +268,9 @@ class _Placer:
         """Insert one activation quantizer behind a node, for all readers or for layers only."""
         assert isinstance(node, Node)
         name = f"activation_{len(self.placed)}"
-        self.network.add_submodule(name, ActivationQuantizer(bits, learnable=self.scheme.learnable))
+        symmetric = self.scheme.target.symmetric_activations
+        quantizer = ActivationQuantizer(bits, learnable=self.scheme.learnable, symmetric=symmetric)
+        self.network.add_submodule(name, quantizer)
         with self.network.graph.inserting_after(node):
             quantized = self.network.graph.call_module(name, (node,))
         quantized.meta["val"] = node.meta.get("val")
@@ -283,9 +290,16 @@ class _Placer:
         bits = self.weight_bits_of(layer)
         source, weight = self.own(layer, layer.args[1])
         name = f"weight_{self.layers.index(layer)}"
-        limit = None if edit.is_depthwise(layer, weight) else pair_limit(bits, self.grid_of(layer).bits)
-        per_channel, learnable = self.scheme.per_channel, self.scheme.learnable
-        quantizer = WeightQuantizer(weight, bits, per_channel=per_channel, learnable=learnable, pair_limit=limit)
+        target = self.scheme.target
+        paired = target.saturates and not edit.is_depthwise(layer, weight)
+        quantizer = WeightQuantizer(
+            weight,
+            bits,
+            per_channel=self.scheme.per_channel,
+            learnable=self.scheme.learnable,
+            pair_limit=pair_limit(bits, self.grid_of(layer).bits) if paired else None,
+            symmetric=target.symmetric_weights,
+        )
         self.network.add_submodule(name, quantizer)
         edit.set_tensor(self.network, str(source.target), weight, trainable=True)
         graph = self.network.graph
@@ -297,7 +311,7 @@ class _Placer:
             edit.set_tensor(self.network, str(bias.target), value, trainable=True)
             with graph.inserting_before(layer):
                 scales = (self.input_scale(layer), graph.get_attr(f"{name}.scale"))
-                bias = graph.call_function(quantize_bias, (bias, *scales))
+                bias = graph.call_function(keep_bias if target.float_biases else quantize_bias, (bias, *scales))
         layer.args = (layer.args[0], quantized, bias, *layer.args[3:])
 
     def own(self, layer: Node, read: object) -> tuple[Node, Tensor]:

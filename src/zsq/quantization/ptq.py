@@ -18,6 +18,7 @@ from zsq.quantization.implied_statistics import implied_statistics, pixels_of
 from zsq.quantization.prepare import ENDS_BITS, Bits, Scheme, Student, prepare, prepared_layers, quantized_weight
 from zsq.quantization.quantizers import ActivationQuantizer, set_mode
 from zsq.quantization.range_rules import NEEDS_HISTOGRAM, RULES, minmax, weight_mse
+from zsq.targets import target_of
 from zsq.training.learner import Learner
 from zsq.training.loop import Run
 from zsq.types import Batch, SampleSource, Statistics
@@ -63,12 +64,14 @@ class PTQ(Checked):
     """Round every activation between layers, or only the inputs of convolutions and linear layers."""
     first_last_bits: Width | None = None
     """Width of the first and last layer, where it differs."""
+    target: Literal["onnxruntime", "openvino", "tensorrt"] = "onnxruntime"
+    """Runtime that the file is for: it decides the grids; `--target` sets it."""
     weight_bits: dict[str, Width] | None = None
     """Width of each weight by its name, before all other widths; `--bits FILE` reads it as `zsq allocate` wrote it."""
 
     def check(self) -> None:
-        """Check that the widths can be read."""
-        Bits.parse(self.bits)
+        """Check that the widths can be read, and that the target's file can hold them."""
+        target_of(self.target).check_bits(self.bits, Bits.parse(self.bits).activation)
 
     @property
     def resolved_range_rule(self) -> str:
@@ -127,6 +130,7 @@ class PTQ(Checked):
             first_last_bits=self.first_last_bits,
             learnable=learnable,
             weight_bits=self.weight_bits or {},
+            target=target_of(self.target),
         )
 
 

@@ -8,7 +8,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from zsq.quantization.fake_quantize import SMALLEST_SCALE, UNCLIPPED, Clip, affine_grid, fake_quantize, integer_range
+from zsq.quantization.fake_quantize import (
+    SMALLEST_SCALE,
+    UNCLIPPED,
+    Clip,
+    affine_grid,
+    fake_quantize,
+    integer_range,
+    symmetric_grid,
+)
 from zsq.quantization.pair_sums import ROUNDING, neighbour_sums
 from zsq.runtime import distributed
 from zsq.runtime.gpu import kernels
@@ -30,6 +38,7 @@ class ActivationQuantizer(nn.Module):
         bits: width of the integers.
         learnable: train scale and zero point (LSQ+) instead of following a moving average of the range.
         averaging: weight of the newest batch in that moving average.
+        symmetric: keep the zero point at 0.
 
     Attributes:
         mode: `observe` records the range, `histogram` counts values within it, `quantize` rounds, `off` passes on.
@@ -48,16 +57,16 @@ class ActivationQuantizer(nn.Module):
     histogram: Tensor
     smallest: Tensor
 
-    def __init__(self, bits: int, *, learnable: bool, averaging: float = 0.01) -> None:
+    def __init__(self, bits: int, *, learnable: bool, averaging: float = 0.01, symmetric: bool = False) -> None:
         super().__init__()
-        self.bits, self.learnable, self.averaging = bits, learnable, averaging
+        self.bits, self.learnable, self.averaging, self.symmetric = bits, learnable, averaging, symmetric
         self.quant_min, self.quant_max = integer_range(bits)
         self.mode: Mode = "off"
         self.register_buffer("smallest", torch.full((1,), SMALLEST_SCALE), persistent=False)
         self.average_ranges = False
         self.reach = 0.0
         self.scale = nn.Parameter(torch.zeros(1), requires_grad=learnable)
-        self.zero_point = nn.Parameter(torch.zeros(1), requires_grad=learnable)
+        self.zero_point = nn.Parameter(torch.zeros(1), requires_grad=learnable and not symmetric)
         self.register_buffer("low", torch.full((1,), math.inf))
         self.register_buffer("high", torch.full((1,), -math.inf))
         self.register_buffer("low_factor", torch.ones(1))
@@ -86,10 +95,14 @@ class ActivationQuantizer(nn.Module):
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Take the grid that spans [low, high]."""
-        scale, zero_point = affine_grid(low.view(1).clamp(max=self.reach), high.view(1), self.bits)
+        scale, zero_point = self.grid(low.view(1).clamp(max=self.reach), high.view(1))
         with torch.no_grad():
             self.scale.copy_(scale)
             self.zero_point.copy_(zero_point)
+
+    def grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scale and zero point of the grids that span ranges [low, high], of any equal shape."""
+        return (symmetric_grid if self.symmetric else affine_grid)(low, high, self.bits)
 
     @torch.no_grad()
     def _observe(self, x: Tensor, averaging: float | None, clip: Clip = UNCLIPPED) -> None:
@@ -104,7 +117,7 @@ class ActivationQuantizer(nn.Module):
 
     def _quantize(self, x: Tensor, clip: Clip) -> Tensor:
         if self.training and not self.learnable:
-            if (fused := kernels(x)) is not None:
+            if (fused := kernels(x)) is not None and not self.symmetric:
                 fused.follow(self, _widest(*fused.ends(x.detach())), clip, SMALLEST_SCALE)
             else:
                 self._observe(x, self.averaging, clip)
@@ -135,6 +148,7 @@ class WeightQuantizer(nn.Module):
         per_channel: one scale a channel instead of one for all.
         learnable: train the scales (LSQ) instead of following the weight's range.
         pair_limit: steps that two neighbours of one sign may sum to; see `zsq.quantization.pair_sums`. None: any.
+        symmetric: leave out the smallest integer, which has no opposite.
 
     Attributes:
         scale: [C] or [1].
@@ -146,11 +160,19 @@ class WeightQuantizer(nn.Module):
     smallest: Tensor
 
     def __init__(
-        self, weight: Tensor, bits: int, *, per_channel: bool, learnable: bool, pair_limit: int | None = None
+        self,
+        weight: Tensor,
+        bits: int,
+        *,
+        per_channel: bool,
+        learnable: bool,
+        pair_limit: int | None = None,
+        symmetric: bool = False,
     ) -> None:
         super().__init__()
         self.bits, self.per_channel, self.learnable, self.pair_limit = bits, per_channel, learnable, pair_limit
         self.quant_min, self.quant_max = integer_range(bits)
+        self.quant_min += symmetric
         self.mode: Mode = "off"
         channels, device = weight.shape[0] if per_channel else 1, weight.device
         self.scale = nn.Parameter(torch.ones(channels, device=device), requires_grad=learnable)

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from zsq.quantization.fake_quantize import affine_grid
 from zsq.quantization.quantizers import ActivationQuantizer, WeightQuantizer
 
 PERCENTILE = 99.99
@@ -45,7 +44,7 @@ def mse(quantizer: ActivationQuantizer) -> tuple[Tensor, Tensor]:
 
 def _least(quantizer: ActivationQuantizer, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Return that of the candidate ranges [K] whose grid rounds the histogram with the least squared error."""
-    scale, zero_point = (t.unsqueeze(1) for t in affine_grid(low, high, quantizer.bits))
+    scale, zero_point = (t.unsqueeze(1) for t in quantizer.grid(low, high))
     values = _centres(quantizer).unsqueeze(0)
     integers = (values / scale + zero_point).round_().clamp_(quantizer.quant_min, quantizer.quant_max)
     error = (integers.sub_(zero_point).mul_(scale).sub_(values).square_() * quantizer.histogram).sum(1)

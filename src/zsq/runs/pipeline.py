@@ -133,6 +133,7 @@ def _record(
         data_free=surrogate.source.data_free,
         quantizer=quantizer.name,
         bits=_described_bits(job, student),
+        target=job.settings.quantizer.target,
         activation_scope=quantizer.activation_scope,
         range_rule="batch-norm" if surrogate.statistics else quantizer.resolved_range_rule,
         kd_weight=quantizer.resolved_kd_weight(surrogate.source),

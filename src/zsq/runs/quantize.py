@@ -26,6 +26,7 @@ def quantize_request(request: QuantizeRequest) -> Result:
         request,
         quantizer=request.quantizer,
         bits=request.bits,
+        target=request.target,
         data=request.data,
         checkpoint_every=request.checkpoint_every,
     ) as job:

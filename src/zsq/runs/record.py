@@ -60,6 +60,8 @@ class Record:
     """`ptq` or `qat`."""
     bits: str
     """Widths of weights and activations, such as `4`, `W4A8` or `mixed W4.12A8`."""
+    target: str = "onnxruntime"
+    """Runtime that the file is for."""
     activation_scope: str
     """`all` activations, or those in front of `layers` alone."""
     range_rule: str

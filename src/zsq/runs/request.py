@@ -161,6 +161,8 @@ class QuantizeRequest(Request):
     """ptq (calibration only) or qat (distillation as well). Default ptq."""
     bits: Annotated[str | int | None, text("N|WnAn"), option("N|WnAn")] = None
     """8, 6, 4, any width from 2 to 8, W4A8, or a file such as `zsq allocate` writes. Default 8."""
+    target: Annotated[str | None, text("NAME"), option("NAME")] = None
+    """Runtime that the file is for: onnxruntime (default), openvino or tensorrt."""
     data: Annotated[str | os.PathLike[str] | None, text("SET"), option("SET")] = None
     """Labelled images on which teacher and result are evaluated: digits, FILE.npz or a folder."""
     checkpoint_every: Annotated[int | None, option("N")] = None

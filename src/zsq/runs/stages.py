@@ -14,6 +14,7 @@ from zsq.errors import InputError
 from zsq.evaluation.accuracy import Evaluation, Predict, evaluate_many
 from zsq.export.converted import output_step
 from zsq.export.onnx import write_onnx
+from zsq.export.openvino import OpenVinoClassifier
 from zsq.export.pt2 import write_pt2
 from zsq.export.verify import OnnxClassifier, Verification, verify_onnx
 from zsq.methods import Surrogate
@@ -27,6 +28,7 @@ from zsq.runs.job import Job
 from zsq.runs.record import SampleAgreement
 from zsq.runtime import distributed
 from zsq.runtime.files import load_tensors, replacing, save_tensors
+from zsq.targets import target_of
 from zsq.types import Batch, SampleSource
 
 MODEL, PROGRAM, SAMPLES = "model.onnx", "model.pt2", "samples.png"
@@ -137,7 +139,8 @@ def write_and_check(job: Job, student: Student, surrogate: Surrogate) -> Verific
     """Write the files and run `model.onnx` beside the simulation, on samples and images of the data in turn."""
     logger.info(f"writing and checking {MODEL}{f' and {PROGRAM}' if job.outputs.pt2 else ''}")
     converted, spec = convert(student), job.teacher.spec
-    write_onnx(converted, spec, job.folder / MODEL)
+    target = target_of(job.settings.quantizer.target)
+    write_onnx(converted, spec, job.folder / MODEL, target)
     if job.outputs.pt2:
         write_pt2(converted, spec, job.folder / PROGRAM)
 
@@ -158,6 +161,7 @@ def write_and_check(job: Job, student: Student, surrogate: Surrogate) -> Verific
         output_step(converted),
         threads=torch.get_num_threads(),
         enough=ENOUGH_DECIDED,
+        target=target,
     )
 
 
@@ -166,7 +170,7 @@ def evaluate_file(job: Job, student: Student) -> dict[str, Evaluation]:
     if job.data is None:
         return {}
     known = job.outputs.float_results
-    networks: dict[str, Predict] = {"quantized": opened_file(job.folder)}
+    networks: dict[str, Predict] = {"quantized": opened_file(job)}
     teacher: Predict | Evaluation
     if known is None:
         teacher = _asked_once(job)
@@ -194,9 +198,10 @@ def _keep_predictions(path: Path, found: Evaluation) -> None:
         np.savez_compressed(file, predictions=found.predictions, labels=found.labels)
 
 
-def opened_file(folder: Path) -> OnnxClassifier:
+def opened_file(job: Job) -> Predict:
     """Return a run's file in its runtime, on as many threads as PyTorch has here."""
-    return OnnxClassifier(folder / MODEL, threads=torch.get_num_threads())
+    kind = OpenVinoClassifier if target_of(job.settings.quantizer.target).runs_in == "openvino" else OnnxClassifier
+    return kind(job.folder / MODEL, threads=torch.get_num_threads())
 
 
 def _asked_once(job: Job) -> Predict:
@@ -220,7 +225,7 @@ def measure_agreement(job: Job, surrogate: Surrogate) -> SampleAgreement | None:
     if surrogate.statistics is not None:
         return None
     teacher = _asked_once(job)
-    networks: dict[str, Predict] = {"file": opened_file(job.folder), "teacher": teacher}
+    networks: dict[str, Predict] = {"file": opened_file(job), "teacher": teacher}
     fresh = FreshSamples(surrogate.source, measured_on(AGREEMENT_IMAGES, job.settings.quantizer))
 
     def show(done: int, total: int) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from zsq.data.datasets import EvenSubset, open_dataset
 from zsq.errors import InputError
+from zsq.export.openvino import require_openvino
 from zsq.graph.fold import fold
 from zsq.models.teacher import Teacher
 from zsq.quantization import PTQ
@@ -28,6 +29,7 @@ from zsq.runs.settings_file import SETTINGS, stored_facts, teacher_table, write_
 from zsq.runtime import distributed
 from zsq.runtime.device import pick_device
 from zsq.runtime.versions import versions
+from zsq.targets import target_of
 from zsq.training.loop import Run
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ def started(
     *,
     quantizer: str | PTQ | None = None,
     bits: str | int | None = None,
+    target: str | None = None,
     data: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
     needs_images: bool = False,
@@ -48,7 +51,7 @@ def started(
 
     Args:
         request: what is asked for.
-        quantizer, bits, data, checkpoint_every: see `QuantizeRequest`.
+        quantizer, bits, target, data, checkpoint_every: see `QuantizeRequest`.
         needs_images: refuse methods that make none.
         check: raises where the request does not fit the network.
 
@@ -62,7 +65,7 @@ def started(
             check(teacher)
         images = None if data is None else open_dataset(os.fspath(data), teacher.spec)
         fitted = None if request.from_run is None else FittedRun.open(Path(request.from_run), teacher)
-        wanted = wanted_settings(request, quantizer, bits, fitted)
+        wanted = wanted_settings(request, quantizer, bits, fitted, target)
         _check_settings(wanted, teacher, needs_images=needs_images)
         seed = distributed.on_main(
             lambda: chosen_seed(request.seed, request.recipe_path, request.folder, resume=request.resume)
@@ -88,12 +91,18 @@ def _check_settings(wanted: Settings, teacher: Teacher, *, needs_images: bool) -
     """Check what would only be found after hours of fitting."""
     if needs_images and "qat" not in wanted.method.quantizers:
         raise InputError(f"method {wanted.method.name} makes no images: it takes ranges and means from batch norm.")
+    if target_of(wanted.quantizer.target).runs_in == "openvino":
+        require_openvino()
     if wanted.quantizer.weight_bits:
         check_weight_names(fold(teacher.network)[0], wanted.quantizer.weight_bits)
 
 
 def wanted_settings(
-    request: Request, quantizer: str | PTQ | None, bits: str | int | None, fitted: FittedRun | None
+    request: Request,
+    quantizer: str | PTQ | None,
+    bits: str | int | None,
+    fitted: FittedRun | None,
+    target: str | None = None,
 ) -> Settings:
     """Merge names, objects, recipe and assignments; a reused generator brings its method's settings along.
 
@@ -112,6 +121,7 @@ def wanted_settings(
         method=names["method"] or (fitted.method.name if fitted else None),
         quantizer=names["quantizer"],
         bits=bits,
+        target=target,
         recipe=request.recipe_path,
         given=tables,
         assignments=request.assignments,

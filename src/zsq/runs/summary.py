@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from zsq.reports.text_tables import percent
 from zsq.runs.record import Record
+from zsq.targets import target_of
 
 
 def summary_rows(record: Record) -> Iterator[tuple[str, str]]:
@@ -12,6 +13,8 @@ def summary_rows(record: Record) -> Iterator[tuple[str, str]]:
     kind = "data-free" if record.data_free else "uses real images"
     scheme = f"{record.quantizer}, bits {record.bits}, activation scope {record.activation_scope}"
     yield "method", f"{record.method} ({kind}), {scheme}"
+    if record.target != "onnxruntime":
+        yield "target", target_of(record.target).title
     yield from _accuracy_rows(record)
     check = record.verification
     yield (
@@ -20,6 +23,12 @@ def summary_rows(record: Record) -> Iterator[tuple[str, str]]:
         f"{percent(check.agreement_literal)} % of all {check.num_images} "
         f"({percent(check.agreement_optimized)} % with the runtime's optimisations)",
     )
+    if check.agreement_target is not None:
+        yield (
+            f"file in {target_of(record.target).title}",
+            f"{percent(check.decided_agreement_target)} % of the clear images, "
+            f"{percent(check.agreement_target)} % of all",
+        )
     if (samples := record.samples) is not None:
         share, seen = samples.teacher_agreement, f"in which the float network sees {samples.num_classes} classes"
         known = "not known" if share is None else f"{share:.1f} %"
