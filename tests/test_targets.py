@@ -1,6 +1,7 @@
 """The contract of targets: any network, every width that the file can hold, agreement with the simulation."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -9,18 +10,25 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from toys import SPEC, Branchy, ConvHead, Grouped, Mobile, Plain, PreActivated, graph, images, quantized
 
+from zsq import Noise, load_teacher
+from zsq.data.datasets import open_dataset
 from zsq.errors import ExportError, InputError, MissingExtraError
+from zsq.evaluation.accuracy import evaluate
 from zsq.export.converted import output_step
 from zsq.export.onnx import write_onnx
 from zsq.export.openvino import OpenVinoClassifier
 from zsq.export.tensorrt_rules import RULES, broken_rules
-from zsq.export.verify import Verification, require, verify_onnx
+from zsq.export.verify import OnnxClassifier, Verification, require, verify_onnx
 from zsq.quantization import PTQ, QAT
 from zsq.quantization.convert import convert
+from zsq.quantization.ptq import quantize_ptq
 from zsq.quantization.qat import Distiller
 from zsq.quantization.quantizers import ActivationQuantizer, WeightQuantizer, quantizers
 from zsq.targets import TARGETS, target_of
+from zsq.training.loop import Run
 from zsq.types import Batch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 WIDTHS = ("8", "6", "W4A8", "4")
 NETWORKS = (Plain, Branchy, ConvHead, PreActivated, Mobile, Grouped)
@@ -200,3 +208,37 @@ def test_openvino_says_what_it_cannot_read(tmp_path):
     (tmp_path / "broken.onnx").write_bytes(b"nothing")
     with pytest.raises(InputError, match="OpenVINO cannot compile it"):
         OpenVinoClassifier(tmp_path / "broken.onnx")
+
+
+@pytest.mark.slow
+def test_openvino_adds_before_it_rounds():
+    """A branch of a residual addition that a layer gives is not rounded; the other one, and the sum, are."""
+    counts = {
+        name: sum(isinstance(q, ActivationQuantizer) for q in quantizers(quantized(graph(Branchy), PTQ(target=name))))
+        for name in TARGETS
+    }
+    assert counts["openvino"] == counts["onnxruntime"] - 1 == counts["tensorrt"] - 1
+
+
+@pytest.mark.slow
+@pytest.mark.real
+@pytest.mark.parametrize(("name", "bits"), [("openvino", "4"), ("tensorrt", "W4A8")])
+def test_a_real_residual_network_runs_as_simulated_by_its_target(name, bits, real_data, tmp_path):
+    if TARGETS[name].runs_in == "openvino":
+        pytest.importorskip("openvino")
+    teacher = load_teacher(
+        str(EXAMPLES / "cifar10.py:cifar10_resnet20"), weights=real_data / "weights" / "cifar10_resnet20.safetensors"
+    )
+    data = open_dataset(str(real_data / "cifar10" / "test.npz"), teacher.spec, limit=200)
+    source = Noise(distribution="natural").fit(teacher, Run()).source
+    student = quantize_ptq(teacher.network, lambda: source.sample(100), PTQ(bits=bits, target=name), Run())
+    converted, target, path = convert(student), target_of(name), tmp_path / "model.onnx"
+    write_onnx(converted, teacher.spec, path, target)
+    batches = [batch.images for batch in data.batches()]
+    found = verify_onnx(path, student, batches, output_step(converted), threads=1, target=target)
+    require(found)
+    if target.runs_in == "openvino":
+        assert found.decided_agreement_target == 100
+        assert found.distance_target_steps < 0.5
+    file = OpenVinoClassifier(path, threads=1) if target.runs_in == "openvino" else OnnxClassifier(path, threads=1)
+    assert evaluate(file, data, teacher=teacher.network).teacher_agreement > 85

@@ -23,6 +23,9 @@ class Target:
     """Whether biases stay float; else int32 at input scale times weight scale."""
     integer_operators: bool = True
     """Whether hard swish, hard sigmoid and lone batch norms may be computed on integers in the file."""
+    rounds_addends: bool = True
+    """Whether what a layer gives to an addition alone is rounded first; else the layer adds in float, and the sum is
+    rounded."""
     activation_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
     """Widths of activations that the file can make saturate."""
     saturates: bool = True
@@ -46,7 +49,7 @@ TARGETS = {
     target.name: target
     for target in (
         Target(name="onnxruntime", title="ONNX Runtime", runs_in="onnxruntime"),
-        Target(name="openvino", title="OpenVINO", runs_in="openvino"),
+        Target(name="openvino", title="OpenVINO", runs_in="openvino", rounds_addends=False),
         Target(
             name="tensorrt",
             title="TensorRT",

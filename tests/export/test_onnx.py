@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from converted import ATEN, DEQUANTIZE, QD, SPEC, converted_network, simulate
@@ -107,3 +108,24 @@ def test_an_operation_without_onnx_form_is_named(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"no ONNX form: .*erf_inv.* The \.pt2 file needs none"):
         write_onnx(fx.GraphModule(nn.Module(), graph), SPEC, tmp_path / "odd.onnx")
     assert not (tmp_path / "odd.onnx").exists()
+
+
+def test_a_file_declares_the_oldest_versions_that_its_nodes_allow(files: Path) -> None:
+    model = onnx.load(files / "8.onnx")
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 14)]  # of its Reshape
+    assert model.ir_version == 7
+    older = onnx.ModelProto()
+    older.CopyFrom(model)
+    older.opset_import[0].version = 5
+    with pytest.raises(onnx.checker.ValidationError):
+        onnx.checker.check_model(older, full_check=True)
+
+
+def test_every_stored_tensor_has_a_zero_point_of_its_own(files: Path) -> None:
+    model = onnx.load(files / "8.onnx")
+    stored = {tensor.name for tensor in model.graph.initializer}
+    zeros = [n.input[2] for n in model.graph.node if n.op_type == "DequantizeLinear" and n.input[0] in stored]
+    assert len(zeros) == len(set(zeros)) == 8
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")  # rewrites weights and their zero points
+    onnxruntime.InferenceSession(str(files / "8.onnx"), options, providers=["CPUExecutionProvider"])

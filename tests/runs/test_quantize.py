@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
@@ -112,6 +113,13 @@ def test_artifacts_are_listed_with_size_and_hash(ptq):
     for name, artifact in ptq.record.artifacts.items():
         assert artifact.bytes == (ptq.folder / name).stat().st_size
         assert artifact.sha256 == canonical_sha256(ptq.folder / name)
+
+
+def test_a_file_says_where_it_comes_from(ptq, teacher):
+    noted = {entry.key: entry.value for entry in onnx.load(ptq.folder / "model.onnx").metadata_props}
+    assert noted.pop("image_spec")
+    expected = {"bits": ptq.record.bits, "target": "onnxruntime", "weights_sha256": teacher.weights_sha256}
+    assert noted == expected | {"zsq_version": ptq.record.versions["zsq"]}
 
 
 def test_recorded_accuracy_is_that_of_the_file(ptq, teacher):
@@ -665,3 +673,19 @@ def test_the_source_is_seen_to_start_once_before_a_folder_is_overwritten(budget_
     with pytest.raises(InputError, match="far enough"):
         quantize(teacher, out=tmp_path, settings=settings, overwrite=True, quiet=True, **asked)
     assert made == [False, True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["openvino", "tensorrt"])
+def test_a_target_decides_grids_file_and_record(target, teacher, tmp_path):
+    if target == "openvino":
+        pytest.importorskip("openvino")
+    result = zsq.quantize(teacher, method="noise", target=target, data="digits", out=tmp_path / "run", quiet=True)
+    assert result.record.target == result.record.settings["quantizer"]["target"] == target
+    assert (result.record.verification.agreement_target is None) == (target == "tensorrt")
+    assert result.record.quantized_top1 > 97
+    with pytest.raises(InputError, match="bits is '4', and files for TensorRT hold activations of 8 bits"):
+        zsq.quantize(teacher, method="noise", target="tensorrt", bits=4, out=tmp_path / "other", quiet=True)
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(InputError, match="Did you mean 'openvino'"):
+        zsq.quantize(teacher, target="openvno", out=tmp_path / "other", quiet=True)

@@ -9,7 +9,7 @@ Targets that take signed activations alone get those.
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,14 @@ OPSET = 20
 """ONNX operator set of the export; the files declare the oldest that their nodes allow."""
 
 
-def write_onnx(converted: fx.GraphModule, spec: ImageSpec, path: Path, target: Target = TARGETS["onnxruntime"]) -> None:
+def write_onnx(
+    converted: fx.GraphModule,
+    spec: ImageSpec,
+    path: Path,
+    target: Target = TARGETS["onnxruntime"],
+    *,
+    notes: Mapping[str, str] | None = None,
+) -> None:
     """Write an ONNX file in QDQ form, with input ``images`` [batch, C, H, W] and output ``logits`` [batch, classes].
 
     Weights stay int8, and biases int32, or float where the target holds them so. The same network gives the same bytes,
@@ -45,6 +52,7 @@ def write_onnx(converted: fx.GraphModule, spec: ImageSpec, path: Path, target: T
         spec: what the network takes and gives; also stored in the file's metadata under ``image_spec``.
         path: the file to write; it appears whole or not at all.
         target: the runtime that it is for, whose grids the network was quantized with.
+        notes: what else stands in the metadata, by name; no hash of the content depends on it.
     Raises:
         ExportError: an operation has no ONNX form, or the graph departs from the convention.
     """
@@ -73,6 +81,8 @@ def write_onnx(converted: fx.GraphModule, spec: ImageSpec, path: Path, target: T
     if not target.symmetric_activations:
         pad_channels(model)
     model = canonical_onnx(model, spec, frozenset(network.state_dict()))
+    for name, text in sorted((notes or {}).items()):
+        model.metadata_props.add(key=name, value=text)
     with replacing(Path(path)) as temporary:
         temporary.write_bytes(model.SerializeToString(deterministic=True))
 

@@ -262,6 +262,8 @@ class _Placer:
         if len(node.users) != 1 or node.op != "call_function":
             return True
         (user,) = node.users
+        if user.target is aten.add.Tensor and node in self.layers and not self.scheme.target.rounds_addends:
+            return False
         return (node in self.gates or not is_fused(user)) and user not in self.gates
 
     def insert(self, node: object, bits: int, *, only_layers: bool) -> None:

@@ -28,6 +28,7 @@ from zsq.runs.job import Job
 from zsq.runs.record import SampleAgreement
 from zsq.runtime import distributed
 from zsq.runtime.files import load_tensors, replacing, save_tensors
+from zsq.runtime.versions import versions
 from zsq.targets import target_of
 from zsq.types import Batch, SampleSource
 
@@ -140,7 +141,13 @@ def write_and_check(job: Job, student: Student, surrogate: Surrogate) -> Verific
     logger.info(f"writing and checking {MODEL}{f' and {PROGRAM}' if job.outputs.pt2 else ''}")
     converted, spec = convert(student), job.teacher.spec
     target = target_of(job.settings.quantizer.target)
-    write_onnx(converted, spec, job.folder / MODEL, target)
+    notes = {
+        "bits": job.settings.quantizer.bits,
+        "target": target.name,
+        "weights_sha256": job.teacher.weights_sha256,
+        "zsq_version": versions()["zsq"],
+    }
+    write_onnx(converted, spec, job.folder / MODEL, target, notes=notes)
     if job.outputs.pt2:
         write_pt2(converted, spec, job.folder / PROGRAM)
 
