@@ -170,6 +170,12 @@ def test_python_of_a_page_runs(name: str, run: Path, tmp_path: Path, monkeypatch
     text = (ROOT / name).read_text()
     if "onnxruntime.InferenceSession" in text:  # the page starts from the folder of a run
         shutil.copytree(run, "runs/int8")
+    if "runs/pixels" in text:
+        settings = {"quantizer.num_samples": 50}
+        digits = zsq.load_teacher("digits")
+        zsq.quantize(digits, out="runs/pixels", pixels="nhwc", method="noise", settings=settings, quiet=True)
+    if "import openvino" in text:
+        pytest.importorskip("openvino")
     short(monkeypatch)
     logits = []
     for code in blocks(text, "python"):

@@ -119,6 +119,7 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("zsq.export.verify.OnnxClassifier", Runner)
     monkeypatch.setattr("zsq.export.verify.saturating_layers", lambda path: ())
+    monkeypatch.setattr("zsq.export.verify.layout_of", lambda path: None)
 
 
 def test_images_within_the_noise_are_not_decided(runner, images: Tensor) -> None:

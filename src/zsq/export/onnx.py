@@ -21,9 +21,10 @@ from onnxscript import opset20 as op
 from torch import fx
 
 from zsq.errors import ExportError
-from zsq.export.canonical_onnx import canonical_onnx
+from zsq.export.canonical_onnx import canonical_onnx, stamp_oldest
 from zsq.export.converted import DEQUANTIZE, QUANTIZE, detached_copy, export_program
 from zsq.export.first_conv import pad_channels
+from zsq.export.pixels import Layout, take_pixels
 from zsq.graph.activations import clamp_limits
 from zsq.graph.edit import aten
 from zsq.runtime.files import replacing
@@ -40,6 +41,7 @@ def write_onnx(
     path: Path,
     target: Target = TARGETS["onnxruntime"],
     *,
+    pixels: Layout | None = None,
     notes: Mapping[str, str] | None = None,
 ) -> None:
     """Write an ONNX file in QDQ form, with input ``images`` [batch, C, H, W] and output ``logits`` [batch, classes].
@@ -52,6 +54,7 @@ def write_onnx(
         spec: what the network takes and gives; also stored in the file's metadata under ``image_spec``.
         path: the file to write; it appears whole or not at all.
         target: the runtime that it is for, whose grids the network was quantized with.
+        pixels: let the file take uint8 ``pixels`` in this layout, [batch, C, H, W] or [batch, H, W, C], instead.
         notes: what else stands in the metadata, by name; no hash of the content depends on it.
     Raises:
         ExportError: an operation has no ONNX form, or the graph departs from the convention.
@@ -81,6 +84,9 @@ def write_onnx(
     if not target.symmetric_activations:
         pad_channels(model)
     model = canonical_onnx(model, spec, frozenset(network.state_dict()))
+    if pixels is not None:
+        take_pixels(model, spec, pixels)
+        stamp_oldest(model)
     for name, text in sorted((notes or {}).items()):
         model.metadata_props.add(key=name, value=text)
     with replacing(Path(path)) as temporary:

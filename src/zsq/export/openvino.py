@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from zsq.errors import InputError, MissingExtraError
+from zsq.export.pixels import fed, layout_of
 
 INSTALL = "pip install 'zsq[openvino]'"
 
@@ -47,8 +48,10 @@ class OpenVinoClassifier:
             self._compiled = openvino.Core().compile_model(str(path), "CPU", settings)
         except RuntimeError as error:
             raise InputError(f"{path}: OpenVINO cannot compile it: {str(error).strip().splitlines()[-1]}") from error
+        self._pixels = layout_of(path)
 
     def __call__(self, images: Tensor | np.ndarray) -> Tensor:
         """Return the logits, float [N, classes], of normalised images, float [N, C, H, W]."""
-        array = torch.as_tensor(images).detach().to("cpu", torch.float32).contiguous().numpy()
+        images = torch.as_tensor(images).detach().to("cpu", torch.float32).contiguous()
+        array = images.numpy() if self._pixels is None else fed(images, *self._pixels)
         return torch.from_numpy(np.array(self._compiled([array])[0]))

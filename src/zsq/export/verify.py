@@ -13,6 +13,7 @@ from torch import Tensor
 from zsq.errors import ExportError, InputError
 from zsq.export.image_spec import KEY, from_json
 from zsq.export.openvino import OpenVinoClassifier
+from zsq.export.pixels import as_pixels, fed, layout_of
 from zsq.export.saturation import saturating_layers
 from zsq.export.tensorrt_rules import broken_rules
 from zsq.runtime.gpu import full_float32
@@ -58,7 +59,7 @@ class OnnxClassifier:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except _RUNTIME_ERRORS as error:
             raise InputError(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from error
-        self._input, self._path = self._session.get_inputs()[0], path
+        self._input, self._path, self._pixels = self._session.get_inputs()[0], path, layout_of(path)
 
     @property
     def spec(self) -> ImageSpec:
@@ -75,18 +76,31 @@ class OnnxClassifier:
     def __call__(self, images: Tensor | np.ndarray) -> Tensor:
         """Return the logits, float [N, classes], of normalised images, float [N, C, H, W].
 
+        A file that takes pixels is fed the nearest ones.
+
         Raises:
             InputError: the images do not have the shape that the file takes.
         """
         images, wanted = torch.as_tensor(images), list(self._input.shape)
+        if self._pixels is not None:
+            spec, layout = self._pixels
+            wanted = [wanted[0], spec.channels, spec.height, spec.width]
         if images.dim() != len(wanted) or list(images.shape[1:]) != wanted[1:]:
             raise InputError(f"images are {list(images.shape)}; the file takes {wanted}.")
         array = images.detach().to("cpu", torch.float32).contiguous().numpy()
+        if self._pixels is not None:
+            array = fed(images, spec, layout)
         try:
             (logits,) = self._session.run(None, {self._input.name: array})
         except _RUNTIME_ERRORS as error:
             raise InputError(f"{self._path}: ONNX Runtime cannot run it: {str(error).splitlines()[0]}") from error
         return torch.from_numpy(logits)
+
+
+def seen_by(path: Path) -> Callable[[Tensor], Tensor]:
+    """Return what turns normalised images into those that a file computes with: of the nearest pixels, or the same."""
+    taken = layout_of(path)
+    return (lambda images: images) if taken is None else (lambda images: as_pixels(images, taken[0]))
 
 
 MARGIN_STEPS = 2.0
@@ -190,7 +204,8 @@ def verify_onnx(
     own = OpenVinoClassifier(path, threads=threads) if target.runs_in == "openvino" else None
     seen: list[tuple[Tensor, ...]] = []
     found = None
-    for batch in images:
+    seen_of = seen_by(path)
+    for batch in map(seen_of, images):
         with torch.no_grad(), full_float32():
             expected = simulate(batch).detach().to("cpu", torch.float32)
             other = expected[:0]

@@ -66,6 +66,9 @@ class PTQ(Checked):
     """Width of the first and last layer, where it differs."""
     target: Literal["onnxruntime", "openvino", "tensorrt"] = "onnxruntime"
     """Runtime that the file is for: it decides the grids; `--target` sets it."""
+    pixels: Literal["nchw", "nhwc"] | None = None
+    """Let the file take uint8 pixels in this layout instead of normalized floats, mean and std folded in; `--pixels`
+    sets it."""
     weight_bits: dict[str, Width] | None = None
     """Width of each weight by its name, before all other widths; `--bits FILE` reads it as `zsq allocate` wrote it."""
 

@@ -26,7 +26,7 @@ def quantize_request(request: QuantizeRequest) -> Result:
         request,
         quantizer=request.quantizer,
         bits=request.bits,
-        target=request.target,
+        flags={"target": request.target, "pixels": request.pixels},
         data=request.data,
         checkpoint_every=request.checkpoint_every,
     ) as job:

@@ -50,7 +50,7 @@ def resolve(
     method: str | None = None,
     quantizer: str | None = None,
     bits: str | int | None = None,
-    target: str | None = None,
+    flags: Mapping[str, str | None] | None = None,
     recipe: Path | None = None,
     given: Mapping[str, Mapping[str, Any]] | None = None,
     assignments: Iterable[str] = (),
@@ -60,7 +60,7 @@ def resolve(
     Args:
         method, quantizer: names; None takes the recipe's, else zscgan and ptq.
         bits: as `--bits`, a text or a TOML file of widths; None takes the recipe's.
-        target: name of the runtime that the file is for; None takes the recipe's.
+        flags: settings of the quantizer that have a flag of their own, such as `target`; None takes the recipe's.
         recipe: a TOML file (see `recipe_file`); a run's `settings.toml` is one.
         given: tables `method` and `quantizer`, without names.
         assignments: `method.steps=100` or `quantizer.range_rule=minmax`.
@@ -87,8 +87,9 @@ def resolve(
         tables[section][key] = value
     if bits is not None:
         tables["quantizer"] |= _read_bits(str(bits))
-    if target is not None:
-        tables["quantizer"]["target"] = target_of(target).name
+    tables["quantizer"] |= {name: value for name, value in (flags or {}).items() if value is not None}
+    if (target := tables["quantizer"].get("target")) is not None:
+        target_of(target)
     check_pair(names["method"], names["quantizer"])
     chosen |= {f"{section}.{key}" for section, table in tables.items() for key in table}
     built = {section: build(section, names[section], tables[section]) for section in SECTIONS}

@@ -147,7 +147,7 @@ def write_and_check(job: Job, student: Student, surrogate: Surrogate) -> Verific
         "weights_sha256": job.teacher.weights_sha256,
         "zsq_version": versions()["zsq"],
     }
-    write_onnx(converted, spec, job.folder / MODEL, target, notes=notes)
+    write_onnx(converted, spec, job.folder / MODEL, target, pixels=job.settings.quantizer.pixels, notes=notes)
     if job.outputs.pt2:
         write_pt2(converted, spec, job.folder / PROGRAM)
 

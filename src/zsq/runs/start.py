@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -41,7 +41,7 @@ def started(
     *,
     quantizer: str | PTQ | None = None,
     bits: str | int | None = None,
-    target: str | None = None,
+    flags: Mapping[str, str | None] | None = None,
     data: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
     needs_images: bool = False,
@@ -51,7 +51,8 @@ def started(
 
     Args:
         request: what is asked for.
-        quantizer, bits, target, data, checkpoint_every: see `QuantizeRequest`.
+        quantizer, bits, data, checkpoint_every: see `QuantizeRequest`.
+        flags: settings of the quantizer that have a flag of their own; see `resolve`.
         needs_images: refuse methods that make none.
         check: raises where the request does not fit the network.
 
@@ -65,7 +66,7 @@ def started(
             check(teacher)
         images = None if data is None else open_dataset(os.fspath(data), teacher.spec)
         fitted = None if request.from_run is None else FittedRun.open(Path(request.from_run), teacher)
-        wanted = wanted_settings(request, quantizer, bits, fitted, target)
+        wanted = wanted_settings(request, quantizer, bits, fitted, flags)
         _check_settings(wanted, teacher, needs_images=needs_images)
         seed = distributed.on_main(
             lambda: chosen_seed(request.seed, request.recipe_path, request.folder, resume=request.resume)
@@ -102,7 +103,7 @@ def wanted_settings(
     quantizer: str | PTQ | None,
     bits: str | int | None,
     fitted: FittedRun | None,
-    target: str | None = None,
+    flags: Mapping[str, str | None] | None = None,
 ) -> Settings:
     """Merge names, objects, recipe and assignments; a reused generator brings its method's settings along.
 
@@ -121,7 +122,7 @@ def wanted_settings(
         method=names["method"] or (fitted.method.name if fitted else None),
         quantizer=names["quantizer"],
         bits=bits,
-        target=target,
+        flags=flags,
         recipe=request.recipe_path,
         given=tables,
         assignments=request.assignments,
