@@ -2,12 +2,43 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import onnx
+from google.protobuf.message import DecodeError
+
+from zsq.errors import InputError
 from zsq.types import ImageSpec
 
 KEY = "image_spec"
 """Name of the metadata of an ONNX file that holds the note, and of the file in a pt2 archive but for its ending."""
+
+
+def notes_of(path: Path) -> dict[str, str]:
+    """Return the metadata of an ONNX file, by name.
+
+    Raises:
+        InputError: there is no such file, or it is none.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; write one with write_onnx.")
+    try:
+        return {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}
+    except DecodeError as error:
+        raise InputError(f"{path}: it is no ONNX file.") from error
+
+
+def spec_of(path: Path) -> ImageSpec:
+    """Return what an ONNX file takes and gives, as zsq has noted in it.
+
+    Raises:
+        InputError: it holds no such note.
+    """
+    stored = notes_of(path).get(KEY)
+    if stored is None:
+        raise InputError(f"{path} does not say how its images are normalised; zsq has not written it.")
+    return from_json(stored)
 
 
 def to_json(spec: ImageSpec) -> str:

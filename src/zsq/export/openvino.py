@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from zsq.errors import InputError, MissingExtraError
+from zsq.export.image_spec import spec_of
 from zsq.export.pixels import fed, layout_of
+from zsq.types import ImageSpec
 
 INSTALL = "pip install 'zsq[openvino]'"
 
@@ -48,7 +50,16 @@ class OpenVinoClassifier:
             self._compiled = openvino.Core().compile_model(str(path), "CPU", settings)
         except RuntimeError as error:
             raise InputError(f"{path}: OpenVINO cannot compile it: {str(error).strip().splitlines()[-1]}") from error
-        self._pixels = layout_of(path)
+        self._pixels, self._path = layout_of(path), path
+
+    @property
+    def spec(self) -> ImageSpec:
+        """What the file takes and gives, as zsq has noted in it.
+
+        Raises:
+            InputError: it holds no such note.
+        """
+        return spec_of(self._path)
 
     def __call__(self, images: Tensor | np.ndarray) -> Tensor:
         """Return the logits, float [N, classes], of normalised images, float [N, C, H, W]."""

@@ -9,7 +9,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from zsq.export.image_spec import KEY, from_json
+from zsq.export.image_spec import KEY, from_json, notes_of
 from zsq.types import ImageSpec
 
 Layout = Literal["nchw", "nhwc"]
@@ -63,7 +63,7 @@ def as_pixels(images: Tensor, spec: ImageSpec) -> Tensor:
 
 def layout_of(path: Path) -> tuple[ImageSpec, Layout] | None:
     """Return what a file of zsq takes where it takes pixels, else None."""
-    noted = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    noted = notes_of(path)
     if NOTE not in noted:
         return None
     layout: Layout = "nhwc" if noted[NOTE] == "nhwc" else "nchw"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zsq.errors import ExportError, InputError
-from zsq.export.image_spec import KEY, from_json
+from zsq.export.image_spec import notes_of, spec_of
 from zsq.export.openvino import OpenVinoClassifier
 from zsq.export.pixels import as_pixels, fed, layout_of
 from zsq.export.saturation import saturating_layers
@@ -68,10 +68,7 @@ class OnnxClassifier:
         Raises:
             InputError: it holds no such note.
         """
-        stored = self._session.get_modelmeta().custom_metadata_map.get(KEY)
-        if stored is None:
-            raise InputError(f"{self._path} does not say how its images are normalised; zsq has not written it.")
-        return from_json(stored)
+        return spec_of(self._path)
 
     def __call__(self, images: Tensor | np.ndarray) -> Tensor:
         """Return the logits, float [N, classes], of normalised images, float [N, C, H, W].
@@ -95,6 +92,17 @@ class OnnxClassifier:
         except _RUNTIME_ERRORS as error:
             raise InputError(f"{self._path}: ONNX Runtime cannot run it: {str(error).splitlines()[0]}") from error
         return torch.from_numpy(logits)
+
+
+def open_file(path: Path, threads: int | None = None) -> OnnxClassifier | OpenVinoClassifier:
+    """Open a file in the runtime that it was written for, as its metadata say.
+
+    Raises:
+        InputError: it does not exist, or its runtime cannot load it.
+        MissingExtraError: its runtime is not installed.
+    """
+    target = TARGETS.get(notes_of(path).get("target", ""), TARGETS["onnxruntime"])
+    return (OpenVinoClassifier if target.runs_in == "openvino" else OnnxClassifier)(path, threads=threads)
 
 
 def seen_by(path: Path) -> Callable[[Tensor], Tensor]:

@@ -14,9 +14,8 @@ from zsq.errors import InputError
 from zsq.evaluation.accuracy import Evaluation, Predict, evaluate_many
 from zsq.export.converted import output_step
 from zsq.export.onnx import write_onnx
-from zsq.export.openvino import OpenVinoClassifier
 from zsq.export.pt2 import write_pt2
-from zsq.export.verify import OnnxClassifier, Verification, verify_onnx
+from zsq.export.verify import Verification, open_file, verify_onnx
 from zsq.methods import Surrogate
 from zsq.quantization import PTQ
 from zsq.quantization.convert import convert
@@ -207,8 +206,7 @@ def _keep_predictions(path: Path, found: Evaluation) -> None:
 
 def opened_file(job: Job) -> Predict:
     """Return a run's file in its runtime, on as many threads as PyTorch has here."""
-    kind = OpenVinoClassifier if target_of(job.settings.quantizer.target).runs_in == "openvino" else OnnxClassifier
-    return kind(job.folder / MODEL, threads=torch.get_num_threads())
+    return open_file(job.folder / MODEL, threads=torch.get_num_threads())
 
 
 def _asked_once(job: Job) -> Predict:
