@@ -121,7 +121,13 @@ class Bench:
         is_new = not self.finished(name, job)
         found = self.do(name, job)
         facts = {key: value for key, value in made.items() if key not in ("kept", "job_seconds")}
-        row = {"network": self.name, "tool": tool, "source": source, "images": made["kept"][-1]["images"], **facts}
+        row = {
+            "network": self.name,
+            "tool": tool,
+            "source": "own" if tool == DEFAULT else source,
+            "images": made["kept"][-1]["images"],
+            **facts,
+        }
         row |= {"threads": self.arguments.threads, "test_images": self.arguments.test_images, **found}
         if is_new and "skipped" not in row and not self.arguments.no_record:
             hardware = {"processor": processor(), "cores": os.cpu_count(), "load": load()}

@@ -83,7 +83,9 @@ def measure(teacher: Teacher, target: Target, bits: str, data: Any, folder: Path
         "agreement": round(measured.teacher_agreement or 0, 2),
         "decided_agreement": found.decided_agreement,
         "decided_agreement_target": found.decided_agreement_target,
-        "distance_steps": round(found.distance_target_steps or found.distance_optimized_steps, 3),
+        "distance_steps": round(
+            found.distance_optimized_steps if found.distance_target_steps is None else found.distance_target_steps, 3
+        ),
         "bytes": path.stat().st_size,
         "float_bytes": floats.stat().st_size,
         "ms": round(ms["file"], 3),

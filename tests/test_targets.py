@@ -8,7 +8,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from toys import SPEC, Branchy, ConvHead, Grouped, Mobile, Plain, PreActivated, graph, images, quantized
+from toys import SPEC, Branchy, ConvHead, Grouped, Mobile, Plain, PreActivated, Tokens, graph, images, quantized
 
 from zsq import Noise, load_teacher
 from zsq.data.datasets import open_dataset
@@ -31,7 +31,7 @@ from zsq.types import Batch
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 WIDTHS = ("8", "6", "W4A8", "4")
-NETWORKS = (Plain, Branchy, ConvHead, PreActivated, Mobile, Grouped)
+NETWORKS = (Plain, Branchy, ConvHead, PreActivated, Mobile, Grouped, Tokens)
 
 held = [(name, bits) for name in TARGETS for bits in WIDTHS if int(bits[-1]) in TARGETS[name].activation_bits]
 refused = [(name, bits) for name in TARGETS for bits in WIDTHS if int(bits[-1]) not in TARGETS[name].activation_bits]
@@ -57,6 +57,13 @@ def test_a_file_computes_what_was_simulated(name, bits, make, tmp_path):
 def test_widths_that_a_file_cannot_hold_are_refused_in_a_sentence(name, bits):
     with pytest.raises(InputError, match=rf"bits is '{bits}', and files for {TARGETS[name].title} hold .* W\dA8\.$"):
         PTQ(bits=bits, target=name)
+
+
+def test_settings_that_a_file_cannot_hold_are_refused_before_anything_is_fitted():
+    with pytest.raises(InputError, match="first_last_bits is 4, and files for TensorRT hold activations of 8 bits"):
+        PTQ(target="tensorrt", first_last_bits=4)
+    with pytest.raises(InputError, match="activation_scope is 'layers', and files for TensorRT quantize every"):
+        PTQ(target="tensorrt", activation_scope="layers")
 
 
 def test_an_unknown_target_is_refused_with_the_nearest():

@@ -31,6 +31,9 @@ class Target:
     saturates: bool = True
     """Whether products of neighbours are added in int16 on some of its processors (`zsq.quantization.pair_sums`)."""
 
+    all_activations: bool = False
+    """Whether every activation has to be quantized, also those that no layer reads."""
+
     def check_bits(self, text: str, activation: int) -> None:
         """Check that the file can hold activations of a width.
 
@@ -60,6 +63,7 @@ TARGETS = {
             integer_operators=False,
             activation_bits=(8,),
             saturates=False,
+            all_activations=True,
         ),
     )
 }

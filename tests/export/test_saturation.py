@@ -74,6 +74,17 @@ def test_layers_that_saturate_are_named(kind, weight, attributes, saturates, tmp
     assert named(tmp_path / "model.onnx", kind, weight, **attributes) == (("layer",) if saturates else ())
 
 
+def test_a_weight_that_is_transposed_in_the_file_is_judged(tmp_path):
+    for weight, expected in (([[100, 29]], ("layer",)), ([[100, 28]], ())):
+        named(tmp_path / "model.onnx", "MatMul", weight)
+        model = onnx.load(tmp_path / "model.onnx")
+        place = next(i for i, node in enumerate(model.graph.node) if node.name == "layer")
+        model.graph.node[place].input[1] = "turned"
+        model.graph.node.insert(place, helper.make_node("Transpose", ["w"], ["turned"], perm=[1, 0]))
+        onnx.save(model, tmp_path / "model.onnx")
+        assert saturating_layers(tmp_path / "model.onnx") == expected
+
+
 def test_narrow_activations_cannot_saturate(tmp_path):
     assert named(tmp_path / "model.onnx", "Gemm", [[127, 127]], transB=1) == ("layer",)
     assert named(tmp_path / "model.onnx", "Gemm", [[127, 127]], clip=127, transB=1) == ()

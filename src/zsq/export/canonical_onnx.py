@@ -13,6 +13,9 @@ from zsq.types import ImageSpec
 OLDEST_OPSET = 13
 """The first operator set with a scale for each channel."""
 
+RENAMED = {"GridSample": 20}
+"""Operator sets in which the values of an operator's attributes got other names, which no check compares."""
+
 
 def canonical_onnx(model: onnx.ModelProto, spec: ImageSpec, kept: frozenset[str]) -> onnx.ModelProto:
     """Strip the exporter's traces and name values by order, so that equal networks are equal bytes.
@@ -59,7 +62,8 @@ def stamp_oldest(model: onnx.ModelProto) -> None:
         ExportError: it is valid by none, up to the operator set that it declares.
     """
     newest, reason = max(entry.version for entry in model.opset_import if not entry.domain), ""
-    for opset in range(OLDEST_OPSET, newest + 1):
+    oldest = max([RENAMED.get(node.op_type, OLDEST_OPSET) for node in model.graph.node], default=OLDEST_OPSET)
+    for opset in range(min(oldest, newest), newest + 1):
         del model.opset_import[:]
         model.opset_import.append(onnx.helper.make_opsetid("", opset))
         model.ir_version = onnx.helper.find_min_ir_version_for(model.opset_import)

@@ -28,12 +28,17 @@ def saturating_layers(path: Path) -> tuple[str, ...]:
         if node.op_type not in ("Conv", "Gemm", "MatMul"):
             continue
         reader, weight = (makers.get(name) for name in node.input[:2])
+        turned = weight if weight is not None and weight.op_type == "Transpose" else None
+        weight = makers.get(turned.input[0]) if turned is not None else weight
         integers = stored.get(weight.input[0]) if weight is not None and weight.op_type == "DequantizeLinear" else None
         if reader is None or reader.op_type != "DequantizeLinear" or integers is None:
             continue
         if integers.data_type != onnx.TensorProto.INT8:
             continue
-        rows = filters(node, numpy_helper.to_array(integers))
+        array = numpy_helper.to_array(integers)
+        if turned is not None:
+            array = array.transpose(node_attribute(turned, "perm", range(array.ndim)[::-1]))
+        rows = filters(node, array)
         if rows is not None and may_saturate(rows, _largest(reader, makers, stored)):
             found.append(node.name)
     return tuple(found)

@@ -13,6 +13,7 @@ from onnx import TensorProto, numpy_helper
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 WEIGHTED = ("Conv", "Gemm", "MatMul")
+MOVES = ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,12 @@ class _File:
     def made_by(self, name: str) -> str:
         """Return the operator that makes a value; nothing for inputs and stored tensors."""
         return self.makers[name].op_type if name in self.makers else ""
+
+    def rounded_by(self, name: str) -> str:
+        """Return the operator that makes a value, before it was moved."""
+        while self.made_by(name) in MOVES:
+            name = self.makers[name].input[0]
+        return self.made_by(name)
 
 
 def broken_rules(path: Path) -> tuple[str, ...]:
@@ -89,14 +96,14 @@ def _lopsided_weights(file: _File) -> Iterator[str]:
 
 def _unquantized_operands(file: _File) -> Iterator[str]:
     for node in file.nodes:
-        if node.op_type in WEIGHTED and any(file.made_by(name) != DEQUANTIZE for name in node.input[:2]):
+        if node.op_type in WEIGHTED and any(file.rounded_by(name) != DEQUANTIZE for name in node.input[:2]):
             yield node.name
 
 
 def _half_quantized_sums(file: _File) -> Iterator[str]:
     for node in file.nodes:
         read = [name for name in node.input if name not in file.stored]
-        if node.op_type == "Add" and len(read) == 2 and any(file.made_by(name) != DEQUANTIZE for name in read):
+        if node.op_type == "Add" and len(read) == 2 and any(file.rounded_by(name) != DEQUANTIZE for name in read):
             yield node.name
 
 

@@ -97,12 +97,16 @@ class OnnxClassifier:
 def open_file(path: Path, threads: int | None = None) -> OnnxClassifier | OpenVinoClassifier:
     """Open a file in the runtime that it was written for, as its metadata say.
 
+    A file for another processor than this one is run literally, since kernels here may saturate.
+
     Raises:
         InputError: it does not exist, or its runtime cannot load it.
         MissingExtraError: its runtime is not installed.
     """
     target = TARGETS.get(notes_of(path).get("target", ""), TARGETS["onnxruntime"])
-    return (OpenVinoClassifier if target.runs_in == "openvino" else OnnxClassifier)(path, threads=threads)
+    if target.runs_in == "openvino":
+        return OpenVinoClassifier(path, threads=threads)
+    return OnnxClassifier(path, optimize=target.saturates, threads=threads)
 
 
 def seen_by(path: Path) -> Callable[[Tensor], Tensor]:
@@ -208,7 +212,8 @@ def verify_onnx(
     Raises:
         InputError: there is no image, or the file cannot be loaded.
     """
-    literal, optimized = OnnxClassifier(path, optimize=False, threads=threads), OnnxClassifier(path, threads=threads)
+    literal = OnnxClassifier(path, optimize=False, threads=threads)
+    optimized = OnnxClassifier(path, threads=threads) if target.saturates else literal
     own = OpenVinoClassifier(path, threads=threads) if target.runs_in == "openvino" else None
     seen: list[tuple[Tensor, ...]] = []
     found = None

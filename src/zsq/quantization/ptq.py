@@ -53,8 +53,8 @@ class PTQ(Checked):
     weight_range_rule: Literal["minmax", "mse"] = "minmax"
     """How the range of a weight is chosen."""
     logit_headroom: AtLeastOne = 1.5
-    """Factor on the range of the logits, since synthetic images reach smaller ones than real ones; the paper: 1. Under
-    the rule auto, the range also spans what batch norm implies for logits, times this and 5/3."""
+    """Factor on the range of the logits, since synthetic images reach smaller ones than real ones; the paper: 1. Where
+    ranges span deviations by batch norm, that of the logits spans six, times this and 5/3."""
     bias_correction: bool = True
     """Shift biases by what rounding adds to each layer's mean output, by batch norm's means where most layers have
     them, else by those of the images; the paper does not."""
@@ -74,7 +74,19 @@ class PTQ(Checked):
 
     def check(self) -> None:
         """Check that the widths can be read, and that the target's file can hold them."""
-        target_of(self.target).check_bits(self.bits, Bits.parse(self.bits).activation)
+        target = target_of(self.target)
+        target.check_bits(self.bits, Bits.parse(self.bits).activation)
+        if self.first_last_bits is not None and self.first_last_bits not in target.activation_bits:
+            widths = ", ".join(map(str, target.activation_bits))
+            raise InputError(
+                f"quantizer.first_last_bits is {self.first_last_bits}, and files for {target.title} hold activations "
+                f"of {widths} bits."
+            )
+        if target.all_activations and self.activation_scope != "all":
+            raise InputError(
+                f"quantizer.activation_scope is '{self.activation_scope}', and files for {target.title} quantize "
+                "every activation; 'all' works."
+            )
 
     @property
     def resolved_range_rule(self) -> str:

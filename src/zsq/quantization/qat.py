@@ -254,6 +254,9 @@ def distill(student: Student, teacher: nn.Module, source: SampleSource, settings
     calibrated = copy.deepcopy(student.network) if judged else student.network
     run.train("distill", Distiller(student, teacher, source, settings, run.device), settings.steps)
     student.eval()
+    for layer in prepared_layers(student.network):  # scales that followed weights, or that an older version stored
+        quantizer, weight = quantized_weight(student.network, layer)
+        quantizer.keep_pairs(weight)
     plain_biases(student)
     if judged:
         _keep_the_better(student, calibrated, teacher, source, run)

@@ -9,9 +9,10 @@ from typing import TypeVar
 
 from zsq.evaluation.accuracy import Evaluation
 from zsq.export.content_hash import canonical_sha256
-from zsq.export.verify import OnnxClassifier, Verification, require
+from zsq.export.openvino import OpenVinoClassifier
+from zsq.export.verify import OnnxClassifier, Verification, open_file, require
 from zsq.methods import Surrogate
-from zsq.quantization.prepare import Bits, Student, mean_weight_bits
+from zsq.quantization.prepare import Student
 from zsq.runs.fitted import GENERATOR
 from zsq.runs.job import Job
 from zsq.runs.record import Artifact, Record, SampleAgreement
@@ -19,6 +20,7 @@ from zsq.runs.settings import to_tables
 from zsq.runs.stages import (
     MODEL,
     PROGRAM,
+    described_bits,
     evaluate_file,
     fit,
     measure_agreement,
@@ -46,9 +48,9 @@ class Result:
     """Where the files are."""
 
     @property
-    def model(self) -> OnnxClassifier:
-        """The quantized network as users run it: the ONNX file in ONNX Runtime."""
-        return OnnxClassifier(self.folder / MODEL)
+    def model(self) -> OnnxClassifier | OpenVinoClassifier:
+        """The quantized network as users run it: the ONNX file in the runtime of its target."""
+        return open_file(self.folder / MODEL)
 
 
 class Stopwatch:
@@ -132,7 +134,7 @@ def _record(
         method=job.settings.method.name,
         data_free=surrogate.source.data_free,
         quantizer=quantizer.name,
-        bits=_described_bits(job, student),
+        bits=described_bits(job, student),
         target=job.settings.quantizer.target,
         activation_scope=quantizer.activation_scope,
         range_rule="batch-norm" if surrogate.statistics else quantizer.resolved_range_rule,
@@ -156,11 +158,3 @@ def _record(
         seconds=watch.total,
         seconds_by_phase=watch.phases,
     )
-
-
-def _described_bits(job: Job, student: Student) -> str:
-    """Return the widths as they were asked for, or the mean width where each weight has its own."""
-    quantizer = job.settings.quantizer
-    if not quantizer.weight_bits:
-        return quantizer.bits
-    return f"mixed W{mean_weight_bits(student):.2f}A{Bits.parse(quantizer.bits).activation}"

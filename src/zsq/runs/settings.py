@@ -89,7 +89,7 @@ def resolve(
         tables["quantizer"] |= _read_bits(str(bits))
     tables["quantizer"] |= {name: value for name, value in (flags or {}).items() if value is not None}
     if (target := tables["quantizer"].get("target")) is not None:
-        target_of(target)
+        target_of(str(target))
     check_pair(names["method"], names["quantizer"])
     chosen |= {f"{section}.{key}" for section, table in tables.items() for key in table}
     built = {section: build(section, names[section], tables[section]) for section in SECTIONS}

@@ -14,12 +14,13 @@ from zsq.errors import InputError
 from zsq.evaluation.accuracy import Evaluation, Predict, evaluate_many
 from zsq.export.converted import output_step
 from zsq.export.onnx import write_onnx
+from zsq.export.openvino import require_openvino
 from zsq.export.pt2 import write_pt2
 from zsq.export.verify import Verification, open_file, verify_onnx
 from zsq.methods import Surrogate
 from zsq.quantization import PTQ
 from zsq.quantization.convert import convert
-from zsq.quantization.prepare import Student
+from zsq.quantization.prepare import Bits, Student, mean_weight_bits
 from zsq.quantization.ptq import quantize_ptq
 from zsq.reports.pictures import save_grid
 from zsq.runs.fitted import GENERATOR
@@ -68,6 +69,8 @@ class FreshSamples:
 
 def fit(job: Job) -> Surrogate:
     """Fit the method, or take over what is fitted; keep generator and picture where the folder has none."""
+    if target_of(job.settings.quantizer.target).runs_in == "openvino":
+        require_openvino()
     settings, state = job.settings, job.fitted.state if job.fitted else None
     surrogate: Surrogate = settings.method.fit(job.teacher, job.run, distill_steps=settings.distill_steps, fitted=state)
     if distributed.is_main():
@@ -141,7 +144,7 @@ def write_and_check(job: Job, student: Student, surrogate: Surrogate) -> Verific
     converted, spec = convert(student), job.teacher.spec
     target = target_of(job.settings.quantizer.target)
     notes = {
-        "bits": job.settings.quantizer.bits,
+        "bits": described_bits(job, student),
         "target": target.name,
         "weights_sha256": job.teacher.weights_sha256,
         "zsq_version": versions()["zsq"],
@@ -202,6 +205,14 @@ def _keep_predictions(path: Path, found: Evaluation) -> None:
     assert found.labels is not None
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, predictions=found.predictions, labels=found.labels)
+
+
+def described_bits(job: Job, student: Student) -> str:
+    """Return the widths as they were asked for, or the mean width where each weight has its own."""
+    quantizer = job.settings.quantizer
+    if not quantizer.weight_bits:
+        return quantizer.bits
+    return f"mixed W{mean_weight_bits(student):.2f}A{Bits.parse(quantizer.bits).activation}"
 
 
 def opened_file(job: Job) -> Predict:

@@ -1,5 +1,6 @@
 """What is installed here that results depend on."""
 
+import contextlib
 import platform
 from importlib import metadata
 
@@ -9,7 +10,10 @@ import torch
 def versions() -> dict[str, str]:
     """Return the versions on which a result depends, and the processor's kind."""
     names = ("zsq", "onnx", "onnxruntime")
-    return {name: metadata.version(name) for name in names} | {
+    found = {name: metadata.version(name) for name in names}
+    with contextlib.suppress(metadata.PackageNotFoundError):  # an extra
+        found["openvino"] = metadata.version("openvino")
+    return found | {
         "torch": torch.__version__,  # names the build, which the package's metadata may not
         "python": platform.python_version(),
         "machine": platform.machine(),
