@@ -14,15 +14,16 @@ import resource
 import time
 from importlib.metadata import version
 
-import model_compression_toolkit as mct
 import numpy as np
 import torch
-from safetensors.torch import load_file
-from torchvision.models import mobilenet_v2
 
 
 def main() -> None:
     """Make the images and print what they cost."""
+    import model_compression_toolkit as mct
+    from safetensors.torch import load_file
+    from torchvision.models import mobilenet_v2
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", required=True)
     parser.add_argument("--images", type=int, default=32)

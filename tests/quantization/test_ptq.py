@@ -57,7 +57,9 @@ def test_moving_average_damps_what_one_batch_has() -> None:
     assert activations(again)[0].high.item() == high
 
 
-@pytest.mark.parametrize(("bits", "sigmas"), [("8", 6.0), ("W4A8", 6.0), ("7", 4.5), ("6", 3.0), ("W8A4", 1.5)])
+@pytest.mark.parametrize(
+    ("bits", "sigmas"), [("8", 6.0), ("W4A8", 6.0), ("7", 4.5), ("6", 3.0), ("W8A4", 1.5), ("3", 0.0)]
+)
 def test_auto_is_mse_with_ranges_that_batch_norm_implies(bits: str, sigmas: float) -> None:
     assert PTQ(bits=bits).resolved_range_rule == "mse"
     assert PTQ(bits=bits, range_rule="percentile").resolved_range_rule == "percentile"

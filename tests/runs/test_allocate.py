@@ -9,12 +9,14 @@ import tomllib
 import numpy as np
 import onnx
 import pytest
+import torch
 from PIL import Image
 
 from zsq.cli import main
 from zsq.errors import InputError
 from zsq.methods import Real
 from zsq.models.teacher import load_teacher
+from zsq.quantization.pair_sums import neighbour_sums
 from zsq.quantization.sensitivity import sensitivities, weight_sizes
 from zsq.runs.allocate import allocate, parse_size, spread
 from zsq.runs.quantize import quantize
@@ -116,7 +118,10 @@ def test_the_widths_are_those_of_the_file(mixed, teacher, tmp_path):
         values = stored[name]
         assert values.dtype == np.int8
         assert -(2 ** (bits - 1)) <= values.min()
-        assert values.max() == 2 ** (bits - 1) - 1  # the largest is rounded to the end of its range
+        is_bound = values.max() == 2 ** (bits - 1) - 1  # the largest is rounded to the end of its range
+        channels = teacher.network.get_parameter(name).shape[1]  # others are padding
+        sums = neighbour_sums(torch.tensor(values[:, :channels]).float())
+        assert is_bound or (bits == 8 and sums.max() in (127, 128))
     assert re.fullmatch(r"mixed W3\.[345]\dA6", result.record.bits)
     assert result.record.settings["quantizer"]["weight_bits"] == widths
     assert result.record.quantized_top1 > 90

@@ -168,7 +168,7 @@ def test_low_recognition_is_a_loud_warning(teacher, tmp_path, monkeypatch, said)
     assert [text for text in said if text.startswith("WARNING: the teacher recognises ")]
 
 
-def _stop(*_) -> None:
+def _stop(*_, **__) -> None:
     raise InputError("far enough")
 
 
@@ -364,7 +364,7 @@ def test_a_file_that_disagrees_fails_and_keeps_everything(ptq, teacher, tmp_path
 
 @pytest.mark.slow
 def test_a_network_that_cannot_be_exported_to_onnx_keeps_the_fit(teacher, tmp_path, monkeypatch):
-    def fail(*_) -> None:
+    def fail(*_, **__) -> None:
         raise ExportError("the network has no ONNX form")
 
     monkeypatch.setattr(stages, "write_onnx", fail)

@@ -122,7 +122,7 @@ def test_a_generator_of_another_run_is_used(tmp_path, digits, monkeypatch):
     assert np.array_equal(np.load(taken)["images"], np.load(fresh)["images"])
 
 
-def _stop(*_) -> None:
+def _stop(*_, **__) -> None:
     raise InputError("far enough")
 
 

@@ -23,12 +23,9 @@ from zsq.training.learner import Learner
 from zsq.training.loop import Run
 from zsq.types import Batch, SampleSource, Statistics
 
-PRIOR_SIGMAS = {8: 6.0, 7: 4.5, 6: 3.0}
+PRIOR_SIGMAS = {8: 6.0, 7: 4.5, 6: 3.0, 5: 1.5, 4: 1.5}
 """Standard deviations of each channel that a range spans, by the width of activations: at 8 bits those of DFQ (Nagel et
-al. 2019, section 4.2.2); a coarser grid has fewer steps to spare for values that are rare."""
-
-LEAST_SIGMAS = 1.5
-"""The same below 6 bits."""
+al. 2019, section 4.2.2); a coarser grid has fewer steps to spare for values that are rare, and below 4 bits none."""
 
 LOGIT_AGREEMENT = 5 / 3
 """By how much the logits of clear images exceed what independent features would give, beside `logit_headroom`."""
@@ -49,7 +46,7 @@ class PTQ(Checked):
     """How the range of an activation is chosen; auto is mse, the paper takes minmax."""
     range_sigmas: Factor | None = None
     """Standard deviations of each channel that a range spans at least, by what batch norm stores; 0: none. Unset, under
-    the rule auto, 6 at 8 bits, 4.5 at 7, 3 at 6 and 1.5 below; under another rule 0."""
+    the rule auto, 6 at 8 bits, 4.5 at 7, 3 at 6, 1.5 at 5 and 4, and 0 below; under another rule 0."""
     weight_range_rule: Literal["minmax", "mse"] = "minmax"
     """How the range of a weight is chosen."""
     logit_headroom: AtLeastOne = 1.5
@@ -98,12 +95,7 @@ class PTQ(Checked):
         """The standard deviations that a range spans at least; 0: none."""
         if self.range_sigmas is not None:
             return self.range_sigmas
-        return PRIOR_SIGMAS.get(Bits.parse(self.bits).activation, LEAST_SIGMAS) if self.range_rule == "auto" else 0.0
-
-    @property
-    def widens_logits(self) -> bool:
-        """Whether the range of the logits spans what batch norm implies for them."""
-        return self.range_rule == "auto" if self.range_sigmas is None else self.range_sigmas > 0
+        return PRIOR_SIGMAS.get(Bits.parse(self.bits).activation, 0.0) if self.range_rule == "auto" else 0.0
 
     @property
     def distill_steps(self) -> int:
@@ -204,7 +196,7 @@ def _prior(
     folded: GraphModule, record: Record, images: Callable[[], Iterator[Batch]], settings: PTQ, run: Run
 ) -> Statistics | None:
     """Return what batch norm says of the folded network's values; None where most layers have none, or nobody asks."""
-    asked = settings.widens_logits or settings.bias_correction
+    asked = settings.resolved_range_sigmas or settings.bias_correction
     if not asked or 2 * len(record) < len(list(edit.layers(folded))) or (first := next(images(), None)) is None:
         return None
     pixels, sigmas = pixels_of(first.images.to(run.device)), settings.resolved_range_sigmas
@@ -256,7 +248,7 @@ def calibrate(
             )
         if is_logits:
             low, high = low * settings.logit_headroom, high * settings.logit_headroom
-        if prior is not None and (settings.widens_logits if is_logits else settings.resolved_range_sigmas):
+        if prior is not None and settings.resolved_range_sigmas:
             least = _implied_range(prior, node, settings, is_logits=is_logits)
             low, high = torch.minimum(low, least[0]), torch.maximum(high, least[1])
         quantizer.choose_range(low, high)
