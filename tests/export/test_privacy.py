@@ -39,6 +39,7 @@ def test_a_file_that_runs_looks_up_no_host(files: Path, tmp_path: Path) -> None:
     assert looked_up(tmp_path, sys.executable, "-c", RUN, str(files / "8.onnx")) == "looked up:"
 
 
+@pytest.mark.slow
 def test_a_choice_of_the_user_stays() -> None:
     code = "import zsq.export.verify, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
     for chosen, expected in ((None, "1"), ("0", "0")):
