@@ -55,7 +55,7 @@ def runtime_of(target: Target) -> Callable[..., Callable[[Tensor], Tensor]]:
 def measure(teacher: Teacher, target: Target, bits: str, data: Any, folder: Path, source: Any) -> dict[str, Any] | None:
     """Quantize for a target, write, check, evaluate and time the file; None where it cannot hold the width."""
     try:
-        settings = PTQ(bits=bits, target=target.name, num_samples=CALIBRATION)  # type: ignore[arg-type]
+        settings = PTQ(bits=bits, target=target.name, num_samples=CALIBRATION)
     except InputError:
         return None
     at_once, path, floats = teacher.spec.images_at_once, folder / f"{target.name}-{bits}.onnx", folder / "float.onnx"

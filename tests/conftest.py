@@ -6,10 +6,13 @@ What they need is imported inside: pytest-xdist's own process reads this file, t
 import copy
 import functools
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # tests import the runtime by themselves
 
 pytest_plugins = ["enforce_slow", "pytester"]
 

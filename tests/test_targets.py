@@ -190,7 +190,7 @@ def test_a_file_that_breaks_a_rule_is_refused():
     found = Verification(
         9, 9, 100.0, 100.0, 100.0, 0.0, 100.0, broken_rules=("zero points must be 0: QuantizeLinear_1",)
     )
-    with pytest.raises(ExportError, match="TensorRT takes no such file: zero points must be 0: QuantizeLinear_1"):
+    with pytest.raises(ExportError, match="its target takes no such file: zero points must be 0: QuantizeLinear_1"):
         require(found)
 
 
@@ -212,7 +212,10 @@ def test_openvino_says_what_it_cannot_read(tmp_path):
     pytest.importorskip("openvino")
     with pytest.raises(InputError, match="no such file"):
         OpenVinoClassifier(tmp_path / "none.onnx")
-    (tmp_path / "broken.onnx").write_bytes(b"nothing")
+    write_onnx(convert(quantized(graph(Branchy), PTQ())), SPEC, tmp_path / "model.onnx")
+    with pytest.raises(InputError, match=r"images are \[1, 3, 9, 9\]; the file takes \['batch', 3, 8, 8\]"):
+        OpenVinoClassifier(tmp_path / "model.onnx")(torch.zeros(1, 3, 9, 9))
+    (tmp_path / "broken.onnx").write_bytes(b"")
     with pytest.raises(InputError, match="OpenVINO cannot compile it"):
         OpenVinoClassifier(tmp_path / "broken.onnx")
 

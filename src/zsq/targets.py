@@ -28,9 +28,9 @@ class Target:
     rounded."""
     activation_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
     """Widths of activations that the file can make saturate."""
-    saturates: bool = True
-    """Whether products of neighbours are added in int16 on some of its processors (`zsq.quantization.pair_sums`)."""
-
+    on_processors: bool = True
+    """Whether it computes on processors, of which some add products of neighbours in int16
+    (`zsq.quantization.pair_sums`); elsewhere no kernel of this machine is its."""
     all_activations: bool = False
     """Whether every activation has to be quantized, also those that no layer reads."""
 
@@ -62,7 +62,7 @@ TARGETS = {
             float_biases=True,
             integer_operators=False,
             activation_bits=(8,),
-            saturates=False,
+            on_processors=False,
             all_activations=True,
         ),
     )

@@ -11,9 +11,10 @@ from toys import Branchy, graph, images, quantized
 
 from zsq.errors import InputError
 from zsq.export.converted import output_step
+from zsq.export.image_spec import notes_of
 from zsq.export.onnx import write_onnx
 from zsq.export.openvino import OpenVinoClassifier
-from zsq.export.pixels import as_pixels, fed, layout_of
+from zsq.export.pixels import as_pixels, fed, layout_in
 from zsq.export.verify import OnnxClassifier, require, verify_onnx
 from zsq.quantization import PTQ
 from zsq.quantization.convert import convert
@@ -76,13 +77,14 @@ def test_the_input_says_what_it_is(student, tmp_path):
         assert taken.name == "pixels"
         assert taken.type.tensor_type.elem_type == onnx.TensorProto.UINT8
         assert [size.dim_value for size in taken.type.tensor_type.shape.dim][1:] == shape
-        assert layout_of(path) == (SPEC, layout)
+        assert layout_in(notes_of(path)) == layout
+        assert OnnxClassifier(path).spec == SPEC
         with pytest.raises(InputError, match=r"the file takes \['batch', 3, 8, 8\]"):
             OnnxClassifier(path)(torch.zeros(1, 3, 9, 9))
 
 
 def test_a_file_that_takes_images_says_nothing_of_pixels(files: Path):
-    assert layout_of(files / "8.onnx") is None
+    assert layout_in(notes_of(files / "8.onnx")) is None
 
 
 def test_openvino_takes_pixels(student, tmp_path):

@@ -13,8 +13,8 @@ from zsq.cli.output import prints_to_stderr
 from zsq.data.datasets import LabelledImages, open_dataset
 from zsq.errors import InputError
 from zsq.evaluation.accuracy import Evaluation, Predict, evaluate_many
-from zsq.export.openvino import OpenVinoClassifier
-from zsq.export.verify import OnnxClassifier, open_file
+from zsq.export.classifier import FileClassifier
+from zsq.export.verify import open_file
 from zsq.models.network import Network
 from zsq.models.options import option
 from zsq.models.teacher import Teacher, load
@@ -106,7 +106,7 @@ class Evaluate:
                 )
 
 
-def _open_file(path: Path) -> OnnxClassifier | OpenVinoClassifier:
+def _open_file(path: Path) -> FileClassifier:
     return open_file(path / "model.onnx" if path.is_dir() else path)
 
 

@@ -29,18 +29,6 @@ def notes_of(path: Path) -> dict[str, str]:
         raise InputError(f"{path}: it is no ONNX file.") from error
 
 
-def spec_of(path: Path) -> ImageSpec:
-    """Return what an ONNX file takes and gives, as zsq has noted in it.
-
-    Raises:
-        InputError: it holds no such note.
-    """
-    stored = notes_of(path).get(KEY)
-    if stored is None:
-        raise InputError(f"{path} does not say how its images are normalised; zsq has not written it.")
-    return from_json(stored)
-
-
 def to_json(spec: ImageSpec) -> str:
     """Return the note."""
     return json.dumps(asdict(spec), sort_keys=True)

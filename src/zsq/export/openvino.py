@@ -4,13 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from zsq.errors import InputError, MissingExtraError
-from zsq.export.image_spec import spec_of
-from zsq.export.pixels import fed, layout_of
-from zsq.types import ImageSpec
+from zsq.export.classifier import FileClassifier
+from zsq.export.image_spec import notes_of
 
 INSTALL = "pip install 'zsq[openvino]'"
 
@@ -30,7 +27,7 @@ def require_openvino() -> Any:
     return openvino
 
 
-class OpenVinoClassifier:
+class OpenVinoClassifier(FileClassifier):
     """An ONNX file in OpenVINO on the processor, called like a network.
 
     Args:
@@ -42,27 +39,14 @@ class OpenVinoClassifier:
     """
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
-        openvino = require_openvino()
-        if not Path(path).is_file():
-            raise InputError(f"{path}: no such file; write one with write_onnx.")
+        openvino, notes = require_openvino(), notes_of(path)
         settings = {"INFERENCE_PRECISION_HINT": "f32"} | ({} if threads is None else {"INFERENCE_NUM_THREADS": threads})
         try:
             self._compiled = openvino.Core().compile_model(str(path), "CPU", settings)
         except RuntimeError as error:
             raise InputError(f"{path}: OpenVINO cannot compile it: {str(error).strip().splitlines()[-1]}") from error
-        self._pixels, self._path = layout_of(path), path
+        sizes = self._compiled.input(0).partial_shape
+        super().__init__(path, notes, [size.get_length() if size.is_static else "batch" for size in sizes])
 
-    @property
-    def spec(self) -> ImageSpec:
-        """What the file takes and gives, as zsq has noted in it.
-
-        Raises:
-            InputError: it holds no such note.
-        """
-        return spec_of(self._path)
-
-    def __call__(self, images: Tensor | np.ndarray) -> Tensor:
-        """Return the logits, float [N, classes], of normalised images, float [N, C, H, W]."""
-        images = torch.as_tensor(images).detach().to("cpu", torch.float32).contiguous()
-        array = images.numpy() if self._pixels is None else fed(images, *self._pixels)
-        return torch.from_numpy(np.array(self._compiled([array])[0]))
+    def _run(self, array: np.ndarray) -> np.ndarray:
+        return np.array(self._compiled([array])[0])

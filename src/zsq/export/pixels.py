@@ -1,6 +1,6 @@
 """Files that take pixels: uint8 in the layout of a camera or of PyTorch, mean and std folded in."""
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -9,7 +9,6 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from zsq.export.image_spec import KEY, from_json, notes_of
 from zsq.types import ImageSpec
 
 Layout = Literal["nchw", "nhwc"]
@@ -61,10 +60,8 @@ def as_pixels(images: Tensor, spec: ImageSpec) -> Tensor:
     return spec.normalize(spec.to_pixels(images).permute(0, 3, 1, 2).to(torch.float32) / 255)
 
 
-def layout_of(path: Path) -> tuple[ImageSpec, Layout] | None:
-    """Return what a file of zsq takes where it takes pixels, else None."""
-    noted = notes_of(path)
-    if NOTE not in noted:
+def layout_in(notes: Mapping[str, str]) -> Layout | None:
+    """Return the layout of the pixels that a file with these metadata takes; None where it takes images."""
+    if NOTE not in notes:
         return None
-    layout: Layout = "nhwc" if noted[NOTE] == "nhwc" else "nchw"
-    return from_json(noted[KEY]), layout
+    return "nhwc" if notes[NOTE] == "nhwc" else "nchw"

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from zsq.errors import ExportError, InputError
-from zsq.export.image_spec import notes_of, spec_of
+from zsq.export.classifier import FileClassifier
+from zsq.export.image_spec import notes_of
 from zsq.export.openvino import OpenVinoClassifier
-from zsq.export.pixels import as_pixels, fed, layout_of
 from zsq.export.saturation import saturating_layers
 from zsq.export.tensorrt_rules import broken_rules
 from zsq.runtime.gpu import full_float32
 from zsq.targets import TARGETS, Target
-from zsq.types import ImageSpec
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read at the import: the runtime reports every session otherwise
 
@@ -35,7 +34,7 @@ _RUNTIME_ERRORS = (
 )
 
 
-class OnnxClassifier:
+class OnnxClassifier(FileClassifier):
     """An ONNX file in ONNX Runtime on the processor, called like a network.
 
     Args:
@@ -59,42 +58,18 @@ class OnnxClassifier:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except _RUNTIME_ERRORS as error:
             raise InputError(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from error
-        self._input, self._path, self._pixels = self._session.get_inputs()[0], path, layout_of(path)
+        self._input = self._session.get_inputs()[0]
+        super().__init__(path, self._session.get_modelmeta().custom_metadata_map, list(self._input.shape))
 
-    @property
-    def spec(self) -> ImageSpec:
-        """What the file takes and gives, as zsq has noted in it.
-
-        Raises:
-            InputError: it holds no such note.
-        """
-        return spec_of(self._path)
-
-    def __call__(self, images: Tensor | np.ndarray) -> Tensor:
-        """Return the logits, float [N, classes], of normalised images, float [N, C, H, W].
-
-        A file that takes pixels is fed the nearest ones.
-
-        Raises:
-            InputError: the images do not have the shape that the file takes.
-        """
-        images, wanted = torch.as_tensor(images), list(self._input.shape)
-        if self._pixels is not None:
-            spec, layout = self._pixels
-            wanted = [wanted[0], spec.channels, spec.height, spec.width]
-        if images.dim() != len(wanted) or list(images.shape[1:]) != wanted[1:]:
-            raise InputError(f"images are {list(images.shape)}; the file takes {wanted}.")
-        array = images.detach().to("cpu", torch.float32).contiguous().numpy()
-        if self._pixels is not None:
-            array = fed(images, spec, layout)
+    def _run(self, array: np.ndarray) -> np.ndarray:
         try:
             (logits,) = self._session.run(None, {self._input.name: array})
         except _RUNTIME_ERRORS as error:
             raise InputError(f"{self._path}: ONNX Runtime cannot run it: {str(error).splitlines()[0]}") from error
-        return torch.from_numpy(logits)
+        return np.asarray(logits)
 
 
-def open_file(path: Path, threads: int | None = None) -> OnnxClassifier | OpenVinoClassifier:
+def open_file(path: Path, threads: int | None = None) -> FileClassifier:
     """Open a file in the runtime that it was written for, as its metadata say.
 
     A file for another processor than this one is run literally, since kernels here may saturate.
@@ -106,13 +81,7 @@ def open_file(path: Path, threads: int | None = None) -> OnnxClassifier | OpenVi
     target = TARGETS.get(notes_of(path).get("target", ""), TARGETS["onnxruntime"])
     if target.runs_in == "openvino":
         return OpenVinoClassifier(path, threads=threads)
-    return OnnxClassifier(path, optimize=target.saturates, threads=threads)
-
-
-def seen_by(path: Path) -> Callable[[Tensor], Tensor]:
-    """Return what turns normalised images into those that a file computes with: of the nearest pixels, or the same."""
-    taken = layout_of(path)
-    return (lambda images: images) if taken is None else (lambda images: as_pixels(images, taken[0]))
+    return OnnxClassifier(path, optimize=target.on_processors, threads=threads)
 
 
 MARGIN_STEPS = 2.0
@@ -132,6 +101,9 @@ CHANCE = 0.01
 
 SAME_NOISES, SAME_STEPS = 2.0, 1.0
 """Distance from the simulation up to which a file computes the same: over the simulation's own noise, and in steps."""
+
+RULES_OF: dict[str, Callable[[Path], tuple[str, ...]]] = {"tensorrt": broken_rules}
+"""What finds the rules that a file breaks, for targets that do not run here."""
 
 FAR_NOISES, FAR_STEPS = 6.0, 4.0
 """Distance beyond which a file computes something else, even where one class is so far ahead that it stays first."""
@@ -213,18 +185,19 @@ def verify_onnx(
         InputError: there is no image, or the file cannot be loaded.
     """
     literal = OnnxClassifier(path, optimize=False, threads=threads)
-    optimized = OnnxClassifier(path, threads=threads) if target.saturates else literal
+    optimized = OnnxClassifier(path, threads=threads) if target.on_processors else literal
     own = OpenVinoClassifier(path, threads=threads) if target.runs_in == "openvino" else None
     seen: list[tuple[Tensor, ...]] = []
     found = None
-    seen_of = seen_by(path)
-    for batch in map(seen_of, images):
+    for batch in map(literal.seen, images):
         with torch.no_grad(), full_float32():
             expected = simulate(batch).detach().to("cpu", torch.float32)
             other = expected[:0]
             if batch.dim() == 4 and sum(len(logits) for logits, *_ in seen) < NOISE_IMAGES:
                 other = simulate(_reordered(batch)).detach().to("cpu", torch.float32)
-        seen.append((expected, other, literal(batch), optimized(batch), own(batch) if own else expected[:0]))
+        first = literal(batch)
+        second = first if optimized is literal else optimized(batch)
+        seen.append((expected, other, first, second, own(batch) if own else expected[:0]))
         if enough is not None:
             found = _compared(seen, output_step, margin_steps)
             ways = (found.decided_agreement, found.decided_agreement_optimized, found.decided_agreement_target)
@@ -236,8 +209,8 @@ def verify_onnx(
     found = found or _compared(seen, output_step, margin_steps)
     return replace(
         found,
-        saturating_layers=saturating_layers(path) if target.saturates else (),
-        broken_rules=broken_rules(path) if target.name == "tensorrt" else (),
+        saturating_layers=saturating_layers(path) if target.on_processors else (),
+        broken_rules=RULES_OF[target.name](path) if target.name in RULES_OF else (),
     )
 
 
@@ -306,7 +279,7 @@ def require(verification: Verification, minimum: float = LEAST_AGREEMENT) -> Non
             f"{', '.join(found.saturating_layers)} let the products of two neighbours leave int16."
         )
     if found.broken_rules:
-        raise ExportError(f"TensorRT takes no such file: {'; '.join(found.broken_rules)}.")
+        raise ExportError(f"its target takes no such file: {'; '.join(found.broken_rules)}.")
     if found.num_decided == 0 and found.noise_steps == 0:
         raise ExportError(
             f"the file is not verified: on none of {found.num_images} images are the two highest logits more "

@@ -293,7 +293,7 @@ class _Placer:
         source, weight = self.own(layer, layer.args[1])
         name = f"weight_{self.layers.index(layer)}"
         target = self.scheme.target
-        paired = target.saturates and not edit.is_depthwise(layer, weight)
+        paired = target.on_processors and not edit.is_depthwise(layer, weight)
         quantizer = WeightQuantizer(
             weight,
             bits,

@@ -61,8 +61,8 @@ class PTQ(Checked):
     """Round every activation between layers, or only the inputs of convolutions and linear layers."""
     first_last_bits: Width | None = None
     """Width of the first and last layer, where it differs."""
-    target: Literal["onnxruntime", "openvino", "tensorrt"] = "onnxruntime"
-    """Runtime that the file is for: it decides the grids; `--target` sets it."""
+    target: Text = "onnxruntime"
+    """Runtime that the file is for, onnxruntime, openvino or tensorrt: it decides the grids; `--target` sets it."""
     pixels: Literal["nchw", "nhwc"] | None = None
     """Let the file take uint8 pixels in this layout instead of normalized floats, mean and std folded in; `--pixels`
     sets it."""

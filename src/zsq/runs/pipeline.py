@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from zsq.evaluation.accuracy import Evaluation
+from zsq.export.classifier import FileClassifier
 from zsq.export.content_hash import canonical_sha256
-from zsq.export.openvino import OpenVinoClassifier
-from zsq.export.verify import OnnxClassifier, Verification, open_file, require
+from zsq.export.verify import Verification, open_file, require
 from zsq.methods import Surrogate
 from zsq.quantization.prepare import Student
 from zsq.runs.fitted import GENERATOR
@@ -48,7 +48,7 @@ class Result:
     """Where the files are."""
 
     @property
-    def model(self) -> OnnxClassifier | OpenVinoClassifier:
+    def model(self) -> FileClassifier:
         """The quantized network as users run it: the ONNX file in the runtime of its target."""
         return open_file(self.folder / MODEL)
 

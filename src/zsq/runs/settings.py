@@ -10,7 +10,6 @@ from zsq.methods import METHODS, Method
 from zsq.quantization import PTQ, QUANTIZERS
 from zsq.quantization.prepare import Bits
 from zsq.runs.recipe_file import SECTIONS, read_toml, run_tables
-from zsq.targets import target_of
 
 DEFAULTS = {"method": "zscgan", "quantizer": "ptq"}
 
@@ -88,8 +87,6 @@ def resolve(
     if bits is not None:
         tables["quantizer"] |= _read_bits(str(bits))
     tables["quantizer"] |= {name: value for name, value in (flags or {}).items() if value is not None}
-    if (target := tables["quantizer"].get("target")) is not None:
-        target_of(str(target))
     check_pair(names["method"], names["quantizer"])
     chosen |= {f"{section}.{key}" for section, table in tables.items() for key in table}
     built = {section: build(section, names[section], tables[section]) for section in SECTIONS}

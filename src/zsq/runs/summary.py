@@ -16,16 +16,17 @@ def summary_rows(record: Record) -> Iterator[tuple[str, str]]:
     if record.target != "onnxruntime":
         yield "target", target_of(record.target).title
     yield from _accuracy_rows(record)
-    check = record.verification
+    check, target = record.verification, target_of(record.target)
+    optimized = f" ({percent(check.agreement_optimized)} % with the runtime's optimisations)"
     yield (
         "file against simulation",
         f"{percent(check.decided_agreement)} % of {check.num_decided} clear images, "
-        f"{percent(check.agreement_literal)} % of all {check.num_images} "
-        f"({percent(check.agreement_optimized)} % with the runtime's optimisations)",
+        f"{percent(check.agreement_literal)} % of all {check.num_images}"
+        f"{optimized if target.on_processors else ''}",
     )
     if check.agreement_target is not None:
         yield (
-            f"file in {target_of(record.target).title}",
+            f"file in {target.title}",
             f"{percent(check.decided_agreement_target)} % of the clear images, "
             f"{percent(check.agreement_target)} % of all",
         )

@@ -1,0 +1,63 @@
+"""What all runtimes share that run a file: what it takes by its metadata, the check of a shape, and pixels."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zsq.errors import InputError
+from zsq.export.image_spec import KEY, from_json
+from zsq.export.pixels import as_pixels, fed, layout_in
+from zsq.types import ImageSpec
+
+
+class FileClassifier(ABC):
+    """A file in a runtime, called like a network.
+
+    Args:
+        path: the file.
+        notes: its metadata, by name.
+        shape: of its input: sizes, or a name where any will do.
+    """
+
+    def __init__(self, path: Path, notes: Mapping[str, str], shape: list[Any]) -> None:
+        self._path, self._notes, self._shape, self._layout = path, notes, shape, layout_in(notes)
+        if self._layout is not None:
+            self._shape = [shape[0], self.spec.channels, self.spec.height, self.spec.width]
+
+    @property
+    def spec(self) -> ImageSpec:
+        """What the file takes and gives, as zsq has noted in it.
+
+        Raises:
+            InputError: it holds no such note.
+        """
+        if KEY not in self._notes:
+            raise InputError(f"{self._path} does not say how its images are normalised; zsq has not written it.")
+        return from_json(self._notes[KEY])
+
+    def seen(self, images: Tensor) -> Tensor:
+        """Return the normalised images that the file computes with: of the nearest pixels where it takes those."""
+        return images if self._layout is None else as_pixels(images, self.spec)
+
+    def __call__(self, images: Tensor | np.ndarray) -> Tensor:
+        """Return the logits, float [N, classes], of normalised images, float [N, C, H, W].
+
+        A file that takes pixels is fed the nearest ones.
+
+        Raises:
+            InputError: the images do not have the shape that the file takes, or the runtime cannot run it.
+        """
+        images = torch.as_tensor(images).detach().to("cpu", torch.float32).contiguous()
+        if images.dim() != len(self._shape) or list(images.shape[1:]) != self._shape[1:]:
+            raise InputError(f"images are {list(images.shape)}; the file takes {self._shape}.")
+        array = images.numpy() if self._layout is None else fed(images, self.spec, self._layout)
+        return torch.from_numpy(self._run(array))
+
+    @abstractmethod
+    def _run(self, array: np.ndarray) -> np.ndarray:
+        """Return the logits of what the file takes."""
