@@ -24,7 +24,7 @@ from genie import Genie
 from zsq.data.datasets import LabelledImages, open_dataset
 from zsq.evaluation.accuracy import Evaluation, evaluate
 from zsq.export.onnx import write_onnx
-from zsq.export.verify import OnnxClassifier
+from zsq.export.onnx_runtime import OnnxClassifier
 from zsq.methods import ZSCGAN, Noise, Real, ZeroQ
 from zsq.methods.image_optimization import Inversion
 from zsq.methods.pool import PoolSource, Stateless

@@ -28,8 +28,9 @@ from zsq.errors import InputError
 from zsq.evaluation.accuracy import evaluate_many
 from zsq.export.converted import output_step
 from zsq.export.onnx import write_onnx
+from zsq.export.onnx_runtime import OnnxClassifier
 from zsq.export.openvino import OpenVinoClassifier
-from zsq.export.verify import OnnxClassifier, require, verify_onnx
+from zsq.export.verify import require, verify_file
 from zsq.models.teacher import Teacher
 from zsq.quantization.convert import convert
 from zsq.quantization.ptq import quantize_ptq
@@ -65,7 +66,7 @@ def measure(teacher: Teacher, target: Target, bits: str, data: Any, folder: Path
     if not floats.exists():
         write_float(teacher, floats)
     checked = (batch.images for batch in data.batches(at_once))
-    found = verify_onnx(path, student, checked, output_step(converted), threads=1, enough=100, target=target)
+    found = verify_file(path, student, checked, output_step(converted), threads=1, enough=100, target=target)
     require(found)
     runtime = runtime_of(target)
     file, reference = runtime(path, threads=1), runtime(floats, threads=1)

@@ -15,10 +15,11 @@ from zsq.data.datasets import open_dataset
 from zsq.errors import ExportError, InputError, MissingExtraError
 from zsq.evaluation.accuracy import evaluate
 from zsq.export.converted import output_step
+from zsq.export.files import open_file, write_file
 from zsq.export.onnx import write_onnx
 from zsq.export.openvino import OpenVinoClassifier
 from zsq.export.tensorrt_rules import RULES, broken_rules
-from zsq.export.verify import OnnxClassifier, Verification, require, verify_onnx
+from zsq.export.verify import Verification, require, verify_file
 from zsq.quantization import PTQ, QAT
 from zsq.quantization.convert import convert
 from zsq.quantization.ptq import quantize_ptq
@@ -41,15 +42,15 @@ refused = [(name, bits) for name in TARGETS for bits in WIDTHS if int(bits[-1]) 
 @pytest.mark.parametrize("make", NETWORKS)
 @pytest.mark.parametrize(("name", "bits"), held)
 def test_a_file_computes_what_was_simulated(name, bits, make, tmp_path):
-    if TARGETS[name].runs_in == "openvino":
-        pytest.importorskip("openvino", reason="target openvino runs its file in OpenVINO")
+    target = target_of(name)
+    pytest.importorskip(target.runs_in, reason=f"target {name} runs its file in it")
     student = quantized(graph(make), PTQ(bits=bits, target=name))
-    converted, target, path = convert(student), target_of(name), tmp_path / "model.onnx"
-    write_onnx(converted, SPEC, path, target)
+    converted, path = convert(student), tmp_path / target.file
+    write_file(converted, SPEC, path, target)
     x = images(300, seed=5)
-    found = verify_onnx(path, student, x.split(100), output_step(converted), threads=1, target=target)
+    found = verify_file(path, student, x.split(100), output_step(converted), threads=1, target=target)
     require(found)
-    assert (found.agreement_target is None) == (target.runs_in == "onnxruntime")
+    assert (found.agreement_target is None) == (target.runs_in != "openvino")
     assert found.saturating_layers == found.broken_rules == ()
 
 
@@ -232,23 +233,22 @@ def test_openvino_adds_before_it_rounds():
 
 @pytest.mark.slow
 @pytest.mark.real
-@pytest.mark.parametrize(("name", "bits"), [("openvino", "4"), ("tensorrt", "W4A8")])
+@pytest.mark.parametrize(("name", "bits"), [("openvino", "4"), ("litert", "4"), ("tensorrt", "W4A8")])
 def test_a_real_residual_network_runs_as_simulated_by_its_target(name, bits, real_data, tmp_path):
-    if TARGETS[name].runs_in == "openvino":
-        pytest.importorskip("openvino")
+    pytest.importorskip(TARGETS[name].runs_in, reason=f"target {name} runs its file in it")
     teacher = load_teacher(
         str(EXAMPLES / "cifar10.py:cifar10_resnet20"), weights=real_data / "weights" / "cifar10_resnet20.safetensors"
     )
     data = open_dataset(str(real_data / "cifar10" / "test.npz"), teacher.spec, limit=200)
     source = Noise(distribution="natural").fit(teacher, Run()).source
     student = quantize_ptq(teacher.network, lambda: source.sample(100), PTQ(bits=bits, target=name), Run())
-    converted, target, path = convert(student), target_of(name), tmp_path / "model.onnx"
-    write_onnx(converted, teacher.spec, path, target)
+    converted, target = convert(student), target_of(name)
+    path = tmp_path / target.file
+    write_file(converted, teacher.spec, path, target)
     batches = [batch.images for batch in data.batches()]
-    found = verify_onnx(path, student, batches, output_step(converted), threads=1, target=target)
+    found = verify_file(path, student, batches, output_step(converted), threads=1, target=target)
     require(found)
     if target.runs_in == "openvino":
         assert found.decided_agreement_target == 100
         assert found.distance_target_steps < 0.5
-    file = OpenVinoClassifier(path, threads=1) if target.runs_in == "openvino" else OnnxClassifier(path, threads=1)
-    assert evaluate(file, data, teacher=teacher.network).teacher_agreement > 85
+    assert evaluate(open_file(path, threads=1), data, teacher=teacher.network).teacher_agreement > 85

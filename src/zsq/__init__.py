@@ -10,7 +10,7 @@ from zsq.comparison.compare import compare
 from zsq.comparison.result import Comparison
 from zsq.errors import ExportError, InputError, MissingExtraError, NumericsError, TeacherError, ZsqError
 from zsq.evaluation.accuracy import Evaluation, evaluate
-from zsq.export.verify import OnnxClassifier
+from zsq.export.onnx_runtime import OnnxClassifier
 from zsq.methods import METHODS, ZSCGAN, Adversarial, BigGAN, DeepInversion, KnowledgeWithin, Noise, Real, ZeroQ
 from zsq.methods.dfq import DFQ
 from zsq.models.network import Network

@@ -1,6 +1,7 @@
 """Targets: the runtimes that a file is written for, and the grids that each of them computes with."""
 
 from dataclasses import dataclass
+from pathlib import PurePath
 
 from zsq.errors import InputError, unknown_name
 
@@ -15,24 +16,35 @@ class Target:
     """Its name in texts."""
     runs_in: str
     """Package in which the file is run and checked."""
+    file: str = "model.onnx"
+    """Name of its file in a run's folder."""
     symmetric_activations: bool = False
     """Whether activations are int8 with zero point 0; else uint8 with any."""
     symmetric_weights: bool = False
     """Whether weights leave out -128, the integer without an opposite."""
     float_biases: bool = False
     """Whether biases stay float; else int32 at input scale times weight scale."""
-    integer_operators: bool = True
-    """Whether hard swish, hard sigmoid and lone batch norms may be computed on integers in the file."""
+    integer_gates: bool = True
+    """Whether hard swish and hard sigmoid may be clips and products of integers in the file."""
+    integer_norms: bool = True
+    """Whether a lone batch norm may be a convolution of integers in the file."""
     rounds_addends: bool = True
     """Whether what a layer gives to an addition alone is rounded first; else the layer adds in float, and the sum is
     rounded."""
     activation_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
     """Widths of activations that the file can make saturate."""
-    on_processors: bool = True
-    """Whether it computes on processors, of which some add products of neighbours in int16
-    (`zsq.quantization.pair_sums`); elsewhere no kernel of this machine is its."""
+    keeps_pairs: bool = True
+    """Whether weights keep sums of neighbours' products within int16, as kernels of some processors need
+    (`zsq.quantization.pair_sums`); an ONNX file without that is run literally here."""
+    packs: bool = False
+    """Whether the file can hold weights of 4 bits or fewer two to a byte."""
     all_activations: bool = False
     """Whether every activation has to be quantized, also those that no layer reads."""
+
+    @property
+    def suffix(self) -> str:
+        """How the name of its file ends, such as `.onnx`."""
+        return PurePath(self.file).suffix
 
     def check_bits(self, text: str, activation: int) -> None:
         """Check that the file can hold activations of a width.
@@ -54,15 +66,27 @@ TARGETS = {
         Target(name="onnxruntime", title="ONNX Runtime", runs_in="onnxruntime"),
         Target(name="openvino", title="OpenVINO", runs_in="openvino", rounds_addends=False),
         Target(
+            name="litert",
+            title="LiteRT",
+            runs_in="ai_edge_litert",
+            file="model.tflite",
+            packs=True,
+            symmetric_weights=True,
+            integer_gates=False,
+            keeps_pairs=False,
+            all_activations=True,
+        ),
+        Target(
             name="tensorrt",
             title="TensorRT",
             runs_in="onnxruntime",
             symmetric_activations=True,
             symmetric_weights=True,
             float_biases=True,
-            integer_operators=False,
+            integer_gates=False,
+            integer_norms=False,
             activation_bits=(8,),
-            on_processors=False,
+            keeps_pairs=False,
             all_activations=True,
         ),
     )

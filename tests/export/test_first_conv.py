@@ -13,7 +13,8 @@ from torch import nn
 from zsq.export.converted import output_step
 from zsq.export.first_conv import pad_channels
 from zsq.export.onnx import write_onnx
-from zsq.export.verify import OnnxClassifier, verify_onnx
+from zsq.export.onnx_runtime import OnnxClassifier
+from zsq.export.verify import verify_file
 from zsq.models.teacher import teacher_from_module
 from zsq.quantization import PTQ
 from zsq.quantization.convert import convert
@@ -131,7 +132,7 @@ def test_a_file_with_such_a_stem_computes_what_one_without_it_does(bits, tmp_pat
     assert model.graph.node[0].op_type == "Pad"
     weight = next(tensor for tensor in model.graph.initializer if tensor.name == "0.weight")
     assert list(weight.dims) == [8, 4, 3, 3]
-    found = verify_onnx(tmp_path / "model.onnx", student, iter(images.split(100)), output_step(converted), threads=1)
+    found = verify_file(tmp_path / "model.onnx", student, iter(images.split(100)), output_step(converted), threads=1)
     assert found.decided_agreement >= 99
     padded = OnnxClassifier(tmp_path / "model.onnx", threads=1)(images)
     monkeypatch.setattr("zsq.export.onnx.pad_channels", lambda model: None)

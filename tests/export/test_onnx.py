@@ -13,7 +13,8 @@ from toys import fused_operators
 from zsq.errors import ExportError
 from zsq.export.converted import output_step
 from zsq.export.onnx import write_onnx
-from zsq.export.verify import OnnxClassifier, require, verify_onnx
+from zsq.export.onnx_runtime import OnnxClassifier
+from zsq.export.verify import require, verify_file
 from zsq.types import ImageSpec
 
 every_width = pytest.mark.parametrize("bits", [8, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (6, 4))])
@@ -28,7 +29,7 @@ def onnx_file(bits: int, request: pytest.FixtureRequest) -> Path:
 @every_width
 def test_onnx_runtime_computes_what_was_simulated(bits: int, onnx_file: Path, images: Tensor) -> None:
     network = converted_network(bits)
-    verification = verify_onnx(onnx_file, simulate(network), images.split(64), output_step(network), threads=1)
+    verification = verify_file(onnx_file, simulate(network), images.split(64), output_step(network), threads=1)
     require(verification)
     assert verification.num_images == 200
     assert 100 < verification.num_decided <= 200
@@ -87,7 +88,7 @@ def test_weights_stay_int8_and_biases_int32(files: Path) -> None:
 def test_per_tensor_weights(tmp_path: Path, images: Tensor) -> None:
     network = converted_network(per_channel=False)
     write_onnx(network, SPEC, tmp_path / "tensor.onnx")
-    found = verify_onnx(tmp_path / "tensor.onnx", simulate(network), [images], output_step(network), threads=1)
+    found = verify_file(tmp_path / "tensor.onnx", simulate(network), [images], output_step(network), threads=1)
     require(found)
     assert found.decided_agreement == 100
 

@@ -13,9 +13,11 @@ from zsq.errors import InputError
 from zsq.export.converted import output_step
 from zsq.export.image_spec import notes_of
 from zsq.export.onnx import write_onnx
+from zsq.export.onnx_runtime import OnnxClassifier
 from zsq.export.openvino import OpenVinoClassifier
+from zsq.export.options import FileOptions
 from zsq.export.pixels import as_pixels, fed, layout_in
-from zsq.export.verify import OnnxClassifier, require, verify_onnx
+from zsq.export.verify import require, verify_file
 from zsq.quantization import PTQ
 from zsq.quantization.convert import convert
 from zsq.targets import TARGETS
@@ -36,7 +38,7 @@ def test_pixels_give_the_logits_of_normalised_images(layout, target, tmp_path):
     converted = convert(quantized(graph(Branchy), PTQ(target=target)))
     plain, folded = tmp_path / "plain.onnx", tmp_path / "folded.onnx"
     write_onnx(converted, SPEC, plain, TARGETS[target])
-    write_onnx(converted, SPEC, folded, TARGETS[target], pixels=layout)
+    write_onnx(converted, SPEC, folded, TARGETS[target], options=FileOptions(pixels=layout))
     normalised = SPEC.normalize(PIXELS.permute(0, 3, 1, 2).float() / 255)
     expected = OnnxClassifier(plain, threads=1)(normalised)
     session = onnxruntime.InferenceSession(str(folded), providers=["CPUExecutionProvider"])
@@ -56,14 +58,14 @@ def test_pixels_survive_the_way_to_images_and_back():
 def test_a_file_that_takes_pixels_is_checked_on_what_it_sees(student, tmp_path):
     """Images between two pixels, or beyond them, are what the simulation gets otherwise."""
     path, converted = tmp_path / "model.onnx", convert(student)
-    write_onnx(converted, SPEC, path, pixels="nhwc")
+    write_onnx(converted, SPEC, path, options=FileOptions(pixels="nhwc"))
     seen = []
 
     def simulate(x):
         seen.append(x)
         return student(x)
 
-    found = verify_onnx(path, simulate, [3 * images(100)], output_step(converted), threads=1)
+    found = verify_file(path, simulate, [3 * images(100)], output_step(converted), threads=1)
     require(found)
     assert found.agreement_optimized == 100
     assert torch.equal(seen[0], as_pixels(seen[0], SPEC))
@@ -72,7 +74,7 @@ def test_a_file_that_takes_pixels_is_checked_on_what_it_sees(student, tmp_path):
 def test_the_input_says_what_it_is(student, tmp_path):
     for layout, shape in (("nchw", [3, 8, 8]), ("nhwc", [8, 8, 3])):
         path = tmp_path / f"{layout}.onnx"
-        write_onnx(convert(student), SPEC, path, pixels=layout)
+        write_onnx(convert(student), SPEC, path, options=FileOptions(pixels=layout))
         (taken,) = onnx.load(path).graph.input
         assert taken.name == "pixels"
         assert taken.type.tensor_type.elem_type == onnx.TensorProto.UINT8
@@ -89,7 +91,7 @@ def test_a_file_that_takes_images_says_nothing_of_pixels(files: Path):
 
 def test_openvino_takes_pixels(student, tmp_path):
     pytest.importorskip("openvino")
-    write_onnx(convert(student), SPEC, tmp_path / "model.onnx", pixels="nhwc")
+    write_onnx(convert(student), SPEC, tmp_path / "model.onnx", options=FileOptions(pixels="nhwc"))
     normalised = SPEC.normalize(PIXELS.permute(0, 3, 1, 2).float() / 255)
     found, expected = (
         kind(tmp_path / "model.onnx", threads=1)(normalised) for kind in (OpenVinoClassifier, OnnxClassifier)

@@ -12,7 +12,7 @@ MOUNT = 'mount --bind "$0" /etc/resolv.conf && exec "$@"'
 RUN = """
 import sys, time
 import numpy as np
-from zsq.export.verify import OnnxClassifier
+from zsq.export.onnx_runtime import OnnxClassifier
 OnnxClassifier(sys.argv[1], threads=1)(np.zeros((1, 3, 8, 8), np.float32))
 time.sleep(12)  # the runtime reports eight seconds after its start
 """

@@ -10,7 +10,8 @@ from torch import Tensor
 from zsq.errors import ExportError, InputError
 from zsq.export.content_hash import canonical_sha256
 from zsq.export.converted import output_step
-from zsq.export.verify import OnnxClassifier, Verification, at_least, require, verify_onnx
+from zsq.export.onnx_runtime import OnnxClassifier
+from zsq.export.verify import Verification, at_least, require, verify_file
 
 
 @pytest.mark.slow
@@ -20,7 +21,7 @@ def test_a_tampered_file_is_refused(files: Path, images: Tensor, tmp_path: Path)
     scale = next(tensor for tensor in model.graph.initializer if tensor.name == "second_weight.scale")
     scale.raw_data = (4 * onnx.numpy_helper.to_array(scale)).tobytes()
     onnx.save(model, tmp_path / "tampered.onnx")
-    verification = verify_onnx(tmp_path / "tampered.onnx", simulate(network), [images], output_step(network), threads=1)
+    verification = verify_file(tmp_path / "tampered.onnx", simulate(network), [images], output_step(network), threads=1)
     with pytest.raises(ExportError, match=r"is \d+\.\d quantization steps from the simulation"):
         require(verification)
     assert canonical_sha256(tmp_path / "tampered.onnx") != canonical_sha256(files / "8.onnx")
@@ -30,21 +31,21 @@ def test_a_tampered_file_is_refused(files: Path, images: Tensor, tmp_path: Path)
 def test_verification_counts_and_figures(files: Path, images: Tensor) -> None:
     network, run = converted_network(), OnnxClassifier(files / "8.onnx", threads=1)
     step = output_step(network)
-    shifted = verify_onnx(files / "8.onnx", lambda batch: run(batch) + 3 * step, [images], step, threads=1)
+    shifted = verify_file(files / "8.onnx", lambda batch: run(batch) + 3 * step, [images], step, threads=1)
     assert shifted.decided_agreement == shifted.agreement_optimized == 100
     assert shifted.max_logit_difference_steps == pytest.approx(3, abs=2)
-    rolled = verify_onnx(files / "8.onnx", lambda batch: run(batch).roll(1, dims=1), [images], step, threads=1)
+    rolled = verify_file(files / "8.onnx", lambda batch: run(batch).roll(1, dims=1), [images], step, threads=1)
     assert rolled.decided_agreement == 0
     margins = torch.arange(200)[:, None] * torch.tensor([1.0, 0, 0, 0, 0])  # 0, 1, 2, ... steps: decided from 3 up
-    assert verify_onnx(files / "8.onnx", lambda _: step * margins, [images], step, threads=1).num_decided == 197
-    wide = verify_onnx(files / "8.onnx", lambda _: step * margins, [images], step, threads=1, margin_steps=99.5)
+    assert verify_file(files / "8.onnx", lambda _: step * margins, [images], step, threads=1).num_decided == 197
+    wide = verify_file(files / "8.onnx", lambda _: step * margins, [images], step, threads=1, margin_steps=99.5)
     assert wide.num_decided == 100
-    undecided = verify_onnx(files / "8.onnx", lambda batch: 0 * run(batch), [images], step, threads=1)
+    undecided = verify_file(files / "8.onnx", lambda batch: 0 * run(batch), [images], step, threads=1)
     assert (undecided.num_decided, undecided.decided_agreement) == (0, 0)
     with pytest.raises(ExportError, match="on none of 200 images"):
         require(undecided)
     with pytest.raises(InputError, match="at least one image"):
-        verify_onnx(files / "8.onnx", run, [], step)
+        verify_file(files / "8.onnx", run, [], step)
 
 
 def found(agreement: float = 100.0, **changes: float) -> Verification:
@@ -125,10 +126,10 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_images_within_the_noise_are_not_decided(runner, images: Tensor) -> None:
-    still = verify_onnx(Path("a.onnx"), Order(0.0), [images], 1.0)
+    still = verify_file(Path("a.onnx"), Order(0.0), [images], 1.0)
     assert (still.margin_steps, still.noise_steps, still.instability) == (2.0, 0.0, 0.0)
     assert still.num_decided == 198  # 0.5, 1.5 are not
-    noisy = verify_onnx(Path("a.onnx"), Order(2.0), [images], 1.0)
+    noisy = verify_file(Path("a.onnx"), Order(2.0), [images], 1.0)
     assert noisy.noise_steps == pytest.approx(2.0)
     assert noisy.margin_steps == pytest.approx(12.0)
     assert noisy.num_decided == 200 - 12
@@ -137,9 +138,9 @@ def test_images_within_the_noise_are_not_decided(runner, images: Tensor) -> None
 
 
 def test_the_check_ends_when_enough_images_agree(runner, images: Tensor) -> None:
-    found = verify_onnx(Path("a.onnx"), Order(0.0), images.split(20), 1.0, enough=50)
+    found = verify_file(Path("a.onnx"), Order(0.0), images.split(20), 1.0, enough=50)
     assert (found.num_images, found.num_decided) == (60, 54)  # two of each batch of 20 are not
-    wrong = verify_onnx(Path("a.onnx"), lambda batch: Order(0.0)(batch).roll(1, 1), images.split(20), 1.0, enough=50)
+    wrong = verify_file(Path("a.onnx"), lambda batch: Order(0.0)(batch).roll(1, 1), images.split(20), 1.0, enough=50)
     assert wrong.num_images == 200
     assert (wrong.decided_agreement, wrong.decided_agreement_optimized) == (0, 0)
 

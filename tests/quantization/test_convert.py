@@ -28,7 +28,7 @@ from toys import (
 
 from zsq.export.converted import output_step
 from zsq.export.onnx import write_onnx
-from zsq.export.verify import verify_onnx
+from zsq.export.verify import verify_file
 from zsq.graph.batchnorm import batch_norms
 from zsq.graph.trace import trace
 from zsq.quantization import PTQ
@@ -196,7 +196,7 @@ def test_the_file_agrees_for_unusual_networks(make: Callable[[], nn.Module], tmp
     converted = convert(student)
     write_onnx(converted, SPEC, tmp_path / "model.onnx")
     x = images(100, seed=5)
-    found = verify_onnx(tmp_path / "model.onnx", student, [x], output_step(converted), threads=1)
+    found = verify_file(tmp_path / "model.onnx", student, [x], output_step(converted), threads=1)
     assert found.agreement_literal >= 99
 
 
@@ -219,7 +219,7 @@ def test_an_activation_that_writes_in_place_is_kept_in_the_file(tmp_path: Path) 
     converted = convert(student)
     write_onnx(converted, SPEC, tmp_path / "model.onnx")
     x = images(100, seed=5)
-    found = verify_onnx(tmp_path / "model.onnx", student, [x], output_step(converted), threads=1)
+    found = verify_file(tmp_path / "model.onnx", student, [x], output_step(converted), threads=1)
     assert found.max_logit_difference_steps <= 2.01
 
 
@@ -253,7 +253,7 @@ def test_batch_norms_that_stand_alone_become_integers(factors: str, bits: str, t
     assert not batch_norms(student.network)
     assert agree(student, converted, x) >= 0.99
     write_onnx(converted, SPEC, path)
-    found = verify_onnx(path, student, [x], output_step(converted), threads=1)
+    found = verify_file(path, student, [x], output_step(converted), threads=1)
     assert min(found.decided_agreement, found.decided_self_agreement) >= 99
     assert "BatchNormalization" not in [node.op_type for node in onnx.load(path).graph.node]
     bias = converted.get_buffer("batch_norm_shift")
@@ -307,7 +307,7 @@ def test_batch_norms_in_unusual_places(bits: str, tmp_path: Path) -> None:
     assert len(batch_norms(converted)) == 1
     assert agree(student, converted, x) >= 0.99
     write_onnx(converted, SPEC, tmp_path / "model.onnx")
-    found = verify_onnx(tmp_path / "model.onnx", student, [x], output_step(converted), threads=1)
+    found = verify_file(tmp_path / "model.onnx", student, [x], output_step(converted), threads=1)
     assert min(found.decided_agreement, found.decided_self_agreement) >= 99
 
 

@@ -10,7 +10,7 @@ from toys import SPEC, Mobile, fused_operators, graph, images, quantized
 
 from zsq.export.converted import output_step
 from zsq.export.onnx import write_onnx
-from zsq.export.verify import verify_onnx
+from zsq.export.verify import verify_file
 from zsq.quantization import PTQ
 from zsq.quantization.convert import convert
 from zsq.quantization.integer_ops import grid_hardsigmoid
@@ -113,7 +113,7 @@ def test_the_file_agrees_and_computes_it_in_integers(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     write_onnx(converted, SPEC, path)
     x = images(400, 7)
-    assert verify_onnx(path, student, iter(x.split(100)), output_step(converted)).decided_agreement >= 99
+    assert verify_file(path, student, iter(x.split(100)), output_step(converted)).decided_agreement >= 99
     fused = fused_operators(path)
     assert "HardSigmoid" not in fused
     assert fused.count("QLinearMul") == 2

@@ -23,7 +23,7 @@ from zsq.data.datasets import open_dataset
 from zsq.errors import ExportError, InputError, NumericsError
 from zsq.evaluation.accuracy import evaluate
 from zsq.export.content_hash import canonical_sha256
-from zsq.export.verify import OnnxClassifier
+from zsq.export.onnx_runtime import OnnxClassifier
 from zsq.methods import ZSCGAN
 from zsq.models.teacher import Teacher, load_teacher
 from zsq.quantization import QAT
@@ -347,12 +347,12 @@ def test_noise_has_no_generator_to_reuse(teacher, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_file_that_disagrees_fails_and_keeps_everything(ptq, teacher, tmp_path, monkeypatch):
-    honest = stages.verify_onnx
+    honest = stages.verify_file
 
     def disagree(*arguments, **rest):
         return replace(honest(*arguments, **rest), decided_agreement=90.0)
 
-    monkeypatch.setattr(stages, "verify_onnx", disagree)
+    monkeypatch.setattr(stages, "verify_file", disagree)
     with pytest.raises(ExportError, match=r"the same class on 90\.00 % of \d+ decided images, where 99 % is required"):
         quantize(teacher, out=tmp_path / "run", settings=PTQ, data="digits")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {*ARTIFACTS, "checkpoints"}

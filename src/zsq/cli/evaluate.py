@@ -13,13 +13,13 @@ from zsq.cli.output import prints_to_stderr
 from zsq.data.datasets import LabelledImages, open_dataset
 from zsq.errors import InputError
 from zsq.evaluation.accuracy import Evaluation, Predict, evaluate_many
-from zsq.export.classifier import FileClassifier
-from zsq.export.verify import open_file
+from zsq.export.files import is_file_of_ours, open_file
 from zsq.models.network import Network
 from zsq.models.options import option
 from zsq.models.teacher import Teacher, load
 from zsq.reports.text_tables import percent, table
 from zsq.runs.console import shown
+from zsq.runs.folder import file_in
 from zsq.runtime.device import pick_device
 from zsq.types import ImageSpec
 
@@ -31,7 +31,7 @@ class EvaluatedNetwork(Network):
     """A network, or what a run has made of one."""
 
     model: Positional[str]
-    """Folder of a run, its model.onnx, or a network as for `zsq quantize`."""
+    """Folder of a run, its file, or a network as for `zsq quantize`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Evaluate:
 
     network: Annotated[EvaluatedNetwork, arg(name=""), OmitArgPrefixes]
     file: Annotated[Path | None, option("FILE")] = None
-    """Beside a network: folder of a run or .onnx file that is compared with it."""
+    """Beside a network: folder of a run or its file that is compared with it."""
     data: Annotated[str, option("SET", required=True)]
     """Labelled images: digits, FILE.npz, or a folder with metadata.csv or one folder a class."""
     device: Literal["cpu", "cuda", "auto"] = "auto"
@@ -70,19 +70,22 @@ class Evaluate:
                 observer.update("evaluate", done, total, {})
 
             path = Path(self.network.model)
-            if (path.is_dir() and self.network.model != "digits") or path.suffix == ".onnx":
+            if (path.is_dir() and self.network.model != "digits") or is_file_of_ours(path):
                 self._check_alone()
-                file = _open_file(path)
-                return evaluate_many({"model.onnx": file}, self._open(file.spec), progress=show)
-            beside = None if self.file is None else _open_file(self.file)
+                path = file_in(path)
+                file = open_file(path)
+                return evaluate_many({path.name: file}, self._open(file.spec), progress=show)
+            place = None if self.file is None else file_in(self.file)
+            beside = None if place is None else open_file(place)
             teacher = self._loaded().to(pick_device(self.device))
             if beside is not None and replace(beside.spec, resize=None) != replace(teacher.spec, resize=None):
                 raise InputError(f"{self.file} takes {beside.spec}, and {teacher.name} {teacher.spec}.")
             data = self._open(teacher.spec)
             networks: dict[str, Predict] = {teacher.name: teacher.network}
-            if beside is None:
+            if beside is None or place is None:
                 return evaluate_many(networks, data, progress=show)
-            return evaluate_many(networks | {"model.onnx": beside}, data, teacher=teacher.network, progress=show)
+            networks |= {place.name: beside}
+            return evaluate_many(networks, data, teacher=teacher.network, progress=show)
 
     def _loaded(self) -> Teacher:
         with prints_to_stderr():
@@ -104,10 +107,6 @@ class Evaluate:
                     f"--{name} goes with a network, and {model} is a quantized file, which knows its images; "
                     f"zsq evaluate NETWORK --file {model} measures both."
                 )
-
-
-def _open_file(path: Path) -> FileClassifier:
-    return open_file(path / "model.onnx" if path.is_dir() else path)
 
 
 def _row(name: str, found: Evaluation) -> list[str]:

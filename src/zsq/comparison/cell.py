@@ -24,7 +24,7 @@ from zsq.runs.recipe_file import read_toml
 from zsq.runs.record import Record
 from zsq.runs.settings import Settings
 from zsq.runs.settings_file import SETTINGS, teacher_table, write_settings
-from zsq.runs.stages import MODEL, fit, measure_recognition
+from zsq.runs.stages import fit, measure_recognition
 from zsq.runtime.files import replacing
 from zsq.runtime.memory import clear_memory_errors, kept_memory
 from zsq.runtime.observer import Observer
@@ -186,5 +186,5 @@ def _quantized(record: Record, fit: Fit, *, resumed: bool) -> Quantized:
         top1_interval=(low, high),
         fit_seconds=fit.seconds,
         resumed=resumed or fit.resumed,
-        model_bytes=record.artifacts[MODEL].bytes,
+        model_bytes=record.artifacts[record.file].bytes,
     )

@@ -1,7 +1,7 @@
 """What all runtimes share that run a file: what it takes by its metadata, the check of a shape, and pixels."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class FileClassifier(ABC):
     def __call__(self, images: Tensor | np.ndarray) -> Tensor:
         """Return the logits, float [N, classes], of normalised images, float [N, C, H, W].
 
-        A file that takes pixels is fed the nearest ones.
+        A file that takes pixels is fed the nearest ones; one of a fixed batch gets as many as it takes at a time.
 
         Raises:
             InputError: the images do not have the shape that the file takes, or the runtime cannot run it.
@@ -56,8 +56,18 @@ class FileClassifier(ABC):
         if images.dim() != len(self._shape) or list(images.shape[1:]) != self._shape[1:]:
             raise InputError(f"images are {list(images.shape)}; the file takes {self._shape}.")
         array = images.numpy() if self._layout is None else fed(images, self.spec, self._layout)
-        return torch.from_numpy(self._run(array))
+        if not isinstance(self._shape[0], int):
+            return torch.from_numpy(self._run(array))
+        return torch.from_numpy(_in_batches(self._run, array, self._shape[0]))
 
     @abstractmethod
     def _run(self, array: np.ndarray) -> np.ndarray:
         """Return the logits of what the file takes."""
+
+
+def _in_batches(run: Callable[[np.ndarray], np.ndarray], array: np.ndarray, size: int) -> np.ndarray:
+    """Return what `run` gives for an array of any length, so many at once; the last ones are repeated to fill it."""
+    short = -len(array) % size
+    filled = np.concatenate([array, np.repeat(array[-1:], short, axis=0)]) if short else array
+    found = [run(np.ascontiguousarray(part)) for part in np.split(filled, len(filled) // size)]
+    return np.concatenate(found)[: len(array)]

@@ -14,7 +14,7 @@ from zsq.export.canonical_onnx import strip_metadata
 
 
 def canonical_sha256(path: Path) -> str:
-    """Return the hex sha256 of what a ``.onnx``, ``.pt2`` or ``.safetensors`` file computes with or holds.
+    """Return the hex sha256 of what a ``.onnx``, ``.pt2``, ``.tflite`` or ``.safetensors`` file computes with or holds.
 
     Left out is what says how and when it was written: ONNX metadata, documentation and producer; names, times and
     serial number of the pt2 archive; the free metadata of safetensors.
@@ -29,8 +29,12 @@ def canonical_sha256(path: Path) -> str:
             parts = _pt2_content(path)
         case ".safetensors":
             parts = _safetensors_content(path)
+        case ".tflite":
+            parts = iter([("model", path.read_bytes())])
         case _:
-            raise InputError(f"{path.name}: cannot hash '{path.suffix}' files; known: .onnx, .pt2, .safetensors.")
+            raise InputError(
+                f"{path.name}: cannot hash '{path.suffix}' files; known: .onnx, .pt2, .tflite, .safetensors."
+            )
     digest = hashlib.sha256()
     for name, content in parts:
         digest.update(f"{len(name.encode())}:{name}{len(content)}:".encode())

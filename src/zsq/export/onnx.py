@@ -24,7 +24,8 @@ from zsq.errors import ExportError
 from zsq.export.canonical_onnx import canonical_onnx, stamp_oldest
 from zsq.export.converted import DEQUANTIZE, QUANTIZE, detached_copy, export_program
 from zsq.export.first_conv import pad_channels
-from zsq.export.pixels import Layout, take_pixels
+from zsq.export.options import PLAIN, FileOptions
+from zsq.export.pixels import take_pixels
 from zsq.graph.activations import clamp_limits
 from zsq.graph.edit import aten
 from zsq.runtime.files import replacing
@@ -40,8 +41,8 @@ def write_onnx(
     spec: ImageSpec,
     path: Path,
     target: Target = TARGETS["onnxruntime"],
+    options: FileOptions = PLAIN,
     *,
-    pixels: Layout | None = None,
     notes: Mapping[str, str] | None = None,
 ) -> None:
     """Write an ONNX file in QDQ form, with input ``images`` [batch, C, H, W] and output ``logits`` [batch, classes].
@@ -54,7 +55,8 @@ def write_onnx(
         spec: what the network takes and gives; also stored in the file's metadata under ``image_spec``.
         path: the file to write; it appears whole or not at all.
         target: the runtime that it is for, whose grids the network was quantized with.
-        pixels: let the file take uint8 ``pixels`` in this layout, [batch, C, H, W] or [batch, H, W, C], instead.
+        options: what a user may choose of a file: uint8 ``pixels``, [batch, C, H, W] or [batch, H, W, C], instead of
+            images, and a fixed batch.
         notes: what else stands in the metadata, by name; no hash of the content depends on it.
     Raises:
         ExportError: an operation has no ONNX form, or the graph departs from the convention.
@@ -84,9 +86,12 @@ def write_onnx(
     if not target.symmetric_activations:
         pad_channels(model)
     model = canonical_onnx(model, spec, frozenset(network.state_dict()))
-    if pixels is not None:
-        take_pixels(model, spec, pixels)
+    if options.pixels is not None:
+        take_pixels(model, spec, options.pixels)
         stamp_oldest(model)
+    if options.batch is not None:
+        for value in (*model.graph.input, *model.graph.output):
+            value.type.tensor_type.shape.dim[0].dim_value = options.batch
     for name, text in sorted((notes or {}).items()):
         model.metadata_props.add(key=name, value=text)
     with replacing(Path(path)) as temporary:

@@ -1,88 +1,22 @@
-"""Run an ONNX file and prove that it computes what was simulated."""
+"""Run a file and prove that it computes what was simulated."""
 
 import math
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from zsq.errors import ExportError, InputError
 from zsq.export.classifier import FileClassifier
-from zsq.export.image_spec import notes_of
+from zsq.export.files import ONNX, open_file
+from zsq.export.onnx_runtime import OnnxClassifier
 from zsq.export.openvino import OpenVinoClassifier
 from zsq.export.saturation import saturating_layers
 from zsq.export.tensorrt_rules import broken_rules
 from zsq.runtime.gpu import full_float32
 from zsq.targets import TARGETS, Target
-
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read at the import: the runtime reports every session otherwise
-
-import onnxruntime
-from onnxruntime.capi import onnxruntime_pybind11_state as runtime_status
-
-_RUNTIME_ERRORS = (
-    UnicodeDecodeError,
-    runtime_status.Fail,
-    runtime_status.InvalidArgument,
-    runtime_status.InvalidGraph,
-    runtime_status.InvalidProtobuf,
-    runtime_status.NotImplemented,
-)
-
-
-class OnnxClassifier(FileClassifier):
-    """An ONNX file in ONNX Runtime on the processor, called like a network.
-
-    Args:
-        path: the ``.onnx`` file.
-        optimize: let the runtime fuse operations into integer kernels, as users do; off, it runs the file literally.
-        threads: threads of one operation; None leaves the choice to the runtime.
-    Raises:
-        InputError: the file does not exist, or the runtime cannot load or run it.
-    """
-
-    def __init__(self, path: Path, optimize: bool = True, threads: int | None = None) -> None:
-        if not Path(path).is_file():
-            raise InputError(f"{path}: no such file; write one with write_onnx.")
-        level = onnxruntime.GraphOptimizationLevel
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors only
-        options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except _RUNTIME_ERRORS as error:
-            raise InputError(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from error
-        self._input = self._session.get_inputs()[0]
-        super().__init__(path, self._session.get_modelmeta().custom_metadata_map, list(self._input.shape))
-
-    def _run(self, array: np.ndarray) -> np.ndarray:
-        try:
-            (logits,) = self._session.run(None, {self._input.name: array})
-        except _RUNTIME_ERRORS as error:
-            raise InputError(f"{self._path}: ONNX Runtime cannot run it: {str(error).splitlines()[0]}") from error
-        return np.asarray(logits)
-
-
-def open_file(path: Path, threads: int | None = None) -> FileClassifier:
-    """Open a file in the runtime that it was written for, as its metadata say.
-
-    A file for another processor than this one is run literally, since kernels here may saturate.
-
-    Raises:
-        InputError: it does not exist, or its runtime cannot load it.
-        MissingExtraError: its runtime is not installed.
-    """
-    target = TARGETS.get(notes_of(path).get("target", ""), TARGETS["onnxruntime"])
-    if target.runs_in == "openvino":
-        return OpenVinoClassifier(path, threads=threads)
-    return OnnxClassifier(path, optimize=target.on_processors, threads=threads)
-
 
 MARGIN_STEPS = 2.0
 """Quantization steps between the two highest logits above which an image is decided, in a network without noise."""
@@ -119,7 +53,7 @@ class Verification:
     """Images whose two highest simulated logits are more than `margin_steps` apart."""
     decided_agreement: float
     """Percent of the decided images with the simulation's top-1 class, the runtime's optimisations off; 0 if none is
-    decided."""
+    decided. A file that is no ONNX file has one way to run, which stands for both."""
     agreement_literal: float
     """Percent of all images with the simulation's top-1 class, the runtime's optimisations off."""
     agreement_optimized: float
@@ -153,7 +87,7 @@ class Verification:
     """Distance of the logits of the target's own runtime from the simulated ones, root mean square, in steps."""
 
 
-def verify_onnx(
+def verify_file(
     path: Path,
     simulate: Callable[[Tensor], Tensor],
     images: Iterable[Tensor],
@@ -164,14 +98,14 @@ def verify_onnx(
     enough: int | None = None,
     target: Target = TARGETS["onnxruntime"],
 ) -> Verification:
-    """Run the file, literally and optimised, beside the simulation, one batch at a time.
+    """Run the file, literally and optimised where it is an ONNX file, beside the simulation, one batch at a time.
 
     A value close to the middle of two integers goes either way with the order in which a runtime adds, and a deep
     network makes a step of that. How far this alone takes the logits is measured: the simulation runs twice, its
     images in either memory order. Only images whose classes are further apart than that can tell a wrong file.
 
     Args:
-        path: the ``.onnx`` file.
+        path: the file.
         simulate: the simulation: float [N, C, H, W] -> logits [N, classes], two classes or more.
         images: batches of normalised images, float [N, C, H, W].
         output_step: quantization step of the logits (see `output_step`), above 0.
@@ -184,9 +118,7 @@ def verify_onnx(
     Raises:
         InputError: there is no image, or the file cannot be loaded.
     """
-    literal = OnnxClassifier(path, optimize=False, threads=threads)
-    optimized = OnnxClassifier(path, threads=threads) if target.on_processors else literal
-    own = OpenVinoClassifier(path, threads=threads) if target.runs_in == "openvino" else None
+    literal, optimized, own = _ways(path, target, threads)
     seen: list[tuple[Tensor, ...]] = []
     found = None
     for batch in map(literal.seen, images):
@@ -209,9 +141,25 @@ def verify_onnx(
     found = found or _compared(seen, output_step, margin_steps)
     return replace(
         found,
-        saturating_layers=saturating_layers(path) if target.on_processors else (),
+        saturating_layers=saturating_layers(path) if target.keeps_pairs else (),
         broken_rules=RULES_OF[target.name](path) if target.name in RULES_OF else (),
     )
+
+
+def _ways(
+    path: Path, target: Target, threads: int | None
+) -> tuple[FileClassifier, FileClassifier, FileClassifier | None]:
+    """Open a file in each way in which it is run: literally, optimised, and in its target's own runtime beside those.
+
+    A file that is no ONNX file runs in its own runtime alone, which then stands for all.
+    """
+    if target.suffix != ONNX:
+        file = open_file(path, threads)
+        return file, file, None
+    literal = OnnxClassifier(path, optimize=False, threads=threads)
+    optimized = OnnxClassifier(path, threads=threads) if target.keeps_pairs else literal
+    own = OpenVinoClassifier(path, threads=threads) if target.runs_in == "openvino" else None
+    return literal, optimized, own
 
 
 def _reordered(batch: Tensor) -> Tensor:

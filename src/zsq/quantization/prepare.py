@@ -142,8 +142,9 @@ def prepare(folded: GraphModule, scheme: Scheme) -> Student:
     check_weight_names(network, scheme.weight_bits)
     placer = _Placer(network, scheme, every_layer)
     placer.place_activations()
-    if scheme.target.integer_operators:
+    if scheme.target.integer_gates:
         placer.put_hardswish_on_grids()
+    if scheme.target.integer_norms:
         placer.put_norms_on_grids()
     for layer in every_layer:
         placer.place_weight(layer)
@@ -235,7 +236,7 @@ class _Placer:
 
     def is_gate(self, node: Node) -> bool:
         """Whether a node is a hard sigmoid that the layer in front computes: its bias adds and its rounding clips."""
-        asked = self.scheme.all_activations and self.scheme.target.integer_operators
+        asked = self.scheme.all_activations and self.scheme.target.integer_gates
         layer = node.args[0] if node.target is aten.hardsigmoid.default and asked else None
         if not isinstance(layer, Node) or layer not in self.layers or len(layer.users) > 1:
             return False
@@ -293,7 +294,7 @@ class _Placer:
         source, weight = self.own(layer, layer.args[1])
         name = f"weight_{self.layers.index(layer)}"
         target = self.scheme.target
-        paired = target.on_processors and not edit.is_depthwise(layer, weight)
+        paired = target.keeps_pairs and not edit.is_depthwise(layer, weight)
         quantizer = WeightQuantizer(
             weight,
             bits,

@@ -18,7 +18,7 @@ from zsq.quantization.implied_statistics import implied_statistics, pixels_of
 from zsq.quantization.prepare import ENDS_BITS, Bits, Scheme, Student, prepare, prepared_layers, quantized_weight
 from zsq.quantization.quantizers import ActivationQuantizer, set_mode
 from zsq.quantization.range_rules import NEEDS_HISTOGRAM, RULES, minmax, weight_mse
-from zsq.targets import target_of
+from zsq.targets import TARGETS, target_of
 from zsq.training.learner import Learner
 from zsq.training.loop import Run
 from zsq.types import Batch, SampleSource, Statistics
@@ -62,10 +62,14 @@ class PTQ(Checked):
     first_last_bits: Width | None = None
     """Width of the first and last layer, where it differs."""
     target: Text = "onnxruntime"
-    """Runtime that the file is for, onnxruntime, openvino or tensorrt: it decides the grids; `--target` sets it."""
+    """Runtime that the file is for, such as openvino or litert: it decides the grids; `--target` sets it."""
     pixels: Literal["nchw", "nhwc"] | None = None
     """Let the file take uint8 pixels in this layout instead of normalized floats, mean and std folded in; `--pixels`
     sets it."""
+    batch: Count | Literal["dynamic"] = "dynamic"
+    """Images that the file takes at once, or dynamic for any number; `--batch` sets it."""
+    packed: bool = False
+    """Store weights of 4 bits or fewer two to a byte, where the target's file can hold them so: litert."""
     weight_bits: dict[str, Width] | None = None
     """Width of each weight by its name, before all other widths; `--bits FILE` reads it as `zsq allocate` wrote it."""
 
@@ -78,6 +82,11 @@ class PTQ(Checked):
             raise InputError(
                 f"quantizer.first_last_bits is {self.first_last_bits}, and files for {target.title} hold activations "
                 f"of {widths} bits."
+            )
+        if self.packed and not target.packs:
+            able = ", ".join(name for name, each in TARGETS.items() if each.packs)
+            raise InputError(
+                f"quantizer.packed is true, and files for {target.title} hold one weight a byte; {able} can pack."
             )
         if target.all_activations and self.activation_scope != "all":
             raise InputError(

@@ -8,11 +8,12 @@ from filelock import FileLock, Timeout
 
 from zsq.errors import InputError
 from zsq.runtime import distributed
+from zsq.targets import TARGETS
 
 ARTIFACTS = (
     "settings.toml",
     "generator.safetensors",
-    "model.onnx",
+    *sorted({target.file for target in TARGETS.values()}),
     "model.pt2",
     "metrics.jsonl",
     "samples.png",
@@ -77,6 +78,20 @@ def open_folder(folder: Path, *, resume: bool, overwrite: bool) -> bool:
     except OSError as error:
         raise InputError(f"{folder} cannot be made: {error.strerror}; --out takes a folder.") from error
     return resume and holds_run
+
+
+def file_in(path: Path) -> Path:
+    """Return the quantized file that a path names: its own, or that of a run's folder.
+
+    Raises:
+        InputError: it is a folder without one.
+    """
+    if not path.is_dir():
+        return path
+    found = next((path / target.file for target in TARGETS.values() if (path / target.file).is_file()), None)
+    if found is None:
+        raise InputError(f"{path} holds no quantized file; zsq quantize writes one to the folder of --out.")
+    return found
 
 
 def clear_folder(folder: Path, *, everything: bool) -> None:

@@ -8,12 +8,13 @@ from zsq.evaluation.accuracy import Evaluation
 from zsq.models.teacher import Teacher
 from zsq.runs.fitted import FittedRun
 from zsq.runs.settings import Settings
+from zsq.targets import Target, target_of
 from zsq.training.loop import Run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outputs:
-    """What a run writes and measures beside `model.onnx` and its record."""
+    """What a run writes and measures beside its target's file and its record."""
 
     pt2: bool = True
     """Write `model.pt2`."""
@@ -42,3 +43,13 @@ class Job:
     fitted: FittedRun | None = None
     """A finished fit that is reused."""
     outputs: Outputs = field(default_factory=Outputs)
+
+    @property
+    def target(self) -> Target:
+        """What the file is for."""
+        return target_of(self.settings.quantizer.target)
+
+    @property
+    def file(self) -> Path:
+        """Where the file is written."""
+        return self.folder / self.target.file

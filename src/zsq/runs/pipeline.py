@@ -10,7 +10,8 @@ from typing import TypeVar
 from zsq.evaluation.accuracy import Evaluation
 from zsq.export.classifier import FileClassifier
 from zsq.export.content_hash import canonical_sha256
-from zsq.export.verify import Verification, open_file, require
+from zsq.export.files import open_file
+from zsq.export.verify import Verification, require
 from zsq.methods import Surrogate
 from zsq.quantization.prepare import Student
 from zsq.runs.fitted import GENERATOR
@@ -18,7 +19,6 @@ from zsq.runs.job import Job
 from zsq.runs.record import Artifact, Record, SampleAgreement
 from zsq.runs.settings import to_tables
 from zsq.runs.stages import (
-    MODEL,
     PROGRAM,
     described_bits,
     evaluate_file,
@@ -31,8 +31,9 @@ from zsq.runs.stages import (
 from zsq.runtime import distributed
 from zsq.runtime.memory import clear_memory_errors, kept_memory
 from zsq.runtime.versions import versions
+from zsq.targets import TARGETS, target_of
 
-HASHED = (GENERATOR, MODEL, PROGRAM)
+HASHED = (GENERATOR, PROGRAM, *(target.file for target in TARGETS.values()))
 """Artifacts that are the same, bit for bit, whenever a run is repeated on the CPU."""
 
 Outcome = TypeVar("Outcome")
@@ -49,8 +50,8 @@ class Result:
 
     @property
     def model(self) -> FileClassifier:
-        """The quantized network as users run it: the ONNX file in the runtime of its target."""
-        return open_file(self.folder / MODEL)
+        """The quantized network as users run it: the file in the runtime of its target."""
+        return open_file(self.folder / target_of(self.record.target).file)
 
 
 class Stopwatch:

@@ -26,7 +26,7 @@ def quantize_request(request: QuantizeRequest) -> Result:
         request,
         quantizer=request.quantizer,
         bits=request.bits,
-        flags={"target": request.target, "pixels": request.pixels},
+        flags={"target": request.target, "pixels": request.pixels, "batch": request.batch},
         data=request.data,
         checkpoint_every=request.checkpoint_every,
     ) as job:

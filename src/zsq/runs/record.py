@@ -11,6 +11,7 @@ from zsq.errors import InputError
 from zsq.evaluation.accuracy import Evaluation
 from zsq.export.verify import Verification
 from zsq.runtime.files import replacing
+from zsq.targets import target_of
 
 SCHEMA = 1
 """Number of this form. Files without one are of zsq 0.1, whose fields are the same."""
@@ -98,13 +99,18 @@ class Record:
     """Wall-clock time by phase."""
 
     @property
+    def file(self) -> str:
+        """Name of the target's file."""
+        return target_of(self.target).file
+
+    @property
     def float_top1(self) -> float | None:
         """Top-1 of the float network in percent; None without data."""
         return self._top1("float")
 
     @property
     def quantized_top1(self) -> float | None:
-        """Top-1 of model.onnx in percent; None without data."""
+        """Top-1 of the file in percent; None without data."""
         return self._top1("quantized")
 
     @property
@@ -114,7 +120,7 @@ class Record:
 
     @property
     def teacher_agreement(self) -> float | None:
-        """Percent of the images on which model.onnx and the float network name the same class; None without data."""
+        """Percent of the images on which the file and the float network name the same class; None without data."""
         return self.evaluation["quantized"].teacher_agreement if self.evaluation else None
 
     @property

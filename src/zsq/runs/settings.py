@@ -49,7 +49,7 @@ def resolve(
     method: str | None = None,
     quantizer: str | None = None,
     bits: str | int | None = None,
-    flags: Mapping[str, str | None] | None = None,
+    flags: Mapping[str, str | int | None] | None = None,
     recipe: Path | None = None,
     given: Mapping[str, Mapping[str, Any]] | None = None,
     assignments: Iterable[str] = (),

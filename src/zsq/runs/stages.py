@@ -13,10 +13,10 @@ from torch import Tensor
 from zsq.errors import InputError
 from zsq.evaluation.accuracy import Evaluation, Predict, evaluate_many
 from zsq.export.converted import output_step
-from zsq.export.onnx import write_onnx
-from zsq.export.openvino import require_openvino
+from zsq.export.files import open_file, require_runtime, write_file
+from zsq.export.options import FileOptions
 from zsq.export.pt2 import write_pt2
-from zsq.export.verify import Verification, open_file, verify_onnx
+from zsq.export.verify import Verification, verify_file
 from zsq.methods import Surrogate
 from zsq.quantization import PTQ
 from zsq.quantization.convert import convert
@@ -29,10 +29,9 @@ from zsq.runs.record import SampleAgreement
 from zsq.runtime import distributed
 from zsq.runtime.files import load_tensors, replacing, save_tensors
 from zsq.runtime.versions import versions
-from zsq.targets import target_of
 from zsq.types import Batch, SampleSource
 
-MODEL, PROGRAM, SAMPLES = "model.onnx", "model.pt2", "samples.png"
+PROGRAM, SAMPLES = "model.pt2", "samples.png"
 
 PREDICTIONS = "predictions.npz"
 """File of predicted and true classes, int32 [N] each."""
@@ -69,8 +68,7 @@ class FreshSamples:
 
 def fit(job: Job) -> Surrogate:
     """Fit the method, or take over what is fitted; keep generator and picture where the folder has none."""
-    if target_of(job.settings.quantizer.target).runs_in == "openvino":
-        require_openvino()
+    require_runtime(job.target)
     settings, state = job.settings, job.fitted.state if job.fitted else None
     surrogate: Surrogate = settings.method.fit(job.teacher, job.run, distill_steps=settings.distill_steps, fitted=state)
     if distributed.is_main():
@@ -139,17 +137,19 @@ def quantize_network(job: Job, surrogate: Surrogate) -> Student:
 
 
 def write_and_check(job: Job, student: Student, surrogate: Surrogate) -> Verification:
-    """Write the files and run `model.onnx` beside the simulation, on samples and images of the data in turn."""
-    logger.info(f"writing and checking {MODEL}{f' and {PROGRAM}' if job.outputs.pt2 else ''}")
+    """Write the files and run the target's beside the simulation, on samples and images of the data in turn."""
+    logger.info(f"writing and checking {job.file.name}{f' and {PROGRAM}' if job.outputs.pt2 else ''}")
     converted, spec = convert(student), job.teacher.spec
-    target = target_of(job.settings.quantizer.target)
     notes = {
         "bits": described_bits(job, student),
-        "target": target.name,
+        "target": job.target.name,
         "weights_sha256": job.teacher.weights_sha256,
         "zsq_version": versions()["zsq"],
     }
-    write_onnx(converted, spec, job.folder / MODEL, target, pixels=job.settings.quantizer.pixels, notes=notes)
+    quantizer = job.settings.quantizer
+    batch = None if quantizer.batch == "dynamic" else quantizer.batch
+    options = FileOptions(pixels=quantizer.pixels, batch=batch, packed=quantizer.packed)
+    write_file(converted, spec, job.file, job.target, options, notes)
     if job.outputs.pt2:
         write_pt2(converted, spec, job.folder / PROGRAM)
 
@@ -157,20 +157,20 @@ def write_and_check(job: Job, student: Student, surrogate: Surrogate) -> Verific
         logits: Tensor = student(images.to(job.run.device))
         return logits
 
-    most = measured_on(CHECK_IMAGES, job.settings.quantizer)
+    most = measured_on(CHECK_IMAGES, quantizer)
     samples = surrogate.source.sample(most, spec.images_at_once)
     data = job.data.batches(spec.images_at_once) if job.data else iter(())
     mixed = (batch for pair in itertools.zip_longest(samples, data) for batch in pair if batch is not None)
     total = most + (job.data.num_images if job.data else 0)
     batches = job.run.each("check", mixed, total, lambda batch: len(batch.images))
-    return verify_onnx(
-        job.folder / MODEL,
+    return verify_file(
+        job.file,
         simulate,
         (batch.images.cpu() for batch in batches),
         output_step(converted),
         threads=torch.get_num_threads(),
         enough=ENOUGH_DECIDED,
-        target=target,
+        target=job.target,
     )
 
 
@@ -217,7 +217,7 @@ def described_bits(job: Job, student: Student) -> str:
 
 def opened_file(job: Job) -> Predict:
     """Return a run's file in its runtime, on as many threads as PyTorch has here."""
-    return open_file(job.folder / MODEL, threads=torch.get_num_threads())
+    return open_file(job.file, threads=torch.get_num_threads())
 
 
 def _asked_once(job: Job) -> Predict:
@@ -255,7 +255,7 @@ def measure_agreement(job: Job, surrogate: Surrogate) -> SampleAgreement | None:
     classes = len(np.unique(named))
     meaningful = classes >= min(job.teacher.spec.classes, MANY_CLASSES) / 2
     if job.data is None:
-        _warn_of_agreement(agreement, classes, job.settings.quantizer.name, meaningful=meaningful)
+        _warn_of_agreement(job, agreement, classes, meaningful=meaningful)
     return SampleAgreement(
         num_images=found["file"].num_images,
         num_classes=classes,
@@ -263,16 +263,16 @@ def measure_agreement(job: Job, surrogate: Surrogate) -> SampleAgreement | None:
     )
 
 
-def _warn_of_agreement(agreement: float, classes: int, quantizer: str, *, meaningful: bool) -> None:
+def _warn_of_agreement(job: Job, agreement: float, classes: int, *, meaningful: bool) -> None:
     """Warn where agreement on samples is low, or tells nothing."""
     if not meaningful:
         logger.warning(
             f"the float network sees {classes} classes in the samples, too few to tell how good "
-            f"{MODEL} is; a longer --budget may help, and labelled images (--data) tell the accuracy."
+            f"{job.file.name} is; a longer --budget may help, and labelled images (--data) tell the accuracy."
         )
     elif agreement < LOW_AGREEMENT:
-        hint = "" if quantizer == "qat" else "--quantizer qat or "
+        hint = "" if job.settings.quantizer.name == "qat" else "--quantizer qat or "
         logger.warning(
-            f"{MODEL} and the float network name the same class for only {agreement:.1f} % of the "
+            f"{job.file.name} and the float network name the same class for only {agreement:.1f} % of the "
             f"samples; {hint}more bits may help, and labelled images (--data) tell the accuracy."
         )

@@ -41,7 +41,7 @@ def started(
     *,
     quantizer: str | PTQ | None = None,
     bits: str | int | None = None,
-    flags: Mapping[str, str | None] | None = None,
+    flags: Mapping[str, str | int | None] | None = None,
     data: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
     needs_images: bool = False,
@@ -103,7 +103,7 @@ def wanted_settings(
     quantizer: str | PTQ | None,
     bits: str | int | None,
     fitted: FittedRun | None,
-    flags: Mapping[str, str | None] | None = None,
+    flags: Mapping[str, str | int | None] | None = None,
 ) -> Settings:
     """Merge names, objects, recipe and assignments; a reused generator brings its method's settings along.
 

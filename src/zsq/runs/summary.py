@@ -22,7 +22,7 @@ def summary_rows(record: Record) -> Iterator[tuple[str, str]]:
         "file against simulation",
         f"{percent(check.decided_agreement)} % of {check.num_decided} clear images, "
         f"{percent(check.agreement_literal)} % of all {check.num_images}"
-        f"{optimized if target.on_processors else ''}",
+        f"{optimized if target.suffix == '.onnx' and target.keeps_pairs else ''}",
     )
     if check.agreement_target is not None:
         yield (
@@ -38,7 +38,7 @@ def summary_rows(record: Record) -> Iterator[tuple[str, str]]:
         yield "distillation", "made it worse and is undone: the file is what calibration gave"
     if record.label_recognition is not None:
         yield "label recognition", f"{percent(record.label_recognition, 1)} % of the samples' labels"
-    yield "file", f"model.onnx, {record.artifacts['model.onnx'].bytes / 1024:.0f} KiB"
+    yield "file", f"{record.file}, {record.artifacts[record.file].bytes / 1024:.0f} KiB"
     if set(record.bits) & set("234567"):
         yield "note", "widths below 8 bits are stored one value a byte"
     yield "time", f"{record.seconds:.0f} s"
@@ -52,7 +52,7 @@ def _accuracy_rows(record: Record) -> Iterator[tuple[str, str]]:
     yield "float top-1", f"{percent(record.float_top1)} % of {record.num_eval_images} images of {record.data}"
     yield (
         "quantized top-1",
-        f"{percent(record.quantized_top1)} % (95 % interval {low:.2f} to {high:.2f}), model.onnx",
+        f"{percent(record.quantized_top1)} % (95 % interval {low:.2f} to {high:.2f}), {record.file}",
     )
     yield "simulated top-1", f"{percent(record.simulated_top1)} %"
     yield "agreement with teacher", f"{percent(record.teacher_agreement)} %"

@@ -1,0 +1,86 @@
+"""Files of every kind: written for a target, and opened in its runtime."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import fx
+
+from zsq.errors import InputError
+from zsq.export.classifier import FileClassifier
+from zsq.export.image_spec import notes_of
+from zsq.export.litert.runtime import LiteRtClassifier, require_litert
+from zsq.export.litert.write import write_litert
+from zsq.export.onnx import write_onnx
+from zsq.export.onnx_runtime import OnnxClassifier
+from zsq.export.openvino import OpenVinoClassifier, require_openvino
+from zsq.export.options import PLAIN, FileOptions
+from zsq.targets import TARGETS, Target
+from zsq.types import ImageSpec
+
+LITERT, ONNX = ".tflite", ".onnx"
+
+REQUIRED: dict[str, Callable[[], object]] = {"ai_edge_litert": require_litert, "openvino": require_openvino}
+"""What imports a runtime that the core does not bring."""
+
+
+def write_file(
+    converted: fx.GraphModule,
+    spec: ImageSpec,
+    path: Path,
+    target: Target = TARGETS["onnxruntime"],
+    options: FileOptions = PLAIN,
+    notes: Mapping[str, str] | None = None,
+) -> None:
+    """Write the file that a target takes.
+
+    Args:
+        converted: the converted network (see `zsq.export.converted`), left as it is.
+        spec: what the network takes and gives; also stored in the file's metadata under ``image_spec``.
+        path: the file to write; it appears whole or not at all.
+        target: the runtime that it is for, whose grids the network was quantized with.
+        options: what a user may choose of a file.
+        notes: what else stands in the metadata, by name.
+    Raises:
+        ExportError: an operation has no form in such a file, or its integers do not fit.
+        MissingExtraError: the target's package is not installed.
+    """
+    if target.suffix == LITERT:
+        write_litert(converted, spec, path, options, notes=notes)
+    else:
+        write_onnx(converted, spec, path, target, options, notes=notes)
+
+
+def require_runtime(target: Target) -> None:
+    """Return if the package is installed in which a target's file is run.
+
+    Raises:
+        MissingExtraError: it is not; the text says how to install it.
+    """
+    if target.runs_in in REQUIRED:
+        REQUIRED[target.runs_in]()
+
+
+def is_file_of_ours(path: Path) -> bool:
+    """Whether a path ends as the files of some target do."""
+    return path.suffix in {target.suffix for target in TARGETS.values()}
+
+
+def open_file(path: Path, threads: int | None = None) -> FileClassifier:
+    """Open a file in the runtime that it was written for, as its ending and its metadata say.
+
+    An ONNX file for another processor than this one is run literally, since kernels here may saturate.
+
+    Raises:
+        InputError: it does not exist, or its runtime cannot load it.
+        MissingExtraError: its runtime is not installed.
+    """
+    path = Path(path)
+    if not is_file_of_ours(path):
+        known = ", ".join(sorted({target.suffix for target in TARGETS.values()}))
+        raise InputError(f"{path}: such a file is not one that zsq writes; known: {known}.")
+    if path.suffix == LITERT:
+        return LiteRtClassifier(path, threads=threads)
+    target = TARGETS.get(notes_of(path).get("target", ""), TARGETS["onnxruntime"])
+    if target.runs_in == "openvino":
+        return OpenVinoClassifier(path, threads=threads)
+    return OnnxClassifier(path, optimize=target.keeps_pairs, threads=threads)

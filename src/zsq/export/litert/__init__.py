@@ -1,0 +1,1 @@
+"""Full-integer LiteRT (TensorFlow Lite) files: their writer, and their runtime."""

@@ -1,0 +1,77 @@
+"""Run a ``.tflite`` file in LiteRT's interpreter on the processor."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zsq.errors import InputError, MissingExtraError
+from zsq.export.classifier import FileClassifier
+from zsq.export.litert.flatbuffer import INSTALL, read_notes
+
+
+def require_litert() -> Any:
+    """Return the module of the interpreter.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        from ai_edge_litert import interpreter
+    except ImportError as error:
+        raise MissingExtraError(
+            f"target litert runs its file in the interpreter of LiteRT, which is not installed: {INSTALL}"
+        ) from error
+    return interpreter
+
+
+class LiteRtClassifier(FileClassifier):
+    """A LiteRT file in its interpreter on the processor, called like a network.
+
+    Args:
+        path: the ``.tflite`` file.
+        optimize: use XNNPACK, as the interpreter does by itself; off, the reference kernels run.
+        threads: threads of inference; None leaves the choice to the runtime.
+    Raises:
+        MissingExtraError: LiteRT's package is not installed.
+        InputError: the file does not exist, or the interpreter cannot read it.
+    """
+
+    def __init__(self, path: Path, optimize: bool = True, threads: int | None = None) -> None:
+        runtime, notes = require_litert(), read_notes(path)
+        kinds = runtime.OpResolverType
+        try:
+            self._interpreter = runtime.Interpreter(
+                model_path=str(path),
+                num_threads=threads,
+                experimental_op_resolver_type=kinds.AUTO if optimize else kinds.BUILTIN_REF,
+            )
+            (self._input,) = self._interpreter.get_input_details()
+            (self._output,) = self._interpreter.get_output_details()
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"{path}: LiteRT cannot read it: {str(error).strip().splitlines()[0]}") from error
+        sizes = [int(size) for size in self._input["shape"]]
+        self._fed: tuple[int, ...] = ()
+        super().__init__(path, notes, ["batch" if sizes[0] == 1 else sizes[0], sizes[3], *sizes[1:3]])
+
+    def _run(self, array: np.ndarray) -> np.ndarray:
+        if self._layout is None:
+            array = self._rounded(np.moveaxis(array, 1, -1))
+        try:
+            if array.shape != self._fed:
+                self._interpreter.resize_tensor_input(self._input["index"], array.shape)
+                self._interpreter.allocate_tensors()
+                self._fed = array.shape
+            self._interpreter.set_tensor(self._input["index"], array)
+            self._interpreter.invoke()
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"{self._path}: LiteRT cannot run it: {str(error).strip().splitlines()[0]}") from error
+        scale, zero_point = self._output["quantization"]
+        logits: np.ndarray = self._interpreter.get_tensor(self._output["index"])
+        return np.asarray((logits.astype(np.float32) - zero_point) * np.float32(scale))
+
+    def _rounded(self, images: np.ndarray) -> np.ndarray:
+        """Return normalised images as the integers of the file's input."""
+        scale, zero_point = self._input["quantization"]
+        steps = np.rint(images / np.float32(scale)) + zero_point
+        return np.ascontiguousarray(steps.clip(-128, 127).astype(np.int8))
