@@ -3,10 +3,11 @@
     python benchmarks/targets.py --data ../shared/data
     python benchmarks/targets.py cifar10 --bits 8 4 --limit 500
 
-Networks: those of NETWORKS below, calibrated by images of natural noise, without distillation. Files for OpenVINO are
-evaluated and timed in OpenVINO, all others in ONNX Runtime; those for TensorRT are for a GPU, so that their latency
-here says nothing of it. Latency is the median of single images in turn with the float file, on one thread. Appends a
-line a file to benchmarks/results/targets.jsonl and prints the table.
+Networks: those of NETWORKS below, calibrated by images of natural noise, without distillation. Files for OpenVINO and
+LiteRT are evaluated and timed there, all others in ONNX Runtime; those for TensorRT are for a GPU, so that their
+latency here says nothing of it. The float file of LiteRT is the quantized one's operators on floats. Latency is the
+median of single images in turn with the float file, on one thread. Appends a line a file to
+benchmarks/results/targets.jsonl and prints the table.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from typing import Any
 
 import timing
 import torch
-from floatfile import write_float
+from floatfile import float_litert, write_float
 from machine import load, processor
 from records import append
 from torch import Tensor
@@ -27,7 +28,7 @@ from zsq.data.datasets import open_dataset
 from zsq.errors import InputError
 from zsq.evaluation.accuracy import evaluate_many
 from zsq.export.converted import output_step
-from zsq.export.onnx import write_onnx
+from zsq.export.files import open_file, write_file
 from zsq.export.onnx_runtime import OnnxClassifier
 from zsq.export.openvino import OpenVinoClassifier
 from zsq.export.verify import require, verify_file
@@ -48,9 +49,15 @@ NETWORKS: dict[str, tuple[str, str, str]] = {
 ROUNDS, CALIBRATION = 60, 256
 
 
-def runtime_of(target: Target) -> Callable[..., Callable[[Tensor], Tensor]]:
-    """Return what opens a file in the runtime that it is measured in."""
-    return OpenVinoClassifier if target.runs_in == "openvino" else OnnxClassifier
+def float_file(teacher: Teacher, target: Target, file: Path, folder: Path) -> tuple[Path, Callable[[Tensor], Any]]:
+    """Return the float network's file for a target's runtime, written where it is missing, and what runs it."""
+    path = folder / f"float{target.suffix}"
+    if target.name == "litert":
+        return path, float_litert(file, path)
+    if not path.exists():
+        write_float(teacher, path)
+    runtime = OpenVinoClassifier if target.runs_in == "openvino" else OnnxClassifier
+    return path, runtime(path, threads=1)
 
 
 def measure(teacher: Teacher, target: Target, bits: str, data: Any, folder: Path, source: Any) -> dict[str, Any] | None:
@@ -59,17 +66,15 @@ def measure(teacher: Teacher, target: Target, bits: str, data: Any, folder: Path
         settings = PTQ(bits=bits, target=target.name, num_samples=CALIBRATION)
     except InputError:
         return None
-    at_once, path, floats = teacher.spec.images_at_once, folder / f"{target.name}-{bits}.onnx", folder / "float.onnx"
+    at_once, path = teacher.spec.images_at_once, folder / f"{target.name}-{bits}{target.suffix}"
     student = quantize_ptq(teacher.network, lambda: source.sample(CALIBRATION, at_once), settings, Run())
     converted = convert(student)
-    write_onnx(converted, teacher.spec, path, target)
-    if not floats.exists():
-        write_float(teacher, floats)
+    write_file(converted, teacher.spec, path, target)
     checked = (batch.images for batch in data.batches(at_once))
     found = verify_file(path, student, checked, output_step(converted), threads=1, enough=100, target=target)
     require(found)
-    runtime = runtime_of(target)
-    file, reference = runtime(path, threads=1), runtime(floats, threads=1)
+    floats, reference = float_file(teacher, target, path, folder)
+    file = open_file(path, threads=1)
     measured = evaluate_many({"file": file}, data, teacher=teacher.network, batch_size=at_once)["file"]
     image = next(iter(data.batches(1))).images
     times = timing.interleaved(

@@ -176,6 +176,10 @@ def test_python_of_a_page_runs(name: str, run: Path, tmp_path: Path, monkeypatch
         zsq.quantize(digits, out="runs/pixels", pixels="nhwc", method="noise", settings=settings, quiet=True)
     if "import openvino" in text:
         pytest.importorskip("openvino")
+    if "runs/litert" in text:
+        pytest.importorskip("ai_edge_litert")
+        settings = {"quantizer.num_samples": 50, "quantizer.target": "litert"}
+        zsq.quantize("digits", out="runs/litert", pixels="nhwc", method="noise", settings=settings, quiet=True)
     short(monkeypatch)
     logits = []
     for code in blocks(text, "python"):

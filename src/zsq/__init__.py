@@ -17,6 +17,7 @@ from zsq.models.network import Network
 from zsq.models.teacher import Teacher, load_teacher, teacher_from_module
 from zsq.quantization import PTQ, QAT
 from zsq.runs.allocate import Allocated, allocate
+from zsq.runs.export import Exported, export_run
 from zsq.runs.pipeline import Result
 from zsq.runs.quantize import quantize
 from zsq.runs.record import Record
@@ -39,6 +40,7 @@ __all__ = [
     "DeepInversion",
     "Evaluation",
     "ExportError",
+    "Exported",
     "ImageSpec",
     "InputError",
     "KnowledgeWithin",
@@ -58,6 +60,7 @@ __all__ = [
     "allocate",
     "compare",
     "evaluate",
+    "export_run",
     "load_teacher",
     "quantize",
     "synthesize",

@@ -15,6 +15,7 @@ from zsq.cli.allocate import Allocate
 from zsq.cli.compare import Compare
 from zsq.cli.doctor import Doctor
 from zsq.cli.evaluate import Evaluate
+from zsq.cli.export import Export
 from zsq.cli.launcher import LOST, STOPPED, SUPERVISED, run_workers, watch_starter
 from zsq.cli.methods import Methods
 from zsq.cli.models import Models
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Any] = {
     "quantize": Quantize,
     "synthesize": Synthesize,
     "evaluate": Evaluate,
+    "export": Export,
     "compare": Compare,
     "allocate": Allocate,
     "methods": Methods,

@@ -6,6 +6,7 @@ are buffers behind ``dequantize_per_channel`` or ``dequantize_per_tensor``.
 """
 
 import copy
+import warnings
 
 import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
@@ -33,7 +34,9 @@ def output_step(converted: fx.GraphModule) -> float:
 
 def detached_copy(converted: fx.GraphModule) -> fx.GraphModule:
     """Return a copy on the processor whose nodes carry no metadata, hence no stack trace or path."""
-    network = copy.deepcopy(converted).cpu()
+    with warnings.catch_warnings():  # a program that was read from its file says something of torch to itself
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+        network = copy.deepcopy(converted).cpu()
     network.meta.clear()
     for node in network.graph.nodes:
         node.meta = {}

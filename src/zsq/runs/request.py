@@ -21,7 +21,7 @@ from zsq.runs.docstrings import field_texts
 from zsq.runtime.observer import Observer
 from zsq.types import ImageSpec
 
-Asked = TypeVar("Asked", bound="Request")
+Asked = TypeVar("Asked")
 Parameters = ParamSpec("Parameters")
 Outcome = TypeVar("Outcome")
 

@@ -29,6 +29,7 @@ from zsq.runs.record import SampleAgreement
 from zsq.runtime import distributed
 from zsq.runtime.files import load_tensors, replacing, save_tensors
 from zsq.runtime.versions import versions
+from zsq.targets import Target
 from zsq.types import Batch, SampleSource
 
 PROGRAM, SAMPLES = "model.pt2", "samples.png"
@@ -136,16 +137,16 @@ def quantize_network(job: Job, surrogate: Surrogate) -> Student:
     return student
 
 
+def file_notes(bits: str, target: Target, weights_sha256: str) -> dict[str, str]:
+    """Return what stands in a file's metadata beside its image spec."""
+    return {"bits": bits, "target": target.name, "weights_sha256": weights_sha256, "zsq_version": versions()["zsq"]}
+
+
 def write_and_check(job: Job, student: Student, surrogate: Surrogate) -> Verification:
     """Write the files and run the target's beside the simulation, on samples and images of the data in turn."""
     logger.info(f"writing and checking {job.file.name}{f' and {PROGRAM}' if job.outputs.pt2 else ''}")
     converted, spec = convert(student), job.teacher.spec
-    notes = {
-        "bits": described_bits(job, student),
-        "target": job.target.name,
-        "weights_sha256": job.teacher.weights_sha256,
-        "zsq_version": versions()["zsq"],
-    }
+    notes = file_notes(described_bits(job, student), job.target, job.teacher.weights_sha256)
     quantizer = job.settings.quantizer
     batch = None if quantizer.batch == "dynamic" else quantizer.batch
     options = FileOptions(pixels=quantizer.pixels, batch=batch, packed=quantizer.packed)

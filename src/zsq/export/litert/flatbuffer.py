@@ -177,12 +177,12 @@ class FileBuilder:
             buffer = s.BufferT()
             buffer.data = np.frombuffer(data, np.uint8) if data else None
             model.buffers.append(buffer)
-        builder = _aligned_builder()
+        builder = aligned_builder()
         builder.Finish(model.Pack(builder), IDENTIFIER)
         return bytes(builder.Output())
 
 
-def _aligned_builder() -> Any:
+def aligned_builder() -> Any:
     """Return a builder that puts stored bytes at multiples of 16, as the schema asks and its Python code leaves out."""
     import flatbuffers
 

@@ -1,5 +1,9 @@
 """Run a ``.tflite`` file in LiteRT's interpreter on the processor."""
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,20 @@ def require_litert() -> Any:
     return interpreter
 
 
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Let the C++ of the interpreter, which tells that it uses XNNPACK and has no switch for it, write to nowhere."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 class LiteRtClassifier(FileClassifier):
     """A LiteRT file in its interpreter on the processor, called like a network.
 
@@ -41,11 +59,12 @@ class LiteRtClassifier(FileClassifier):
         runtime, notes = require_litert(), read_notes(path)
         kinds = runtime.OpResolverType
         try:
-            self._interpreter = runtime.Interpreter(
-                model_path=str(path),
-                num_threads=threads,
-                experimental_op_resolver_type=kinds.AUTO if optimize else kinds.BUILTIN_REF,
-            )
+            with _silent():
+                self._interpreter = runtime.Interpreter(
+                    model_path=str(path),
+                    num_threads=threads,
+                    experimental_op_resolver_type=kinds.AUTO if optimize else kinds.BUILTIN_REF,
+                )
             (self._input,) = self._interpreter.get_input_details()
             (self._output,) = self._interpreter.get_output_details()
         except (RuntimeError, ValueError) as error:
@@ -59,8 +78,9 @@ class LiteRtClassifier(FileClassifier):
             array = self._rounded(np.moveaxis(array, 1, -1))
         try:
             if array.shape != self._fed:
-                self._interpreter.resize_tensor_input(self._input["index"], array.shape)
-                self._interpreter.allocate_tensors()
+                with _silent():
+                    self._interpreter.resize_tensor_input(self._input["index"], array.shape)
+                    self._interpreter.allocate_tensors()
                 self._fed = array.shape
             self._interpreter.set_tensor(self._input["index"], array)
             self._interpreter.invoke()
