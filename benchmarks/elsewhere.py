@@ -1,15 +1,17 @@
 """Does a file compute the same integers on other processors, in other versions of ONNX Runtime, and in OpenVINO?
 
     python benchmarks/elsewhere.py RUN [RUN ...] --network NET --weights FILE --data SET [--images 100]
-        [--cpus Haswell] [--versions 1.16.3 1.32.0] [--openvino 2026.4.1]
+        [--cpus Haswell] [--versions 1.16.3 1.32.0] [--openvino 2026.4.1] [--place 'NAME=COMMAND']
 
-Each RUN is the folder of a finished run. Processors are emulated by `qemu-x86_64` (package qemu-user): Haswell has AVX2
-and no VNNI. Each version gets an environment of its own below --environments, made once. The reference is the runtime
-of this environment on this processor, on the same images, one at a time. Appends a line a file and place to
-benchmarks/results/elsewhere.jsonl.
+Each RUN is the folder of a finished run, or its file. Processors are emulated by `qemu-x86_64` (package qemu-user):
+Haswell has AVX2 and no VNNI. --place names any other interpreter that has the runtime, such as that of another
+architecture under `qemu-aarch64 -L SYSROOT`. Each version gets an environment of its own below --environments, made
+once. The reference is the runtime of this environment on this processor, on the same images, one at a time. Appends a
+line a file and place to benchmarks/results/elsewhere.jsonl.
 """
 
 import argparse
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from records import append
 
 from zsq import load_teacher
 from zsq.data.datasets import open_dataset
+from zsq.runs.folder import file_in
 
 SCRIPT = Path(__file__).with_name("elsewhere_run.py")
 OLD_NUMPY = (1, 19)
@@ -48,6 +51,9 @@ def places(given: argparse.Namespace) -> dict[str, list[str]]:
         if emulator is None:
             raise SystemExit("--cpus needs qemu-x86_64; install qemu-user.")
         found[f"{cpu}, emulated"] = [emulator, "-cpu", cpu, sys.executable]
+    for text in given.place:
+        name, _, command = text.partition("=")
+        found[name] = shlex.split(command)
     for package, versions in (("onnxruntime", given.versions), ("openvino", given.openvino)):
         for version in versions:
             found[f"{package} {version}"] = [str(environment(given.environments, package, version))]
@@ -82,6 +88,7 @@ def main() -> None:
     parser.add_argument("--cpus", nargs="*", default=[])
     parser.add_argument("--versions", nargs="*", default=[])
     parser.add_argument("--openvino", nargs="*", default=[])
+    parser.add_argument("--place", action="append", default=[])
     parser.add_argument("--environments", type=Path, default=Path("runs/environments"))
     parser.add_argument("--no-record", action="store_true")
     given = parser.parse_args()
@@ -94,8 +101,11 @@ def main() -> None:
     for run in given.runs:
         reference: np.ndarray | None = None
         for place, command in places(given).items():
-            runtime = "openvino" if place.startswith("openvino") else "onnxruntime"
-            logits, seconds, reason = measured(command, runtime, run / "model.onnx", stored)
+            file = file_in(run)
+            runtime = (
+                "openvino" if place.startswith("openvino") else "litert" if file.suffix == ".tflite" else "onnxruntime"
+            )
+            logits, seconds, reason = measured(command, runtime, file, stored)
             row = {"network": teacher.name, "run": run.name, "place": place, "images": len(labels)}
             if logits is None:
                 row |= {"failed": reason}

@@ -1,6 +1,6 @@
 """Run a file on stored images by whichever runtime is there, and store its logits; for elsewhere.py.
 
-    python benchmarks/elsewhere_run.py model.onnx images.npy logits.npy [onnxruntime | openvino]
+    python benchmarks/elsewhere_run.py model.onnx images.npy logits.npy [onnxruntime | openvino | litert]
 
 Needs numpy and the runtime alone. Prints the seconds of a run of all images, one at a time.
 """
@@ -24,6 +24,20 @@ def main() -> None:
 
         def run(image: np.ndarray) -> np.ndarray:
             return np.asarray(compiled([image])[0])
+    elif runtime == "litert":
+        from ai_edge_litert.interpreter import Interpreter
+
+        interpreter = Interpreter(path, num_threads=1)
+        interpreter.allocate_tensors()
+        (given,), (result,) = interpreter.get_input_details(), interpreter.get_output_details()
+        scale, zero_point = given["quantization"]
+
+        def run(image: np.ndarray) -> np.ndarray:
+            steps = np.rint(np.moveaxis(image, 1, -1) / np.float32(scale)) + zero_point
+            interpreter.set_tensor(given["index"], steps.clip(-128, 127).astype(np.int8))
+            interpreter.invoke()
+            step, zero = result["quantization"]
+            return np.asarray((interpreter.get_tensor(result["index"]).astype(np.float32) - zero) * np.float32(step))
     else:
         os.environ["ORT_DISABLE_TELEMETRY"] = "1"
         import onnxruntime

@@ -223,8 +223,8 @@ def test_doctor_checks_the_machine():
 # Help
 
 HELP_FLAGS = {
-    "quantize": "weights input classes mean std resize method quantizer bits target pixels batch recipe budget set from "
-    "seed device data resume overwrite checkpoint-every out json devices",
+    "quantize": "weights input classes mean std resize method quantizer bits target pixels batch recipe budget set "
+    "from seed device data resume overwrite checkpoint-every out json devices",
     "synthesize": "weights input classes mean std resize method recipe budget set from seed device resume overwrite "
     "out count devices",
     "evaluate": "file weights input classes mean std resize data device json",

@@ -12,6 +12,7 @@ from zsq.data.datasets import open_dataset
 from zsq.errors import InputError
 from zsq.models.teacher import load_teacher
 from zsq.quantization.sensitivity import pareto_frontier, sensitivities, weight_sizes
+from zsq.targets import TARGETS
 from zsq.training.losses import kl_divergence
 
 CASES = st.lists(
@@ -92,6 +93,19 @@ def test_an_index_from_the_end_and_one_outside():
     assert frontier.allocation(-1).widths == {"w": 4}
     with pytest.raises(IndexError):
         frontier.allocation(2)
+
+
+def test_pairs_that_could_saturate_count_where_the_target_keeps_them():
+    """Weights of one sign lose up to half of their resolution, at 8 bits of both alone."""
+    network, x = graph(Plain), images(100)
+    with torch.no_grad():
+        network.get_parameter("second.weight").abs_().clamp_(min=0.07)
+    free = sensitivities(network, x, (4, 8), target=TARGETS["tensorrt"])
+    kept = sensitivities(network, x, (4, 8))
+    narrow = sensitivities(network, x, (4, 8), activation_bits=7)
+    assert kept["second.weight"][8] > free["second.weight"][8]
+    assert kept["second.weight"][4] == free["second.weight"][4]
+    assert narrow == free
 
 
 def test_a_weight_of_zeros_has_no_sensitivity():

@@ -11,9 +11,11 @@ from torch.fx import GraphModule
 from zsq.errors import InputError
 from zsq.graph import edit
 from zsq.graph.fold import fold
+from zsq.quantization.pair_sums import pair_limit
 from zsq.quantization.prepare import weight_name
 from zsq.quantization.quantizers import WeightQuantizer
 from zsq.quantization.range_rules import weight_mse
+from zsq.targets import TARGETS, Target
 from zsq.training.loop import Run
 from zsq.training.losses import kl_divergence
 
@@ -42,6 +44,8 @@ def sensitivities(
     *,
     per_channel: bool = True,
     range_rule: str = "minmax",
+    activation_bits: int = 8,
+    target: Target = TARGETS["onnxruntime"],
     run: Run | None = None,
 ) -> dict[str, dict[int, float]]:
     """Measure how far the network's answers move when one weight alone is rounded.
@@ -51,6 +55,8 @@ def sensitivities(
         images: [N, C, H, W] on the network's device.
         widths: in bits.
         per_channel, range_rule: of the weights' grids, as in the quantizer's settings.
+        activation_bits: width of the activations that will meet the weights.
+        target: what the file will be for; its kernels may limit pairs of weights.
         run: shows progress.
 
     Returns:
@@ -68,23 +74,26 @@ def sensitivities(
     batches = images.split(BATCH)
     answers = torch.cat([folded(batch) for batch in batches])
     tried = list(widths)
-    names = list(dict.fromkeys(weight_name(layer) for layer in edit.layers(folded)))
+    layers = {weight_name(layer): layer for layer in edit.layers(folded)}
     found: dict[str, dict[int, float]] = {}
-    for name in (run or Run()).each("sensitivity", names, len(names), lambda _: 1):
+    for name in (run or Run()).each("sensitivity", layers, len(layers), lambda _: 1):
         stored = edit.get_attribute(folded, name)
         weight = stored.detach().clone()
         found[name] = {}
+        paired = target.keeps_pairs and not edit.is_depthwise(layers[name], weight)
         for bits in tried:
-            stored.copy_(_rounded(weight, bits, per_channel=per_channel, range_rule=range_rule))
+            limit = pair_limit(bits, activation_bits) if paired else None
+            quantizer = WeightQuantizer(weight, bits, per_channel=per_channel, learnable=False, pair_limit=limit)
+            stored.copy_(_rounded(weight, quantizer.eval(), range_rule))
             found[name][bits] = kl_divergence(answers, torch.cat([folded(batch) for batch in batches])).item()
         stored.copy_(weight)
     return found
 
 
-def _rounded(weight: Tensor, bits: int, *, per_channel: bool, range_rule: str) -> Tensor:
-    quantizer = WeightQuantizer(weight, bits, per_channel=per_channel, learnable=False).eval()
+def _rounded(weight: Tensor, quantizer: WeightQuantizer, range_rule: str) -> Tensor:
     if range_rule == "mse":
         quantizer.set_scale(weight_mse(quantizer, weight))
+        quantizer.keep_pairs(weight)
     quantizer.mode = "quantize"
     rounded: Tensor = quantizer(weight)
     return rounded

@@ -90,6 +90,8 @@ def _allocate(
         tried,
         per_channel=settings.quantizer.weight_granularity == "channel",
         range_rule=settings.quantizer.weight_range_rule,
+        activation_bits=request.activation,
+        target=job.target,
         run=run,
     )
     frontier = pareto_frontier(found, weight_sizes(teacher.network))
