@@ -29,11 +29,13 @@ from zsq.errors import InputError
 from zsq.evaluation.accuracy import evaluate_many
 from zsq.export.converted import output_step
 from zsq.export.files import open_file, write_file
+from zsq.export.litert.runtime import LiteRtClassifier
 from zsq.export.onnx_runtime import OnnxClassifier
 from zsq.export.openvino import OpenVinoClassifier
 from zsq.export.verify import require, verify_file
 from zsq.models.teacher import Teacher
 from zsq.quantization.convert import convert
+from zsq.quantization.prepare import Student
 from zsq.quantization.ptq import quantize_ptq
 from zsq.targets import TARGETS, Target
 from zsq.training.loop import Run
@@ -46,7 +48,7 @@ NETWORKS: dict[str, tuple[str, str, str]] = {
 }
 """Network, weights and images, below the data folder, by name."""
 
-ROUNDS, CALIBRATION = 60, 256
+ROUNDS, CALIBRATION, REFERENCE = 60, 256, 100
 
 
 def float_file(teacher: Teacher, target: Target, file: Path, folder: Path) -> tuple[Path, Callable[[Tensor], Any]]:
@@ -81,6 +83,7 @@ def measure(teacher: Teacher, target: Target, bits: str, data: Any, folder: Path
         {"file": lambda: file(image), "float": lambda: reference(image)}, ROUNDS, torch.device("cpu")
     )
     ms = {name: 1000 * statistics.median(values) for name, values in times.items()}
+    plain = plain_kernels(path, student, data) if target.name == "litert" else {}
     return {
         "target": target.name,
         "bits": bits,
@@ -96,6 +99,21 @@ def measure(teacher: Teacher, target: Target, bits: str, data: Any, folder: Path
         "float_bytes": floats.stat().st_size,
         "ms": round(ms["file"], 3),
         "float_ms": round(ms["float"], 3),
+        **plain,
+    }
+
+
+def plain_kernels(path: Path, student: Student, data: Any) -> dict[str, float]:
+    """Return how the reference kernels of LiteRT, which microcontrollers use, compare with the simulation."""
+    batch = next(iter(data.batches(REFERENCE)))
+    found = LiteRtClassifier(path, optimize=False, threads=1)(batch.images).argmax(1)
+    with torch.no_grad():
+        simulated = student(batch.images).argmax(1)
+    return {
+        "reference_images": len(batch.labels),
+        "reference_agreement": round(100 * float((found == simulated).float().mean()), 2),
+        "reference_top1": round(100 * float((found == batch.labels).float().mean()), 2),
+        "simulated_top1": round(100 * float((simulated == batch.labels).float().mean()), 2),
     }
 
 

@@ -8,13 +8,17 @@ import pytest
 import torch
 from converted import ATEN, DEQUANTIZE, QD, SPEC, converted_network, simulate
 from torch import Tensor, fx, nn
-from toys import fused_operators
+from toys import fused_operators, quantized
+from toys import images as images_of
 
 from zsq.errors import ExportError
 from zsq.export.converted import output_step
 from zsq.export.onnx import write_onnx
 from zsq.export.onnx_runtime import OnnxClassifier
 from zsq.export.verify import require, verify_file
+from zsq.graph.trace import trace
+from zsq.quantization import PTQ
+from zsq.quantization.convert import convert
 from zsq.types import ImageSpec
 
 every_width = pytest.mark.parametrize("bits", [8, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (6, 4))])
@@ -130,3 +134,18 @@ def test_every_stored_tensor_has_a_zero_point_of_its_own(files: Path) -> None:
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.x64quantprecision", "1")  # rewrites weights and their zero points
     onnxruntime.InferenceSession(str(files / "8.onnx"), options, providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_needs_no_new_operator_set(approximate: str, tmp_path: Path) -> None:
+    layers = [nn.Flatten(), nn.Linear(192, 8), nn.GELU(approximate), nn.Linear(8, 5)]
+    torch.manual_seed(0)
+    student = quantized(trace(nn.Sequential(*layers).eval().requires_grad_(False), SPEC, "toy"), PTQ())
+    converted = convert(student)
+    write_onnx(converted, SPEC, tmp_path / "model.onnx")
+    assert onnx.load(tmp_path / "model.onnx").opset_import[0].version < 19
+    x = images_of(100)
+    found = verify_file(tmp_path / "model.onnx", student, [x], output_step(converted), threads=1)
+    require(found)
+    assert found.max_logit_difference_steps < 1.01

@@ -49,6 +49,20 @@ def test_openvino_gets_the_integers_of_the_run(run, digits, tmp_path):
     assert (open_file(found.path)(digits).argmax(1) == open_file(run / "model.onnx")(digits).argmax(1)).all()
 
 
+@pytest.mark.slow
+def test_openvino_gets_an_ir_that_computes_the_same(run, digits, tmp_path):
+    pytest.importorskip("openvino")
+    export_run(run, target="openvino", out=tmp_path / "model.xml", quiet=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.bin", "model.xml"]
+    export_run(run, target="openvino", out=tmp_path / "model.onnx", quiet=True)
+    file = open_file(tmp_path / "model.xml")
+    assert file.spec == open_file(tmp_path / "model.onnx").spec
+    assert torch.equal(file(digits), open_file(tmp_path / "model.onnx")(digits))
+    (tmp_path / "model.xml").write_text("<net")
+    with pytest.raises(InputError, match="no IR of OpenVINO"):
+        open_file(tmp_path / "model.xml")
+
+
 def test_pixels_and_batch(run, digits, tmp_path):
     found = export_run(run, out=tmp_path / "camera.onnx", pixels="nhwc", batch=3, quiet=True)
     file = open_file(found.path)
@@ -70,6 +84,7 @@ def test_what_does_not_suit_a_target_is_refused_and_leaves_nothing(run, tmp_path
     ("arguments", "text"),
     [
         ({"out": "model.tflite"}, r"--out is model.tflite, and files for ONNX Runtime end in .onnx"),
+        ({"out": "model.bin", "target": "openvino"}, r"end in .onnx or .xml"),
         ({"out": "model.onnx", "target": "onnx"}, "Unknown target 'onnx'"),
         ({"out": "model.onnx", "packed": True}, "litert can pack"),
         ({"out": "model.onnx", "batch": 0}, "batch is 0"),

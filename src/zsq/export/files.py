@@ -12,7 +12,7 @@ from zsq.export.litert.runtime import LiteRtClassifier, require_litert
 from zsq.export.litert.write import write_litert
 from zsq.export.onnx import write_onnx
 from zsq.export.onnx_runtime import OnnxClassifier
-from zsq.export.openvino import OpenVinoClassifier, require_openvino
+from zsq.export.openvino import IR, OpenVinoClassifier, require_openvino
 from zsq.export.options import PLAIN, FileOptions
 from zsq.targets import TARGETS, Target
 from zsq.types import ImageSpec
@@ -62,7 +62,7 @@ def require_runtime(target: Target) -> None:
 
 def is_file_of_ours(path: Path) -> bool:
     """Whether a path ends as the files of some target do."""
-    return path.suffix in {target.suffix for target in TARGETS.values()}
+    return path.suffix in {IR, *(target.suffix for target in TARGETS.values())}
 
 
 def open_file(path: Path, threads: int | None = None) -> FileClassifier:
@@ -75,6 +75,8 @@ def open_file(path: Path, threads: int | None = None) -> FileClassifier:
         MissingExtraError: its runtime is not installed.
     """
     path = Path(path)
+    if path.suffix == IR:
+        return OpenVinoClassifier(path, threads=threads)
     if not is_file_of_ours(path):
         known = ", ".join(sorted({target.suffix for target in TARGETS.values()}))
         raise InputError(f"{path}: such a file is not one that zsq writes; known: {known}.")

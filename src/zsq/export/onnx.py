@@ -8,6 +8,7 @@ Targets that take signed activations alone get those.
 
 import contextlib
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -76,7 +77,11 @@ def write_onnx(
                 verbose=False,
                 input_names=["images"],
                 output_names=["logits"],
-                custom_translation_table={QUANTIZE: _quantize_to_onnx, aten.mean.dim: _mean_to_onnx},
+                custom_translation_table={
+                    QUANTIZE: _quantize_to_onnx,
+                    aten.mean.dim: _mean_to_onnx,
+                    aten.gelu.default: _gelu_to_onnx,
+                },
             )
     except torch.onnx.OnnxExporterError as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0].partition(" See the stack trace")[0]
@@ -152,6 +157,17 @@ def _mean_to_onnx(input: Any, dim: Any, keepdim: bool = False, dtype: int = -1) 
         return op.GlobalAveragePool(input)
     numbers: Any = op.Constant(value_ints=axes)
     return op.ReduceMean(input, numbers, keepdims=keepdim)
+
+
+def _gelu_to_onnx(input: Any, approximate: str = "none") -> Any:
+    """Translate `gelu` by operators that old runtimes have; theirs of that name is of operator set 20."""
+    if approximate == "tanh":
+        cube: Any = op.Mul(op.Mul(input, input), op.Mul(input, op.Constant(value_float=0.044715)))
+        inner: Any = op.Mul(op.Add(input, cube), op.Constant(value_float=math.sqrt(2 / math.pi)))
+        gate: Any = op.Tanh(inner)
+    else:
+        gate = op.Erf(op.Div(input, op.Constant(value_float=math.sqrt(2))))
+    return op.Mul(op.Mul(input, op.Add(gate, op.Constant(value_float=1.0))), op.Constant(value_float=0.5))
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Write a finished run's network as the file of another runtime, where its integers allow that."""
 
 import logging
+import tempfile
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from itertools import chain
@@ -15,6 +16,7 @@ from zsq.data.datasets import open_dataset
 from zsq.errors import ExportError, InputError
 from zsq.export.converted import output_step
 from zsq.export.files import require_runtime, write_file
+from zsq.export.openvino import IR, write_ir
 from zsq.export.options import FileOptions
 from zsq.export.pt2 import read_pt2
 from zsq.export.verify import Verification, require, verify_file
@@ -26,7 +28,6 @@ from zsq.runs.console import shown
 from zsq.runs.record import Record
 from zsq.runs.request import takes
 from zsq.runs.stages import CHECK_IMAGES, ENOUGH_DECIDED, PROGRAM, file_notes
-from zsq.runtime.files import replacing
 from zsq.runtime.observer import Observer
 from zsq.targets import target_of
 from zsq.training.loop import Run
@@ -96,8 +97,9 @@ def export_run_request(request: ExportRequest) -> Exported:
     if request.batch is not None and request.batch < 1:
         raise InputError(f"batch is {request.batch}; a file takes 1 image at once, or more.")
     out = Path(request.out)
-    if out.suffix != target.suffix:
-        raise InputError(f"--out is {out.name}, and files for {target.title} end in {target.suffix}.")
+    endings = [target.suffix, *([IR] if target.name == "openvino" else [])]
+    if out.suffix not in endings:
+        raise InputError(f"--out is {out.name}, and files for {target.title} end in {' or '.join(endings)}.")
     if out.resolve() == (folder / record.file).resolve():
         raise InputError(f"--out is {out}, the run's own file, which its record describes; give another.")
     if out.exists() and not request.overwrite:
@@ -105,8 +107,12 @@ def export_run_request(request: ExportRequest) -> Exported:
     require_runtime(target)
     network, spec = read_pt2(folder / PROGRAM)
     options = FileOptions(pixels=request.pixels, batch=request.batch, packed=request.packed)
-    with replacing(out) as temporary, shown(request.observer, quiet=request.quiet) as observer:
-        part = temporary.with_suffix(target.suffix)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(prefix=".", dir=out.parent) as place,
+        shown(request.observer, quiet=request.quiet) as observer,
+    ):
+        part = Path(place) / target.file
         try:
             notes = file_notes(record.bits, target, record.weights_sha256)
             write_file(network, spec, part, target, options, notes)
@@ -122,15 +128,16 @@ def export_run_request(request: ExportRequest) -> Exported:
                 target=target,
             )
             require(found)
-            part.replace(temporary)
+            if out.suffix == IR:
+                write_ir(part, out)
+            else:
+                part.replace(out)
         except ExportError as error:
             source = target_of(record.target).title
             raise ExportError(
                 f"{folder} was quantized for {source}, and its integers do not suit {target.title}: {error} "
                 f"Quantize again, with --target {target.name}."
             ) from error
-        finally:
-            part.unlink(missing_ok=True)
     return Exported(out, target.name, out.stat().st_size, found)
 
 
