@@ -132,7 +132,9 @@ class Bench:
         bar = self.network.bars.get(key)
         top1 = record.quantized_top1
         assert top1 is not None
-        low, high = record.evaluation["quantized"].top1_interval
+        interval = record.evaluation["quantized"].top1_interval
+        assert interval is not None
+        low, high = interval
         verdict = "" if bar is None else f"{bar:.2f} {'reached' if top1 >= bar else 'MISSED'}"
         self.rows.append(
             [

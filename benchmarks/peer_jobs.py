@@ -21,7 +21,7 @@ import torch
 from floatfile import quantize_by_onnxruntime, write_float
 from genie import Genie
 
-from zsq.data.datasets import LabelledImages, open_dataset
+from zsq.data.datasets import DataSet, open_dataset
 from zsq.evaluation.accuracy import Evaluation, evaluate
 from zsq.export.onnx import write_onnx
 from zsq.export.onnx_runtime import OnnxClassifier
@@ -154,24 +154,24 @@ def batches_of(path: str, size: int = 64) -> Iterator[Batch]:
         yield Batch(images, torch.zeros(len(images), dtype=torch.int64))
 
 
-def measured(teacher: Teacher, file: Path, test: LabelledImages) -> Evaluation:
+def measured(teacher: Teacher, file: Path, test: DataSet) -> Evaluation:
     """Return a file's accuracy, and its agreement with the float network."""
     return evaluate(OnnxClassifier(file, threads=torch.get_num_threads()), test, teacher=teacher.network)
 
 
-def by_calibration(teacher: Teacher, path: str, bits: str, file: Path, test: LabelledImages) -> Evaluation:
+def by_calibration(teacher: Teacher, path: str, bits: str, file: Path, test: DataSet) -> Evaluation:
     """Quantize with stored images, write the file, and measure it."""
     student = quantize_ptq(teacher.network, lambda: batches_of(path), PTQ(bits=bits, num_samples=10**6), Run())
     write_onnx(convert(student), teacher.spec, file)
     return measured(teacher, file, test)
 
 
-def quantize_by_zsq(job: dict[str, Any], teacher: Teacher, test: LabelledImages) -> dict[str, Any]:
+def quantize_by_zsq(job: dict[str, Any], teacher: Teacher, test: DataSet) -> dict[str, Any]:
     """Quantize to all widths, and find out when the images were good enough for the target."""
     kept, file = job["kept"], Path(job["folder"]) / "zsq.onnx"
     start = time.perf_counter()
     found = {bits: by_calibration(teacher, kept[-1]["path"], bits, file, test) for bits in job["bits"]}
-    top1 = {bits: round(evaluation.top1, 2) for bits, evaluation in found.items()}
+    top1 = {bits: round(evaluation.top1 or 0, 2) for bits, evaluation in found.items()}
     result: dict[str, Any] = {
         "top1": top1,
         "agreement": {bits: round(evaluation.teacher_agreement or 0, 2) for bits, evaluation in found.items()},
@@ -183,6 +183,7 @@ def quantize_by_zsq(job: dict[str, Any], teacher: Teacher, test: LabelledImages)
     for moment in kept:
         is_last = moment is kept[-1] and bits in top1
         reached = top1[bits] if is_last else by_calibration(teacher, moment["path"], bits, file, test).top1
+        assert reached is not None
         moment["top1"] = round(reached, 2)
         if reached >= least:
             result["seconds_to_target"] = moment["seconds"]
@@ -205,7 +206,7 @@ class Stored(Stateless, PoolSource):
         return self.stored[rows]
 
 
-def distil_by_zsq(job: dict[str, Any], teacher: Teacher, test: LabelledImages) -> dict[str, Any]:
+def distil_by_zsq(job: dict[str, Any], teacher: Teacher, test: DataSet) -> dict[str, Any]:
     """Distil at the target's width with the images of each kept moment: what more time for making them would bring."""
     bits, _ = job["target"]
     settings, file = QAT(bits=bits, steps=job["distill_steps"]), Path(job["folder"]) / "zsq-qat.onnx"
@@ -217,7 +218,7 @@ def distil_by_zsq(job: dict[str, Any], teacher: Teacher, test: LabelledImages) -
         distill(student, teacher.network, source, settings, Run())
         spent = round(time.perf_counter() - start, 2)
         write_onnx(convert(student), teacher.spec, file)
-        top1 = round(evaluate(OnnxClassifier(file, threads=torch.get_num_threads()), test).top1, 2)
+        top1 = round(evaluate(OnnxClassifier(file, threads=torch.get_num_threads()), test).top1 or 0, 2)
         known = {key: value for key, value in moment.items() if key != "path"}
         curve.append({**known, "distill_seconds": spent, "top1": top1})
     last = curve[-1]
@@ -225,7 +226,7 @@ def distil_by_zsq(job: dict[str, Any], teacher: Teacher, test: LabelledImages) -
     return {"top1": {bits: last["top1"]}, "curve": curve, **seconds}
 
 
-def run_by_zsq(job: dict[str, Any], teacher: Teacher, test: LabelledImages) -> dict[str, Any]:
+def run_by_zsq(job: dict[str, Any], teacher: Teacher, test: DataSet) -> dict[str, Any]:
     """Do what `zsq quantize --recipe recipes/quick.toml` does: the generator goes on learning while it teaches."""
     bits, _ = job["target"]
     settings, run = resolve(recipe=QUICK, bits=bits), Run()
@@ -239,13 +240,13 @@ def run_by_zsq(job: dict[str, Any], teacher: Teacher, test: LabelledImages) -> d
     distill(student, teacher.network, surrogate.source, settings.quantizer, run)
     spent = round(time.perf_counter() - start - fitted, 2)
     write_onnx(convert(student), teacher.spec, file)
-    top1 = round(evaluate(OnnxClassifier(file, threads=torch.get_num_threads()), test).top1, 2)
+    top1 = round(evaluate(OnnxClassifier(file, threads=torch.get_num_threads()), test).top1 or 0, 2)
     moment = {"step": settings.method.steps, "seconds": fitted, "distill_seconds": spent, "top1": top1}
     seconds = {"synthesis_seconds": fitted, "job_seconds": spent, "peak_MiB": peak_mebibytes()}
     return {"top1": {bits: top1}, "curve": [moment], **seconds}
 
 
-def run_default(job: dict[str, Any], teacher: Teacher, test: LabelledImages) -> dict[str, Any]:
+def run_default(job: dict[str, Any], teacher: Teacher, test: DataSet) -> dict[str, Any]:
     """Do what `zsq quantize NET --bits 8` does, files and check included."""
     out = Path(job["folder"]) / "zsq-default"
     asked = {"weights": job["weights"], "bits": "8", "out": out} | ({"resize": job["resize"]} if job["resize"] else {})
@@ -256,7 +257,7 @@ def run_default(job: dict[str, Any], teacher: Teacher, test: LabelledImages) -> 
     found = measured(teacher, out / "model.onnx", test)
     fit = json.loads((out / "result.json").read_text())["seconds_by_phase"]["fit"]
     return {
-        "top1": {"8": round(found.top1, 2)},
+        "top1": {"8": round(found.top1 or 0, 2)},
         "agreement": {"8": round(found.teacher_agreement or 0, 2)},
         "synthesis_seconds": round(fit, 2),
         "images": "fresh",
@@ -265,7 +266,7 @@ def run_default(job: dict[str, Any], teacher: Teacher, test: LabelledImages) -> 
     }
 
 
-def quantize_by_peer(job: dict[str, Any], test: LabelledImages) -> dict[str, Any]:
+def quantize_by_peer(job: dict[str, Any], test: DataSet) -> dict[str, Any]:
     """Quantize to INT8 by another tool's own static quantization, and measure its file."""
     folder = Path(job["folder"])
     source, file = folder / "float.onnx", folder / f"{job['tool']}.onnx"
@@ -279,7 +280,7 @@ def quantize_by_peer(job: dict[str, Any], test: LabelledImages) -> dict[str, Any
         quantize_by_onnxruntime(source, singles, file, unsigned=job["tool"] == "onnxruntime-uint8")
     seconds = round(time.perf_counter() - start, 2)
     top1 = evaluate(OnnxClassifier(file, threads=torch.get_num_threads()), test).top1
-    return {"top1": {"8": round(top1, 2)}, "job_seconds": seconds, "peak_MiB": peak_mebibytes()}
+    return {"top1": {"8": round(top1 or 0, 2)}, "job_seconds": seconds, "peak_MiB": peak_mebibytes()}
 
 
 def quantize_by_nncf(source: Path, images: np.ndarray, path: Path) -> str:

@@ -88,7 +88,7 @@ def measure(teacher: Teacher, target: Target, bits: str, data: Any, folder: Path
         "target": target.name,
         "bits": bits,
         "images": measured.num_images,
-        "top1": round(measured.top1, 2),
+        "top1": round(measured.top1 or 0, 2),
         "agreement": round(measured.teacher_agreement or 0, 2),
         "decided_agreement": found.decided_agreement,
         "decided_agreement_target": found.decided_agreement_target,

@@ -139,8 +139,7 @@ def test_digits_halves() -> None:
 @pytest.mark.parametrize(
     ("arrays", "text"),
     [
-        ({"images": pixels(2)}, "lacks labels; it holds: images."),
-        ({"x": pixels(2)}, "lacks images and labels; it holds: x."),
+        ({"x": pixels(2)}, "lacks images; it holds: x."),
         ({"images": pixels(2) / 255, "labels": [0, 1]}, "images are float64 [2, 8, 8, 3]; uint8"),
         ({"images": pixels(2)[0, 0], "labels": [0, 1]}, "images are uint8 [8, 3]; uint8 [N, height"),
         ({"images": pixels(2), "labels": [0.0, 1.0]}, "labels are float64 [2]; 2 images need integers [2]."),
@@ -233,7 +232,7 @@ def test_images_too_small_or_too_deep(tmp_path) -> None:
     [
         ("digit", "no such data set: 'digit'. Known: 'digits', 'digits:train', a .npz file"),
         ("{tmp}/file.txt", "is of no known kind"),
-        ("{tmp}/empty", "holds neither metadata.csv (file_name,label) nor one folder a class."),
+        ("{tmp}/empty", "holds neither metadata.csv (file_name,label), nor one folder a class, nor images"),
         ("{tmp}/classes", "has 2 class folders; the teacher knows 3 classes."),
         ("digits", "has 1-channel images; the teacher takes 3."),
     ],
@@ -268,11 +267,93 @@ def test_a_crop_is_told_unless_a_resize_was_chosen(tmp_path, kind) -> None:
         name = "digits"
     crop = spec_of(channels=1, size=4, classes=10) if kind == "digits" else spec_of(size=8)
     size = "8x8" if kind == "digits" else "20x12"
-    notice = open_dataset(name, crop).notice
+    (notice,) = open_dataset(name, crop).notices
     assert notice.startswith(f"images of data set '{name}' are {size}, and only their centre, {crop.height}x")
     assert notice.endswith(f"is used; --resize {crop.height} shrinks them first")
     resized = spec_of(channels=crop.channels, size=crop.height, classes=10, resize=crop.height)
-    assert open_dataset(name, resized).notice == ""
+    assert open_dataset(name, resized).notices == []
+
+
+def test_images_without_labels(tmp_path) -> None:
+    images = pixels(3)
+    np.savez(tmp_path / "a.npz", images=images)
+    (tmp_path / "flat").mkdir()
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / "flat" / f"{index}.png")
+    for number in range(1000):
+        (tmp_path / "flat" / f"{number}.txt").touch()
+    (tmp_path / "flat" / "._0.png").write_text("what a file system keeps beside an image")
+    for name in ("a.npz", "flat"):
+        data = open_dataset(str(tmp_path / name), spec_of())
+        got, told = read(data)
+        assert torch.allclose(got, expected(images))
+        assert told == [-1, -1, -1]
+        assert not data.labelled
+        assert not EvenSubset(data, 2).labelled
+    assert data.notices == [f"data set '{tmp_path / 'flat'}' has 3 images and no labels; 1000 other files are left out"]
+
+
+def class_folders(path, names) -> str:
+    for value, name in enumerate(names):
+        (path / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), (10 * value,) * 3).save(path / name / "x.png")
+    return str(path)
+
+
+def test_the_mapping_of_class_folders_is_said(tmp_path) -> None:
+    folder = class_folders(tmp_path / "set", ["disc", "cross", "ring"])
+    assert open_dataset(folder, spec_of()).notices == [f"class folders of data set '{folder}': cross=0, disc=1, ring=2"]
+    many = class_folders(tmp_path / "many", [f"c{number:02}" for number in range(30)])
+    (notice,) = open_dataset(many, spec_of(classes=30)).notices
+    assert notice.endswith(": c00=0, c01=1, c02=2, c03=3, c04=4, ..., c29=29")
+
+
+def test_class_names_say_which_folder_is_which(tmp_path) -> None:
+    folder = class_folders(tmp_path / "set", ["disc", "cross"])
+    (tmp_path / "names.txt").write_text("ring\ndisc\n\ncross\n")
+    data = open_dataset(folder, spec_of(), class_names=tmp_path / "names.txt")
+    got, told = read(data)
+    assert told == [1, 2]
+    assert ((got[:, 0, 0, 0] * 0.5 + 0.25) * 255).round().tolist() == [0, 10]
+    assert data.notices == [f"class folders of data set '{folder}': disc=1, cross=2"]
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        ("ring\ndisc\n", "names.txt names 2 classes, one a line; the teacher knows 3"),
+        ("ring\ndisc\ndisc\n", "names.txt names the class 'disc' twice"),
+        ("ring\ndisk\ncross\n", r"has a folder 'disc', which .*names.txt does not name. Did you mean 'disk'\?"),
+        (None, "class names of .*names.txt cannot be read"),
+    ],
+)
+def test_class_names_that_do_not_fit(names, text, tmp_path) -> None:
+    folder = class_folders(tmp_path / "set", ["disc", "cross"])
+    if names is not None:
+        (tmp_path / "names.txt").write_text(names)
+    with pytest.raises(InputError, match=text):
+        open_dataset(folder, spec_of(), class_names=tmp_path / "names.txt")
+
+
+def test_images_are_turned_upright(tmp_path) -> None:
+    """Orientation 6: the camera was held upright, and the stored image lies on its side."""
+    image = pixels(1, 8, 8)[0]
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    (tmp_path / "set").mkdir()
+    Image.fromarray(np.rot90(image)).save(tmp_path / "set" / "x.png", exif=tags)
+    got, _ = read(open_dataset(str(tmp_path / "set"), spec_of()))
+    assert torch.allclose(got, expected(image[None]))
+
+
+def test_transparency_is_told(tmp_path) -> None:
+    (tmp_path / "set").mkdir()
+    image = pixels(1, channels=4)[0]
+    Image.fromarray(image).save(tmp_path / "set" / "x.png")
+    data = open_dataset(str(tmp_path / "set"), spec_of())
+    assert any("transparency, which is left out" in notice for notice in data.notices)
+    assert torch.allclose(read(data)[0], expected(image[None, ..., :3]))
+    assert not any("which is left out" in n for n in open_dataset(str(tmp_path / "set"), spec_of(channels=4)).notices)
 
 
 def test_images_are_normalised_wherever_it_was_done_first() -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from zsq.cli.output import prints_to_stderr
-from zsq.data.datasets import LabelledImages, open_dataset
+from zsq.data.datasets import DataSet, open_dataset
 from zsq.errors import InputError
 from zsq.evaluation.accuracy import Evaluation, Predict, evaluate_many
 from zsq.export.files import is_file_of_ours, open_file
@@ -20,6 +20,7 @@ from zsq.models.teacher import Teacher, load
 from zsq.reports.text_tables import percent, table
 from zsq.runs.console import shown
 from zsq.runs.folder import file_in
+from zsq.runs.stages import warn_of_chance
 from zsq.runtime.device import pick_device
 from zsq.types import ImageSpec
 
@@ -48,7 +49,9 @@ class Evaluate:
     file: Annotated[Path | None, option("FILE")] = None
     """Beside a network: folder of a run or its file that is compared with it."""
     data: Annotated[str, option("SET", required=True)]
-    """Labelled images: digits, FILE.npz, or a folder with metadata.csv or one folder a class."""
+    """Images: digits, FILE.npz, or a folder with metadata.csv, with one folder a class, or of images without labels."""
+    class_names: Annotated[Path | None, option("FILE")] = None
+    """File with the name of one class a line, in the network's order: which class a folder is."""
     device: Literal["cpu", "cuda", "auto"] = "auto"
     """Where the float network computes."""
     json: bool = False
@@ -74,7 +77,13 @@ class Evaluate:
                 self._check_alone()
                 path = file_in(path)
                 file = open_file(path)
-                return evaluate_many({path.name: file}, self._open(file.spec), progress=show)
+                data = self._open(file.spec)
+                if not data.labelled:
+                    raise InputError(
+                        f"data set '{self.data}' has no labels; how often {path.name} and the float network agree on "
+                        f"it is what zsq evaluate NETWORK --file {path} --data {self.data} measures."
+                    )
+                return evaluate_many({path.name: file}, data, progress=show)
             place = None if self.file is None else file_in(self.file)
             beside = None if place is None else open_file(place)
             teacher = self._loaded().to(pick_device(self.device))
@@ -83,18 +92,24 @@ class Evaluate:
             data = self._open(teacher.spec)
             networks: dict[str, Predict] = {teacher.name: teacher.network}
             if beside is None or place is None:
-                return evaluate_many(networks, data, progress=show)
+                if not data.labelled:
+                    raise InputError(f"data set '{self.data}' has no labels; --file RUN measures agreement on it.")
+                found = evaluate_many(networks, data, progress=show)
+                warn_of_chance(found[teacher.name], teacher.spec, data)
+                return found
             networks |= {place.name: beside}
-            return evaluate_many(networks, data, teacher=teacher.network, progress=show)
+            found = evaluate_many(networks, data, teacher=teacher.network, progress=show)
+            warn_of_chance(found[teacher.name], teacher.spec, data)
+            return found
 
     def _loaded(self) -> Teacher:
         with prints_to_stderr():
             return load(self.network)
 
-    def _open(self, spec: ImageSpec) -> LabelledImages:
-        data = open_dataset(self.data, spec)
-        if data.notice:
-            logger.info(data.notice)
+    def _open(self, spec: ImageSpec) -> DataSet:
+        data = open_dataset(self.data, spec, class_names=self.class_names)
+        for notice in data.notices:
+            logger.info(notice)
         return data
 
     def _check_alone(self) -> None:
@@ -110,6 +125,7 @@ class Evaluate:
 
 
 def _row(name: str, found: Evaluation) -> list[str]:
-    low, high = found.top1_interval
-    shares = [percent(found.top1), f"{low:.2f} to {high:.2f}", percent(found.top5), percent(found.teacher_agreement)]
-    return [name, *shares, str(found.top1_correct), str(found.num_images)]
+    interval = "-" if found.top1_interval is None else "{:.2f} to {:.2f}".format(*found.top1_interval)
+    shares = [percent(found.top1), interval, percent(found.top5), percent(found.teacher_agreement)]
+    correct = "-" if found.top1_correct is None else str(found.top1_correct)
+    return [name, *shares, correct, str(found.num_images)]

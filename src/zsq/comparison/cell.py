@@ -163,7 +163,10 @@ def _surrogate(fit: Fit, settings: Settings, teacher: Teacher, run: Run) -> Surr
 
 def _quantized(record: Record, fit: Fit, *, resumed: bool) -> Quantized:
     """Return what a cell's line takes over from the record of its run."""
-    low, high = record.evaluation["quantized"].top1_interval
+    floats, quantized = record.evaluation["float"], record.evaluation["quantized"]
+    assert quantized.top1_interval is not None
+    assert quantized.top1 is not None
+    assert floats.top1 is not None
     return Quantized(
         model=record.model,
         weights=record.weights,
@@ -172,8 +175,8 @@ def _quantized(record: Record, fit: Fit, *, resumed: bool) -> Quantized:
         data=record.data,
         activation_scope=record.activation_scope,
         range_rule=record.range_rule,
-        float_top1=record.evaluation["float"].top1,
-        quantized_top1=record.evaluation["quantized"].top1,
+        float_top1=floats.top1,
+        quantized_top1=quantized.top1,
         teacher_agreement=record.teacher_agreement,
         runtime_agreement=record.runtime_agreement,
         label_recognition=record.label_recognition,
@@ -183,7 +186,7 @@ def _quantized(record: Record, fit: Fit, *, resumed: bool) -> Quantized:
         seconds=record.seconds,
         settings=record.settings,
         versions=record.versions,
-        top1_interval=(low, high),
+        top1_interval=quantized.top1_interval,
         fit_seconds=fit.seconds,
         resumed=resumed or fit.resumed,
         model_bytes=record.artifacts[record.file].bytes,

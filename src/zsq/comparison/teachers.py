@@ -8,7 +8,8 @@ import torch
 
 from zsq.comparison.recipe import Cell, Figure, TeacherEntry, below
 from zsq.comparison.sample_figure import class_names, shown_labels
-from zsq.data.datasets import LabelledImages, open_dataset
+from zsq.data.datasets import DataSet, open_dataset
+from zsq.errors import InputError
 from zsq.evaluation.accuracy import Evaluation, evaluate
 from zsq.graph.fold import fold
 from zsq.models.teacher import Teacher
@@ -21,11 +22,11 @@ class Loaded:
     """A teacher and its images."""
 
     teacher: Teacher
-    data: LabelledImages | None
+    data: DataSet | None
     _results: Evaluation | None = field(default=None, init=False, repr=False)
 
     @property
-    def images(self) -> LabelledImages:
+    def images(self) -> DataSet:
         """Those on which accuracy is measured; a recipe that quantizes names them for each teacher."""
         assert self.data is not None
         return self.data
@@ -82,6 +83,8 @@ class Teachers:
     def _load(self, entry: TeacherEntry) -> Loaded:
         teacher = entry.load(self.root)
         data = None if entry.data is None else open_dataset(below(self.root, entry.data), teacher.spec)
+        if data is not None and not data.labelled:
+            raise InputError(f"data set '{data.name}' has no labels; a comparison measures accuracy, which needs them.")
         return Loaded(teacher.to(self.device) if self.device.type != "cpu" else teacher, data)
 
     def figure_of(self, teacher: Teacher) -> tuple[Figure, list[str]]:

@@ -1,7 +1,8 @@
-"""Labelled images, streamed: what accuracy is measured on, and what the data-dependent baselines calibrate with."""
+"""Images, streamed: what accuracy or agreement is measured on, and what the data-dependent baselines calibrate with."""
 
 import contextlib
 import csv
+import difflib
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
@@ -11,7 +12,7 @@ from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from zsq.data import digits
 from zsq.errors import InputError
@@ -23,6 +24,9 @@ IMAGE_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".p
 PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """What an image file is converted to, by the channels that the teacher takes."""
 
+CHANNELS_WITH_ALPHA = 4
+"""Channels of a network that takes transparency, too."""
+
 READ_FAULTS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What Pillow raises for a file that is no readable image."""
 
@@ -30,15 +34,23 @@ ZIP_FAULTS = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.
 """What reading a damaged npz raises."""
 
 KINDS = (
-    "'digits', 'digits:train', a .npz file (images uint8 [N,H,W,C], labels), a folder with metadata.csv "
-    "(file_name,label), or a folder with one folder a class"
+    "'digits', 'digits:train', a .npz file (images uint8 [N,H,W,C], and labels where there are any), a folder with "
+    "metadata.csv (file_name,label), a folder with one folder a class, or a folder of images without labels"
 )
 
+UNKNOWN = -1
+"""Label of an image whose class nobody has said."""
 
-class LabelledImages(ABC):
-    """A set of images with their classes, in a fixed order, read anew by each call of `batches`."""
+SHOWN_CLASSES = 10
+"""Class folders of which a notice names all; of more it names the first and the last."""
 
-    def __init__(self, name: str, spec: ImageSpec, labels: np.ndarray, limit: int | None) -> None:
+
+class DataSet(ABC):
+    """A set of images, with their classes where these are known, in a fixed order, read anew by `batches`."""
+
+    def __init__(
+        self, name: str, spec: ImageSpec, labels: np.ndarray, limit: int | None, *, labelled: bool = True
+    ) -> None:
         self.name = name
         """The set as the user named it."""
         if len(labels) == 0:
@@ -46,16 +58,18 @@ class LabelledImages(ABC):
         if limit is not None and limit < 1:
             raise InputError(f"the limit of data set '{name}' is {limit}; it must be at least 1.")
         labels = labels[:limit]
+        self.labelled = labelled
+        """Whether the classes of the images are known; else all labels are `UNKNOWN`."""
         wrong = np.flatnonzero((labels < 0) | (labels >= spec.classes))
-        if len(wrong):
+        if len(wrong) and labelled:
             raise InputError(
                 f"data set '{name}': label {labels[wrong[0]]} of image {wrong[0]} is outside 0..{spec.classes - 1}, "
                 f"the teacher's {spec.classes} classes."
             )
         self.num_images = len(labels)
         """Images that `batches` yields."""
-        self.notice = ""
-        """What the user should know of how the images are read; empty where nothing is lost of them."""
+        self.notices: list[str] = []
+        """What the user should know of how the images are read: what is lost of them, which class a folder is."""
         self._spec = spec
         self._labels = labels.astype(np.int64)
 
@@ -63,7 +77,7 @@ class LabelledImages(ABC):
         """Note that images of this size lose a part of themselves."""
         spec = self._spec
         if spec.resize is None and (height, width) != (spec.height, spec.width):
-            self.notice = (
+            self.notices.append(
                 f"images of data set '{self.name}' are {height}x{width}, and only their centre, "
                 f"{spec.height}x{spec.width}, is used; --resize {min(spec.height, spec.width)} shrinks them first"
             )
@@ -94,9 +108,10 @@ class EvenSubset:
         count: how many of its images, from 1 to all.
     """
 
-    def __init__(self, images: "LabelledImages | EvenSubset", count: int) -> None:
+    def __init__(self, images: "DataSet | EvenSubset", count: int) -> None:
         self.name: str = images.name
-        self.notice: str = images.notice
+        self.notices: list[str] = images.notices
+        self.labelled: bool = images.labelled
         self.num_images: int = min(count, images.num_images)
         self._images = images
         rows = (np.arange(self.num_images) + 0.5) * images.num_images / self.num_images
@@ -113,7 +128,7 @@ class EvenSubset:
                 yield Batch(batch.images[kept], batch.labels[kept])
 
 
-class _Array(LabelledImages):
+class _Array(DataSet):
     """Images that are in memory, uint8 [N, H, W, C]."""
 
     def __init__(self, name: str, spec: ImageSpec, images: np.ndarray, labels: np.ndarray, limit: int | None) -> None:
@@ -128,7 +143,7 @@ class _Array(LabelledImages):
             yield _fit_array(chunk, self._spec)
 
 
-class _Npz(LabelledImages):
+class _Npz(DataSet):
     """An npz file, of which one batch at a time is in memory, compressed or not."""
 
     def __init__(self, name: str, path: Path, spec: ImageSpec, limit: int | None) -> None:
@@ -137,8 +152,10 @@ class _Npz(LabelledImages):
                 _check_keys(name, archive)
                 with archive.open("images.npy") as stream:
                     shape = _image_header(name, stream)
-                with archive.open("labels.npy") as stream:
-                    labels = np.lib.format.read_array(stream, allow_pickle=False)
+                labels, labelled = np.full(shape[:1], UNKNOWN), "labels.npy" in archive.namelist()
+                if labelled:
+                    with archive.open("labels.npy") as stream:
+                        labels = np.lib.format.read_array(stream, allow_pickle=False)
         except InputError:
             raise
         except ZIP_FAULTS as error:
@@ -151,7 +168,7 @@ class _Npz(LabelledImages):
         self._path = path
         self._shape = shape[1:] if len(shape) == 4 else (*shape[1:], 1)
         _check_array(name, self._shape, spec)
-        super().__init__(name, spec, labels, limit)
+        super().__init__(name, spec, labels, limit, labelled=labelled)
         self._note_crop(*self._shape[:2])
 
     def _pixels(self, batch_size: int) -> Iterator[np.ndarray]:
@@ -171,11 +188,14 @@ class _Npz(LabelledImages):
             raise InputError(f"data set '{self.name}' cannot be read: {error}") from error
 
 
-class _Files(LabelledImages):
+class _Files(DataSet):
     """Image files, of which one batch at a time is in memory."""
 
-    def __init__(self, name: str, spec: ImageSpec, files: list[Path], labels: list[int], limit: int | None) -> None:
-        super().__init__(name, spec, np.array(labels, dtype=np.int64), limit)
+    def __init__(
+        self, name: str, spec: ImageSpec, files: list[Path], labels: list[int], limit: int | None, *, labelled: bool
+    ) -> None:
+        numbers = np.array(labels, dtype=np.int64)
+        super().__init__(name, spec, numbers, limit, labelled=labelled)
         if spec.channels not in PILLOW_MODES:
             raise InputError(
                 f"data set '{name}' holds image files, which have 1, 3 or 4 channels; the teacher takes "
@@ -183,7 +203,10 @@ class _Files(LabelledImages):
             )
         self._files = files[:limit]
         with contextlib.suppress(*READ_FAULTS), Image.open(files[0]) as first:  # damage is told when it is read
-            self._note_crop(first.height, first.width)
+            upright = ImageOps.exif_transpose(first)
+            self._note_crop(upright.height, upright.width)
+            if first.has_transparency_data and spec.channels != CHANNELS_WITH_ALPHA:
+                self.notices.append(f"images of data set '{name}' have transparency, which is left out")
 
     def _pixels(self, batch_size: int) -> Iterator[np.ndarray]:
         for start in range(0, self.num_images, batch_size):
@@ -191,18 +214,23 @@ class _Files(LabelledImages):
             yield np.stack([_read_image(path, self._spec) for path in chunk])
 
 
-def open_dataset(name: str, spec: ImageSpec, *, limit: int | None = None) -> LabelledImages:
-    """Return the labelled images that a name or path stands for.
+def open_dataset(
+    name: str, spec: ImageSpec, *, limit: int | None = None, class_names: str | Path | None = None
+) -> DataSet:
+    """Return the images that a name or path stands for.
 
-    Image files become grey or RGB, are resized to `spec.resize` (shorter side, bilinear with antialiasing) if that is
-    set, and cropped to the centre. Arrays of exactly the teacher's size are taken as they are.
+    Image files are turned upright as their camera says, become grey or RGB, are resized to `spec.resize` (shorter
+    side, bilinear with antialiasing) if that is set, and cropped to the centre. Arrays of exactly the teacher's size
+    are taken as they are.
 
     Args:
         name: `digits` (test half), `digits:train` (training half), a `.npz` file with `images` uint8 [N, H, W, C] or
-            [N, H, W] and `labels`, a folder with `metadata.csv` (`file_name,label`), or a folder with one folder a
-            class, whose sorted names stand for 0, 1, ... (in numeric order where all are numbers).
+            [N, H, W] and perhaps `labels`, a folder with `metadata.csv` (`file_name,label`), a folder with one folder a
+            class, whose sorted names stand for 0, 1, ... (in numeric order where all are numbers), or a folder of
+            images, which have no labels then.
         spec: what the teacher takes.
         limit: use the first so many images only.
+        class_names: a file with the name of one class a line, in the network's order: which class a folder is.
 
     Raises:
         InputError: there is no such set, it is empty or damaged, or its images or labels do not fit the teacher.
@@ -215,10 +243,13 @@ def open_dataset(name: str, spec: ImageSpec, *, limit: int | None = None) -> Lab
         return _Npz(name, path, spec, limit)
     if path.is_dir():
         if (path / "metadata.csv").is_file():
-            files, numbers = _listed(path / "metadata.csv", name)
+            files, numbers, notices = *_listed(path / "metadata.csv", name), list[str]()
         else:
-            files, numbers = _class_folders(path, name, spec)
-        return _Files(name, spec, files, numbers, limit)
+            files, numbers, notices = _in_folders(path, name, spec, class_names)
+        labelled = UNKNOWN not in numbers or (path / "metadata.csv").is_file()
+        found = _Files(name, spec, files, numbers, limit, labelled=labelled)
+        found.notices += notices
+        return found
     if path.exists():
         raise InputError(f"data set '{name}' is of no known kind. Known: {KINDS}.")
     raise InputError(f"no such data set: '{name}'. Known: {KINDS}.")
@@ -252,33 +283,86 @@ def _listed(table: Path, name: str) -> tuple[list[Path], list[int]]:
     return files, labels
 
 
-def _class_folders(path: Path, name: str, spec: ImageSpec) -> tuple[list[Path], list[int]]:
-    """Return the files and labels of a folder of class folders."""
+def _in_folders(
+    path: Path, name: str, spec: ImageSpec, class_names: str | Path | None
+) -> tuple[list[Path], list[int], list[str]]:
+    """Return the files and labels of a folder of class folders, or of images, and what is to be said of them."""
     folders = [folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith(".")]
     if not folders:
-        raise InputError(f"data set '{name}' holds neither metadata.csv (file_name,label) nor one folder a class.")
-    if all(folder.name.isdecimal() for folder in folders):
-        folders.sort(key=lambda folder: int(folder.name))
+        files, others = _images_in(path)
+        if not files:
+            raise InputError(
+                f"data set '{name}' holds neither metadata.csv (file_name,label), nor one folder a class, nor images "
+                f"({', '.join(sorted(IMAGE_SUFFIXES))})."
+            )
+        left = f"; {others} other files are left out" if others else ""
+        return files, [UNKNOWN] * len(files), [f"data set '{name}' has {len(files)} images and no labels{left}"]
+    if class_names is not None:
+        names = read_class_names(class_names, spec.classes)
+        unknown = sorted(folder.name for folder in folders if folder.name not in names)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], names, n=1)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            raise InputError(f"data set '{name}' has a folder '{unknown[0]}', which {class_names} does not name.{hint}")
+        numbers = {folder: names.index(folder.name) for folder in folders}
     else:
-        folders.sort(key=lambda folder: folder.name)
-    if len(folders) != spec.classes:
-        raise InputError(
-            f"data set '{name}' has {len(folders)} class folders; the teacher knows {spec.classes} classes. "
-            "Give one folder a class (an empty one counts), or a metadata.csv."
-        )
+        if all(folder.name.isdecimal() for folder in folders):
+            folders.sort(key=lambda folder: int(folder.name))
+        else:
+            folders.sort(key=lambda folder: folder.name)
+        if len(folders) != spec.classes:
+            raise InputError(
+                f"data set '{name}' has {len(folders)} class folders; the teacher knows {spec.classes} classes. Give "
+                "one folder a class (an empty one counts), a metadata.csv, or the names of all classes "
+                "(--class-names)."
+            )
+        numbers = {folder: label for label, folder in enumerate(folders)}
     files, labels = [], []
-    for label, folder in enumerate(folders):
-        found = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    for folder, label in sorted(numbers.items(), key=lambda item: item[1]):
+        found, _ = _images_in(folder)
         files += found
         labels += [label] * len(found)
-    return files, labels
+    return files, labels, [_said_mapping(name, numbers)]
+
+
+def _images_in(folder: Path) -> tuple[list[Path], int]:
+    """Return the images of a folder by name, and how many other files it holds; hidden ones do not count."""
+    files = sorted(file for file in folder.iterdir() if not file.is_dir() and not file.name.startswith("."))
+    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    return images, len(files) - len(images)
+
+
+def _said_mapping(name: str, numbers: dict[Path, int]) -> str:
+    """Return which class each folder is taken for."""
+    pairs = [f"{folder.name}={label}" for folder, label in sorted(numbers.items(), key=lambda item: item[1])]
+    if len(pairs) > SHOWN_CLASSES:
+        pairs = [*pairs[: SHOWN_CLASSES // 2], "...", pairs[-1]]
+    return f"class folders of data set '{name}': {', '.join(pairs)}"
+
+
+def read_class_names(path: str | Path, classes: int) -> list[str]:
+    """Return the names of a file with one class a line, in the network's order.
+
+    Raises:
+        InputError: the file cannot be read, or does not name each class once.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"class names of {path} cannot be read: {error}.") from error
+    names = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(names) != classes:
+        raise InputError(f"{path} names {len(names)} classes, one a line; the teacher knows {classes}.")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"{path} names the class '{twice}' twice.")
+    return names
 
 
 def _check_keys(name: str, archive: zipfile.ZipFile) -> None:
     keys = [entry.removesuffix(".npy") for entry in archive.namelist()]
-    missing = [key for key in ("images", "labels") if key not in keys]
-    if missing:
-        raise InputError(f"data set '{name}' lacks {' and '.join(missing)}; it holds: {', '.join(keys) or 'nothing'}.")
+    if "images" not in keys:
+        raise InputError(f"data set '{name}' lacks images; it holds: {', '.join(keys) or 'nothing'}.")
 
 
 def _image_header(name: str, stream: IO[bytes]) -> tuple[int, ...]:
@@ -321,7 +405,7 @@ def _read_image(path: Path, spec: ImageSpec) -> np.ndarray:
         with Image.open(path) as file:
             if file.mode.startswith(("I", "F")):
                 raise InputError(f"{path} has pixels of more than 8 bits (mode {file.mode}); save it with 8.")
-            image = file.convert(PILLOW_MODES[spec.channels])
+            image = ImageOps.exif_transpose(file).convert(PILLOW_MODES[spec.channels])
     except InputError:
         raise
     except READ_FAULTS as error:

@@ -24,7 +24,7 @@ TOP_K = 5
 
 
 class ImageSet(Protocol):
-    """Labelled images in batches, such as `LabelledImages`."""
+    """Images in batches, such as `DataSet`; those without a class have the label -1."""
 
     @property
     def num_images(self) -> int:
@@ -44,10 +44,10 @@ class Evaluation:
 
     num_images: int
     """Images evaluated."""
-    top1_correct: int
-    """Images whose largest logit is the label's."""
+    top1_correct: int | None
+    """Images whose largest logit is the label's; None where no image has a label."""
     top5_correct: int | None
-    """Images whose label is among the five largest logits; None for fewer than five classes."""
+    """Images whose label is among the five largest logits; None for fewer than five classes, or without labels."""
     agreement_count: int | None = None
     """Images for which the network and the teacher name the same class; None without a teacher."""
     predictions: np.ndarray | None = field(default=None, repr=False, compare=False)
@@ -56,24 +56,29 @@ class Evaluation:
     """True class of each image, int32 [num_images]."""
 
     @property
-    def top1(self) -> float:
-        """Top-1 accuracy in percent."""
-        return 100 * self.top1_correct / self.num_images
+    def top1(self) -> float | None:
+        """Top-1 accuracy in percent; None without labels."""
+        return None if self.top1_correct is None else 100 * self.top1_correct / self.num_images
 
     @property
     def top5(self) -> float | None:
-        """Top-5 accuracy in percent; None for fewer than five classes."""
+        """Top-5 accuracy in percent; None for fewer than five classes, or without labels."""
         return None if self.top5_correct is None else 100 * self.top5_correct / self.num_images
 
     @property
-    def top1_interval(self) -> tuple[float, float]:
-        """95 % Wilson interval of the top-1 accuracy, in percent."""
-        return wilson_interval(self.top1_correct, self.num_images)
+    def top1_interval(self) -> tuple[float, float] | None:
+        """95 % Wilson interval of the top-1 accuracy, in percent; None without labels."""
+        return None if self.top1_correct is None else wilson_interval(self.top1_correct, self.num_images)
 
     @property
     def teacher_agreement(self) -> float | None:
         """Share of images on which the network agrees with the teacher, in percent; None without a teacher."""
         return None if self.agreement_count is None else 100 * self.agreement_count / self.num_images
+
+    @property
+    def agreement_interval(self) -> tuple[float, float] | None:
+        """95 % Wilson interval of the agreement, in percent; None without a teacher."""
+        return None if self.agreement_count is None else wilson_interval(self.agreement_count, self.num_images)
 
     def as_dict(self) -> dict[str, Any]:
         """Return counts and percentages as plain values, for a JSON record."""
@@ -83,9 +88,10 @@ class Evaluation:
             "top5_correct": self.top5_correct,
             "agreement_count": self.agreement_count,
             "top1": self.top1,
-            "top1_interval": list(self.top1_interval),
+            "top1_interval": None if self.top1_interval is None else list(self.top1_interval),
             "top5": self.top5,
             "teacher_agreement": self.teacher_agreement,
+            "agreement_interval": None if self.agreement_interval is None else list(self.agreement_interval),
         }
 
 
@@ -163,7 +169,7 @@ def evaluate(
 
     Args:
         predict: images [N, C, H, W] to logits [N, classes]; a module gets its images on its own device.
-        data: the labelled images.
+        data: the images; without labels, agreement alone is measured.
         teacher: the float network, for the agreement.
         batch_size: images a batch.
         progress: called after each batch with the images done and the images in all.
@@ -209,7 +215,7 @@ def evaluate_many(
 @dataclass(slots=True)
 class _Counts:
     num_images: int = 0
-    top1: int = 0
+    top1: int | None = 0
     top5: int | None = 0
     agreement: int | None = 0
     predictions: list[Tensor] = field(default_factory=list)
@@ -220,8 +226,12 @@ class _Counts:
         self.num_images += len(labels)
         self.predictions.append(guess)
         self.labels.append(labels)
-        self.top1 += int((guess == labels).sum())
-        if self.top5 is not None and logits.shape[1] >= TOP_K:
+        known = bool((labels >= 0).all())
+        if self.top1 is not None and known:
+            self.top1 += int((guess == labels).sum())
+        else:
+            self.top1 = None
+        if self.top5 is not None and known and logits.shape[1] >= TOP_K:
             self.top5 += int((logits.topk(TOP_K, dim=1).indices == labels[:, None]).sum())
         else:
             self.top5 = None

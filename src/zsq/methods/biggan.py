@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from zsq.checked import Count, PositiveShare, Text
 from zsq.errors import InputError, MissingExtraError
 from zsq.methods.base import Method, Surrogate
-from zsq.methods.noise_and_real import LabelledPool
+from zsq.methods.noise_and_real import ImagePool
 from zsq.methods.pool import Stateless
 from zsq.models.teacher import Teacher
 from zsq.models.weights import load_weights
@@ -88,7 +88,7 @@ class BigGAN(Method):
         return Surrogate(source, teacher.network)
 
 
-class GivenSamples(LabelledPool):
+class GivenSamples(ImagePool):
     """Ready-made samples; their labels are what the generator was asked for."""
 
     true_labels = False

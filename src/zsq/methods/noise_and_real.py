@@ -81,14 +81,16 @@ class NoiseSource(Stateless):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Real(Method):
-    """Real images with labels: what data-free methods are measured against."""
+    """Real images: what data-free methods are measured against, and what helps at once where there are some."""
 
     name: ClassVar[str] = "real"
-    summary: ClassVar[str] = "a labelled data set, the data-dependent upper bound"
-    paths: ClassVar[tuple[str, ...]] = ("data",)
+    summary: ClassVar[str] = "a data set, the data-dependent upper bound"
+    paths: ClassVar[tuple[str, ...]] = ("data", "class_names")
 
     data: Text = ""
-    """Data set: `digits:train`, an .npz file, or a folder of images."""
+    """Data set: `digits:train`, an .npz file, or a folder of images; labels need not be known."""
+    class_names: Text = ""
+    """File with the name of one class a line, in the network's order, where a folder's classes stand in another."""
     batch_size: Count = 64
     """Images a distillation step."""
     limit: Count = 20_000
@@ -112,11 +114,14 @@ class Real(Method):
         del distill_steps, fitted
         if not self.data:
             raise InputError("method real needs images: --set method.data=SET (digits:train, an .npz or a folder).")
-        return Surrogate(RealSource(self, teacher.spec, run), teacher.network)
+        source = RealSource(self, teacher.spec, run)
+        if not source.true_labels:
+            source.labels = _named_by(teacher.network, source)
+        return Surrogate(source, teacher.network)
 
 
-class LabelledPool(PoolSource, Stateless):
-    """Draws from a labelled set that is held in memory as uint8.
+class ImagePool(PoolSource, Stateless):
+    """Draws from a set that is held in memory as uint8.
 
     Args:
         data: name or path of the set.
@@ -124,6 +129,7 @@ class LabelledPool(PoolSource, Stateless):
         batch_size: images a distillation step.
         spec: what the teacher takes.
         run: seed and device.
+        class_names: file of names that say which class a folder is; empty: none.
 
     Raises:
         InputError: there is no such set, or it does not fit the teacher.
@@ -131,12 +137,15 @@ class LabelledPool(PoolSource, Stateless):
 
     data_free = False
 
-    def __init__(self, data: str, limit: int, batch_size: int, spec: ImageSpec, run: Run) -> None:
+    def __init__(
+        self, data: str, limit: int, batch_size: int, spec: ImageSpec, run: Run, class_names: str = ""
+    ) -> None:
         super().__init__(run, batch_size)
         self.spec = spec
-        images = open_dataset(data, spec)
-        if images.notice:
-            logger.info(images.notice)
+        images = open_dataset(data, spec, class_names=class_names or None)
+        self.labelled = images.labelled
+        for notice in images.notices:
+            logger.info(notice)
         every = max(1, -(-images.num_images // limit))
         pixels, labels, seen = [], [], 0
         for batch in images.batches():
@@ -151,13 +160,12 @@ class LabelledPool(PoolSource, Stateless):
         return self.spec.normalize(self.pixels[rows].permute(0, 3, 1, 2).float() / 255)
 
 
-class RealSource(LabelledPool):
-    """Draws from a set whose labels are true."""
-
-    true_labels = True
+class RealSource(ImagePool):
+    """Draws from a set whose labels are true, where it has any; else they are the teacher's."""
 
     def __init__(self, settings: Real, spec: ImageSpec, run: Run) -> None:
-        super().__init__(settings.data, settings.limit, settings.batch_size, spec, run)
+        super().__init__(settings.data, settings.limit, settings.batch_size, spec, run, settings.class_names)
+        self.true_labels = self.asks_labels = self.labelled
         self.augment = settings.augment
 
     def batch(self, step: int, student: nn.Module | None) -> Batch:
@@ -168,6 +176,13 @@ class RealSource(LabelledPool):
         black = self.spec.normalize(torch.zeros(1, self.spec.channels, 1, 1, device=self.device))
         random = stream(self.seed, "augment", step)
         return Batch(crop_flip(batch.images, black, random, len(batch.labels)), batch.labels)
+
+
+@torch.no_grad()
+def _named_by(network: nn.Module, source: ImagePool) -> Tensor:
+    """Return the class that a network sees in each image of a pool, int64 [N]."""
+    every = torch.arange(len(source.labels))
+    return torch.cat([network(source.images(rows).to(source.device)).argmax(1).cpu() for rows in every.split(100)])
 
 
 def crop_flip(images: Tensor, fill: Tensor, random: torch.Generator, drawn: int | None = None) -> Tensor:

@@ -54,7 +54,7 @@ class ExportRequest:
     packed: bool = False
     """Store weights of 4 bits or fewer two to a byte, where the target's file can hold them so: litert."""
     data: Annotated[str | None, text("SET"), option("SET")] = None
-    """Labelled images on which the file is checked as well as on noise: digits, FILE.npz or a folder."""
+    """Images on which the file is checked as well as on noise: digits, FILE.npz or a folder."""
     overwrite: bool = False
     """Replace the file if it is there."""
     observer: Suppress[Observer | None] = None

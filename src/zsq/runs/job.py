@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from zsq.data.datasets import EvenSubset, LabelledImages
+from zsq.data.datasets import DataSet, EvenSubset
 from zsq.evaluation.accuracy import Evaluation
 from zsq.models.teacher import Teacher
 from zsq.runs.fitted import FittedRun
@@ -38,7 +38,7 @@ class Job:
     """Where everything is written."""
     settings: Settings
     """Method and quantizer with their schedule."""
-    data: LabelledImages | EvenSubset | None = None
+    data: DataSet | EvenSubset | None = None
     """Images on which accuracy is measured."""
     fitted: FittedRun | None = None
     """A finished fit that is reused."""

@@ -28,6 +28,7 @@ def quantize_request(request: QuantizeRequest) -> Result:
         bits=request.bits,
         flags={"target": request.target, "pixels": request.pixels, "batch": request.batch},
         data=request.data,
+        class_names=request.class_names,
         checkpoint_every=request.checkpoint_every,
     ) as job:
         return carry_out(job, begin)

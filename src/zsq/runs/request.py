@@ -168,7 +168,9 @@ class QuantizeRequest(Request):
     batch: Annotated[str | int | None, text("N|dynamic"), option("N|dynamic")] = None
     """Images that the file takes at once. Default dynamic: any number."""
     data: Annotated[str | os.PathLike[str] | None, text("SET"), option("SET")] = None
-    """Labelled images on which teacher and result are evaluated: digits, FILE.npz or a folder."""
+    """Images on which teacher and result are evaluated: digits, FILE.npz or a folder; without labels, agreement is."""
+    class_names: Annotated[str | Path | None, text("FILE", Path), option("FILE")] = None
+    """File with the name of one class a line, in the network's order: which class a folder of --data is."""
     checkpoint_every: Annotated[int | None, option("N")] = None
     """Steps between checkpoints; unset, every 30 seconds, or in 2 % of the time."""
 

@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zsq.data.datasets import DataSet, EvenSubset
 from zsq.errors import InputError
 from zsq.evaluation.accuracy import Evaluation, Predict, evaluate_many
 from zsq.export.converted import output_step
@@ -30,7 +31,7 @@ from zsq.runtime import distributed
 from zsq.runtime.files import load_tensors, replacing, save_tensors
 from zsq.runtime.versions import versions
 from zsq.targets import Target
-from zsq.types import Batch, SampleSource
+from zsq.types import Batch, ImageSpec, SampleSource
 
 PROGRAM, SAMPLES = "model.pt2", "samples.png"
 
@@ -195,9 +196,29 @@ def evaluate_file(job: Job, student: Student) -> dict[str, Evaluation]:
 
     at_once = job.teacher.spec.images_at_once
     found = evaluate_many(networks, job.data, teacher=teacher, batch_size=at_once, progress=show)
+    if "float" in found:
+        warn_of_chance(found["float"], job.teacher.spec, job.data)
     if job.outputs.predictions:
         _keep_predictions(job.folder / PREDICTIONS, found["quantized"])
     return found if known is None else {"float": known, **found}
+
+
+def warn_of_chance(found: Evaluation, spec: ImageSpec, data: DataSet | EvenSubset) -> None:
+    """Warn loudly where the float network recognises no more of labelled images than guessing would."""
+    chance = 100 / spec.classes
+    if found.top1 is None or found.top1_interval is None or found.top1_interval[0] > chance:
+        return
+    folders = next((notice for notice in data.notices if notice.startswith("class folders")), "")
+    mapping = f" ({folders}; --class-names says otherwise)" if folders else ""
+    logger.warning(
+        f"the float network recognises {found.top1:.2f} % of {found.num_images} images of {data.name}, no more than "
+        f"guessing would ({chance:.3g} %). Do its classes and those of the labels stand in one order{mapping}? Were "
+        f"mean {_listed(spec.mean)} and std {_listed(spec.std)} those of its training (--mean, --std)?"
+    )
+
+
+def _listed(values: Iterable[float]) -> str:
+    return ",".join(f"{value:g}" for value in values)
 
 
 def _keep_predictions(path: Path, found: Evaluation) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from zsq.data.datasets import EvenSubset, open_dataset
 from zsq.errors import InputError
-from zsq.export.openvino import require_openvino
+from zsq.export.files import require_runtime
 from zsq.graph.fold import fold
 from zsq.models.teacher import Teacher
 from zsq.quantization import PTQ
@@ -43,6 +43,7 @@ def started(
     bits: str | int | None = None,
     flags: Mapping[str, str | int | None] | None = None,
     data: str | os.PathLike[str] | None = None,
+    class_names: str | Path | None = None,
     checkpoint_every: int | None = None,
     needs_images: bool = False,
     check: Callable[[Teacher], object] | None = None,
@@ -51,7 +52,7 @@ def started(
 
     Args:
         request: what is asked for.
-        quantizer, bits, data, checkpoint_every: see `QuantizeRequest`.
+        quantizer, bits, data, class_names, checkpoint_every: see `QuantizeRequest`.
         flags: settings of the quantizer that have a flag of their own; see `resolve`.
         needs_images: refuse methods that make none.
         check: raises where the request does not fit the network.
@@ -64,7 +65,7 @@ def started(
         teacher = _loaded(request, device)
         if check is not None:
             check(teacher)
-        images = None if data is None else open_dataset(os.fspath(data), teacher.spec)
+        images = None if data is None else open_dataset(os.fspath(data), teacher.spec, class_names=class_names)
         fitted = None if request.from_run is None else FittedRun.open(Path(request.from_run), teacher)
         wanted = wanted_settings(request, quantizer, bits, fitted, flags)
         _check_settings(wanted, teacher, needs_images=needs_images)
@@ -73,8 +74,8 @@ def started(
         )
         with claimed(request.folder):
             run = Run(request.folder, seed=seed, device=device, checkpoint_steps=checkpoint_every, observer=observer)
-            if images is not None and images.notice:
-                logger.info(images.notice)
+            for notice in images.notices if images else ():
+                logger.info(notice)
             job = Job(teacher=teacher, run=run, folder=request.folder, settings=wanted, data=images, fitted=fitted)
             facts = {"data": data if data is None else os.fspath(data)}
             yield _open_or_resume(job, request) or _plan_and_write(job, request, facts)
@@ -92,8 +93,7 @@ def _check_settings(wanted: Settings, teacher: Teacher, *, needs_images: bool) -
     """Check what would only be found after hours of fitting."""
     if needs_images and "qat" not in wanted.method.quantizers:
         raise InputError(f"method {wanted.method.name} makes no images: it takes ranges and means from batch norm.")
-    if target_of(wanted.quantizer.target).runs_in == "openvino":
-        require_openvino()
+    require_runtime(target_of(wanted.quantizer.target))
     if wanted.quantizer.weight_bits:
         check_weight_names(fold(teacher.network)[0], wanted.quantizer.weight_bits)
 

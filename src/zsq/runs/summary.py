@@ -48,7 +48,17 @@ def _accuracy_rows(record: Record) -> Iterator[tuple[str, str]]:
     """Yield what the data say, where there are any."""
     if not record.num_eval_images:
         return
-    low, high = record.evaluation["quantized"].top1_interval
+    found = record.evaluation["quantized"]
+    if found.top1_interval is None:
+        assert found.agreement_interval is not None
+        low, high = found.agreement_interval
+        yield (
+            "agreement with teacher",
+            f"{percent(record.teacher_agreement)} % of {record.num_eval_images} images without labels of {record.data} "
+            f"(95 % interval {low:.2f} to {high:.2f}), {record.file}",
+        )
+        return
+    low, high = found.top1_interval
     yield "float top-1", f"{percent(record.float_top1)} % of {record.num_eval_images} images of {record.data}"
     yield (
         "quantized top-1",
