@@ -1,7 +1,7 @@
 # Everything runs in .venv; it is made once, and again only when pyproject.toml changes.
-# PYTHON=python3.12 chooses the interpreter, TORCH=2.11.0 the version of PyTorch, which stays until `make clean`.
+# PYTHON=python3.12 chooses the interpreter, TORCH=2.14.1 the version of PyTorch, which stays until `make clean`.
 PYTHON ?= python3
-TORCH ?=
+TORCH ?= 2.13.0
 BIN := .venv/bin
 STAMP := .venv/.installed$(TORCH:%=-torch-%)
 # One file stays in one process, so that its tests share their fixtures.

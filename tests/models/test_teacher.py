@@ -302,7 +302,7 @@ def test_what_is_wrapped_around_a_network_is_taken_off() -> None:
         assert next(name for name, _ in found.network.named_parameters()) == "0.weight"
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:`torch.jit:FutureWarning")
 def test_networks_that_cannot_serve_are_told_why() -> None:
     plain = nn.Sequential(nn.Flatten(), nn.Linear(72, 4))
     with pytest.raises(TeacherError, match=r"is a TorchScript module; give the torch\.nn\.Module that it was made of"):

@@ -21,7 +21,7 @@ from zsq.quantization.quantizers import DEAD_CHANNEL, ActivationQuantizer, Weigh
 from zsq.runtime.gpu import kernels
 
 MERGED = (aten.relu.default, aten.relu6.default, aten.hardtanh.default)
-"""Activations whose gradient is 0 at their limits, as that of a quantizer that clips; `clamp` has 1 there."""
+"""Activations whose gradient is 0 at their limits, as that of a quantizer that clips; before torch 2.14 `clamp` has 1."""
 
 
 def merged(network: GraphModule) -> GraphModule:
