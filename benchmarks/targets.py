@@ -3,10 +3,10 @@
     python benchmarks/targets.py --data ../shared/data
     python benchmarks/targets.py cifar10 --bits 8 4 --limit 500
 
-Networks: those of NETWORKS below, calibrated by images of natural noise, without distillation. Files for OpenVINO and
-LiteRT are evaluated and timed there, all others in ONNX Runtime; those for TensorRT are for a GPU, so that their
-latency here says nothing of it. The float file of LiteRT is the quantized one's operators on floats. Latency is the
-median of single images in turn with the float file, on one thread. Appends a line a file to
+Networks: those of NETWORKS below, calibrated by images of natural noise, without distillation. Files for OpenVINO,
+LiteRT and ExecuTorch are evaluated and timed there, all others in ONNX Runtime; those for TensorRT are for a GPU, so
+that their latency here says nothing of it. The float file of LiteRT is the quantized one's operators on floats. Latency
+is the median of single images in turn with the float file, on one thread. Appends a line a file to
 benchmarks/results/targets.jsonl and prints the table.
 """
 
@@ -28,6 +28,7 @@ from zsq.data.datasets import open_dataset
 from zsq.errors import InputError
 from zsq.evaluation.accuracy import evaluate_many
 from zsq.export.converted import output_step
+from zsq.export.executorch import ExecuTorchClassifier, write_float_executorch
 from zsq.export.files import open_file, write_file
 from zsq.export.litert.runtime import LiteRtClassifier
 from zsq.export.onnx_runtime import OnnxClassifier
@@ -54,6 +55,10 @@ ROUNDS, CALIBRATION, REFERENCE = 60, 256, 100
 def float_file(teacher: Teacher, target: Target, file: Path, folder: Path) -> tuple[Path, Callable[[Tensor], Any]]:
     """Return the float network's file for a target's runtime, written where it is missing, and what runs it."""
     path = folder / f"float{target.suffix}"
+    if target.name == "executorch":
+        if not path.exists():
+            write_float_executorch(teacher.network, teacher.spec, path)
+        return path, ExecuTorchClassifier(path, threads=1)
     if target.name == "litert":
         return path, float_litert(file, path)
     if not path.exists():
@@ -71,7 +76,7 @@ def measure(teacher: Teacher, target: Target, bits: str, data: Any, folder: Path
     at_once, path = teacher.spec.images_at_once, folder / f"{target.name}-{bits}{target.suffix}"
     student = quantize_ptq(teacher.network, lambda: source.sample(CALIBRATION, at_once), settings, Run())
     converted = convert(student)
-    write_file(converted, teacher.spec, path, target)
+    lowered = write_file(converted, teacher.spec, path, target)
     checked = (batch.images for batch in data.batches(at_once))
     found = verify_file(path, student, checked, output_step(converted), threads=1, enough=100, target=target)
     require(found)
@@ -99,6 +104,7 @@ def measure(teacher: Teacher, target: Target, bits: str, data: Any, folder: Path
         "float_bytes": floats.stat().st_size,
         "ms": round(ms["file"], 3),
         "float_ms": round(ms["float"], 3),
+        **({} if lowered is None else {"lowered_percent": round(lowered, 1)}),
         **plain,
     }
 

@@ -1,5 +1,6 @@
 """Commands, links and code of README and documentation work, and generated pages say what the code says."""
 
+import importlib.util
 import inspect
 import json
 import re
@@ -180,9 +181,15 @@ def test_python_of_a_page_runs(name: str, run: Path, tmp_path: Path, monkeypatch
         pytest.importorskip("ai_edge_litert")
         settings = {"quantizer.num_samples": 50, "quantizer.target": "litert"}
         zsq.quantize("digits", out="runs/litert", pixels="nhwc", method="noise", settings=settings, quiet=True)
+    has_executorch = importlib.util.find_spec("executorch") is not None
+    if "runs/executorch" in text and has_executorch:
+        settings = {"quantizer.num_samples": 50, "quantizer.target": "executorch"}
+        zsq.quantize("digits", out="runs/executorch", method="noise", settings=settings, quiet=True)
     short(monkeypatch)
     logits = []
     for code in blocks(text, "python"):
+        if "from executorch" in code and not has_executorch:
+            continue
         exec(code, names)
         logits += [names["logits"]] if "logits" in code else []
     assert all(found.shape == (len(found), 10) for found in logits)

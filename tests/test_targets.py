@@ -50,7 +50,7 @@ def test_a_file_computes_what_was_simulated(name, bits, make, tmp_path):
     x = images(300, seed=5)
     found = verify_file(path, student, x.split(100), output_step(converted), threads=1, target=target)
     require(found)
-    assert (found.agreement_target is None) == (target.runs_in != "openvino")
+    assert (found.agreement_target is None) == (target.runs_in == "onnxruntime")
     assert found.saturating_layers == found.broken_rules == ()
 
 
@@ -228,12 +228,15 @@ def test_openvino_adds_before_it_rounds():
         name: sum(isinstance(q, ActivationQuantizer) for q in quantizers(quantized(graph(Branchy), PTQ(target=name))))
         for name in TARGETS
     }
-    assert counts["openvino"] == counts["onnxruntime"] - 1 == counts["tensorrt"] - 1
+    assert counts.pop("openvino") == counts["onnxruntime"] - 1
+    assert len(set(counts.values())) == 1
 
 
 @pytest.mark.slow
 @pytest.mark.real
-@pytest.mark.parametrize(("name", "bits"), [("openvino", "4"), ("litert", "4"), ("tensorrt", "W4A8")])
+@pytest.mark.parametrize(
+    ("name", "bits"), [("openvino", "4"), ("litert", "4"), ("executorch", "8"), ("tensorrt", "W4A8")]
+)
 def test_a_real_residual_network_runs_as_simulated_by_its_target(name, bits, real_data, tmp_path):
     pytest.importorskip(TARGETS[name].runs_in, reason=f"target {name} runs its file in it")
     teacher = load_teacher(
@@ -248,7 +251,7 @@ def test_a_real_residual_network_runs_as_simulated_by_its_target(name, bits, rea
     batches = [batch.images for batch in data.batches()]
     found = verify_file(path, student, batches, output_step(converted), threads=1, target=target)
     require(found)
-    if target.runs_in == "openvino":
+    if target.runs_in != "onnxruntime":
         assert found.decided_agreement_target == 100
         assert found.distance_target_steps < 0.5
     assert evaluate(open_file(path, threads=1), data, teacher=teacher.network).teacher_agreement > 85

@@ -77,6 +77,18 @@ TARGETS = {
             all_activations=True,
         ),
         Target(
+            name="executorch",
+            title="ExecuTorch",
+            runs_in="executorch",
+            file="model.pte",
+            symmetric_weights=True,
+            integer_gates=False,
+            integer_norms=False,
+            activation_bits=(8,),
+            keeps_pairs=False,
+            all_activations=True,
+        ),
+        Target(
             name="tensorrt",
             title="TensorRT",
             runs_in="onnxruntime",

@@ -11,12 +11,14 @@ from safetensors import safe_open
 
 from zsq.errors import InputError
 from zsq.export.canonical_onnx import strip_metadata
+from zsq.export.executorch import content_of
 
 
 def canonical_sha256(path: Path) -> str:
-    """Return the hex sha256 of what a ``.onnx``, ``.pt2``, ``.tflite`` or ``.safetensors`` file computes with or holds.
+    """Return the hex sha256 of what a file computes with or holds, by its ending: onnx, pt2, pte, tflite, safetensors.
 
-    Left out is what says how and when it was written: ONNX metadata, documentation and producer; names, times and
+    Left out is what says how and when it was written: ONNX metadata, documentation and producer; the notes of a pte
+    file; names, times and
     serial number of the pt2 archive; the free metadata of safetensors.
 
     Raises:
@@ -29,11 +31,13 @@ def canonical_sha256(path: Path) -> str:
             parts = _pt2_content(path)
         case ".safetensors":
             parts = _safetensors_content(path)
+        case ".pte":
+            parts = content_of(path)
         case ".tflite":
             parts = iter([("model", path.read_bytes())])
         case _:
             raise InputError(
-                f"{path.name}: cannot hash '{path.suffix}' files; known: .onnx, .pt2, .tflite, .safetensors."
+                f"{path.name}: cannot hash '{path.suffix}' files; known: .onnx, .pt2, .pte, .tflite, .safetensors."
             )
     digest = hashlib.sha256()
     for name, content in parts:

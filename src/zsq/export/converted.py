@@ -8,11 +8,13 @@ are buffers behind ``dequantize_per_channel`` or ``dequantize_per_tensor``.
 import copy
 import warnings
 
+import numpy as np
 import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 from torch import fx
 
 from zsq.errors import ExportError
+from zsq.graph.activations import clamp_limits
 from zsq.types import ImageSpec
 
 QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
@@ -41,6 +43,22 @@ def detached_copy(converted: fx.GraphModule) -> fx.GraphModule:
     for node in network.graph.nodes:
         node.meta = {}
     return network
+
+
+def drop_implied_clamps(graph: fx.Graph) -> None:
+    """Remove each ReLU or clamp whose limits the quantizations behind it impose anyway, so that kernels fuse."""
+    for node in list(graph.nodes):
+        limits = clamp_limits(node)
+        if limits is None or not all(user.target == QUANTIZE for user in node.users):
+            continue
+        low, high = limits
+        for user in node.users:
+            _, scale, zero_point, quant_min, quant_max, _ = user.args
+            if np.rint(low / scale) + zero_point > quant_min or np.rint(high / scale) + zero_point < quant_max:
+                break
+        else:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
 
 
 def export_program(network: fx.GraphModule, spec: ImageSpec) -> torch.export.ExportedProgram:

@@ -1,5 +1,6 @@
 """Files of every kind: written for a target, and opened in its runtime."""
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from torch import fx
 
 from zsq.errors import InputError
 from zsq.export.classifier import FileClassifier
+from zsq.export.executorch import ExecuTorchClassifier, require_executorch, write_executorch
 from zsq.export.image_spec import notes_of
 from zsq.export.litert.runtime import LiteRtClassifier, require_litert
 from zsq.export.litert.write import write_litert
@@ -17,9 +19,15 @@ from zsq.export.options import PLAIN, FileOptions
 from zsq.targets import TARGETS, Target
 from zsq.types import ImageSpec
 
-LITERT, ONNX = ".tflite", ".onnx"
+logger = logging.getLogger(__name__)
 
-REQUIRED: dict[str, Callable[[], object]] = {"ai_edge_litert": require_litert, "openvino": require_openvino}
+EXECUTORCH, LITERT, ONNX = ".pte", ".tflite", ".onnx"
+
+REQUIRED: dict[str, Callable[[], object]] = {
+    "ai_edge_litert": require_litert,
+    "executorch": require_executorch,
+    "openvino": require_openvino,
+}
 """What imports a runtime that the core does not bring."""
 
 
@@ -30,8 +38,10 @@ def write_file(
     target: Target = TARGETS["onnxruntime"],
     options: FileOptions = PLAIN,
     notes: Mapping[str, str] | None = None,
-) -> None:
-    """Write the file that a target takes.
+) -> float | None:
+    """Write the file that a target takes, and return the percentage of its operators that a backend lowers.
+
+    None where the target has no backend beside its kernels.
 
     Args:
         converted: the converted network (see `zsq.export.converted`), left as it is.
@@ -44,10 +54,16 @@ def write_file(
         ExportError: an operation has no form in such a file, or its integers do not fit.
         MissingExtraError: the target's package is not installed.
     """
+    if target.suffix == EXECUTORCH:
+        lowered = write_executorch(converted, spec, path, options, notes=notes)
+        if lowered.left:
+            logger.info(f"XNNPACK computes no {', '.join(lowered.left)}; ExecuTorch's portable kernels do.")
+        return lowered.percent
     if target.suffix == LITERT:
         write_litert(converted, spec, path, options, notes=notes)
     else:
         write_onnx(converted, spec, path, target, options, notes=notes)
+    return None
 
 
 def require_runtime(target: Target) -> None:
@@ -80,6 +96,8 @@ def open_file(path: Path, threads: int | None = None) -> FileClassifier:
     if not is_file_of_ours(path):
         known = ", ".join(sorted({target.suffix for target in TARGETS.values()}))
         raise InputError(f"{path}: such a file is not one that zsq writes; known: {known}.")
+    if path.suffix == EXECUTORCH:
+        return ExecuTorchClassifier(path, threads=threads)
     if path.suffix == LITERT:
         return LiteRtClassifier(path, threads=threads)
     target = TARGETS.get(notes_of(path).get("target", ""), TARGETS["onnxruntime"])

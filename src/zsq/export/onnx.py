@@ -23,11 +23,10 @@ from torch import fx
 
 from zsq.errors import ExportError
 from zsq.export.canonical_onnx import canonical_onnx, stamp_oldest
-from zsq.export.converted import DEQUANTIZE, QUANTIZE, detached_copy, export_program
+from zsq.export.converted import DEQUANTIZE, QUANTIZE, detached_copy, drop_implied_clamps, export_program
 from zsq.export.first_conv import pad_channels
 from zsq.export.options import PLAIN, FileOptions
 from zsq.export.pixels import take_pixels
-from zsq.graph.activations import clamp_limits
 from zsq.graph.edit import aten
 from zsq.runtime.files import replacing
 from zsq.targets import TARGETS, Target
@@ -63,7 +62,7 @@ def write_onnx(
         ExportError: an operation has no ONNX form, or the graph departs from the convention.
     """
     network = detached_copy(converted)
-    _drop_implied_clamps(network.graph)
+    drop_implied_clamps(network.graph)
     if not target.symmetric_activations:
         _make_activations_unsigned(network.graph)
     network.recompile()
@@ -101,22 +100,6 @@ def write_onnx(
         model.metadata_props.add(key=name, value=text)
     with replacing(Path(path)) as temporary:
         temporary.write_bytes(model.SerializeToString(deterministic=True))
-
-
-def _drop_implied_clamps(graph: fx.Graph) -> None:
-    """Remove each ReLU or clamp whose limits the quantizations behind it impose anyway, so that kernels fuse."""
-    for node in list(graph.nodes):
-        limits = clamp_limits(node)
-        if limits is None or not all(user.target == QUANTIZE for user in node.users):
-            continue
-        low, high = limits
-        for user in node.users:
-            _, scale, zero_point, quant_min, quant_max, _ = user.args
-            if np.rint(low / scale) + zero_point > quant_min or np.rint(high / scale) + zero_point < quant_max:
-                break
-        else:
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
 
 
 def _make_activations_unsigned(graph: fx.Graph) -> None:

@@ -81,6 +81,8 @@ class Verification:
     agreement_target: float | None = None
     """Percent of all images with the simulation's top-1 class in the target's own runtime; None where that is ONNX
     Runtime, or is not run here."""
+    lowered_percent: float | None = None
+    """Percent of the file's operators that the target's backend computes; None where it has none."""
     decided_agreement_target: float | None = None
     """The same, of the decided images."""
     distance_target_steps: float | None = None
@@ -128,8 +130,8 @@ def verify_file(
             if batch.dim() == 4 and sum(len(logits) for logits, *_ in seen) < NOISE_IMAGES:
                 other = simulate(_reordered(batch)).detach().to("cpu", torch.float32)
         first = literal(batch)
-        second = first if optimized is literal else optimized(batch)
-        seen.append((expected, other, first, second, own(batch) if own else expected[:0]))
+        second, third = (first if way is literal else way(batch) if way else expected[:0] for way in (optimized, own))
+        seen.append((expected, other, first, second, third))
         if enough is not None:
             found = _compared(seen, output_step, margin_steps)
             ways = (found.decided_agreement, found.decided_agreement_optimized, found.decided_agreement_target)
@@ -141,7 +143,7 @@ def verify_file(
     found = found or _compared(seen, output_step, margin_steps)
     return replace(
         found,
-        saturating_layers=saturating_layers(path) if target.keeps_pairs else (),
+        saturating_layers=saturating_layers(path) if target.keeps_pairs and target.suffix == ONNX else (),
         broken_rules=RULES_OF[target.name](path) if target.name in RULES_OF else (),
     )
 
@@ -151,11 +153,11 @@ def _ways(
 ) -> tuple[FileClassifier, FileClassifier, FileClassifier | None]:
     """Open a file in each way in which it is run: literally, optimised, and in its target's own runtime beside those.
 
-    A file that is no ONNX file runs in its own runtime alone, which then stands for all.
+    A file that is no ONNX file runs in its own runtime alone, which stands for all three.
     """
     if target.suffix != ONNX:
         file = open_file(path, threads)
-        return file, file, None
+        return file, file, file
     literal = OnnxClassifier(path, optimize=False, threads=threads)
     optimized = OnnxClassifier(path, threads=threads) if target.keeps_pairs else literal
     own = OpenVinoClassifier(path, threads=threads) if target.runs_in == "openvino" else None
@@ -238,7 +240,7 @@ def require(verification: Verification, minimum: float = LEAST_AGREEMENT) -> Non
         ("optimised", found.decided_agreement_optimized, found.distance_optimized_steps),
     ]
     if found.decided_agreement_target is not None and found.distance_target_steps is not None:
-        runs.append(("by its target", found.decided_agreement_target, found.distance_target_steps))
+        runs.insert(0, ("by its target", found.decided_agreement_target, found.distance_target_steps))
     for way, agreement, distance in runs:
         near = distance <= max(SAME_STEPS, SAME_NOISES * found.noise_steps)
         wrong = round(found.num_decided * (100 - agreement) / 100)

@@ -21,7 +21,8 @@ from zsq.quantization.quantizers import DEAD_CHANNEL, ActivationQuantizer, Weigh
 from zsq.runtime.gpu import kernels
 
 MERGED = (aten.relu.default, aten.relu6.default, aten.hardtanh.default)
-"""Activations whose gradient is 0 at their limits, as that of a quantizer that clips; before torch 2.14 `clamp` has 1."""
+"""Activations whose gradient is 0 at their limits, as that of a quantizer that clips; `clamp` had 1 before torch
+2.14."""
 
 
 def merged(network: GraphModule) -> GraphModule:

@@ -3,7 +3,7 @@
 import logging
 import tempfile
 from collections.abc import Iterator
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
@@ -46,7 +46,7 @@ class ExportRequest:
     out: Annotated[str | Path, text("FILE", Path), option("FILE", required=True)]
     """The file to write."""
     target: Annotated[str, text("NAME"), option("NAME")] = "onnxruntime"
-    """Runtime that the file is for: onnxruntime, openvino, litert or tensorrt."""
+    """Runtime that the file is for: onnxruntime, openvino, litert, executorch or tensorrt."""
     pixels: Annotated[Literal["nchw", "nhwc"] | None, option("nchw|nhwc")] = None
     """Let the file take uint8 pixels in this layout instead of normalized floats."""
     batch: Annotated[int | None, option("N")] = None
@@ -115,7 +115,7 @@ def export_run_request(request: ExportRequest) -> Exported:
         part = Path(place) / target.file
         try:
             notes = file_notes(record.bits, target, record.weights_sha256)
-            write_file(network, spec, part, target, options, notes)
+            lowered = write_file(network, spec, part, target, options, notes)
             run = Run(seed=record.seed, observer=observer)
             batches = run.each("check", _images(request.data, spec, run), CHECK_IMAGES, len)
             found = verify_file(
@@ -138,7 +138,7 @@ def export_run_request(request: ExportRequest) -> Exported:
                 f"{folder} was quantized for {source}, and its integers do not suit {target.title}: {error} "
                 f"Quantize again, with --target {target.name}."
             ) from error
-    return Exported(out, target.name, out.stat().st_size, found)
+    return Exported(out, target.name, out.stat().st_size, replace(found, lowered_percent=lowered))
 
 
 def _images(data: str | None, spec: ImageSpec, run: Run) -> Iterator[Tensor]:

@@ -162,7 +162,8 @@ class QuantizeRequest(Request):
     bits: Annotated[str | int | None, text("N|WnAn"), option("N|WnAn")] = None
     """8, 6, 4, any width from 2 to 8, W4A8, or a file such as `zsq allocate` writes. Default 8."""
     target: Annotated[str | None, text("NAME"), option("NAME")] = None
-    """Runtime that the file is for: onnxruntime (default), openvino, litert or tensorrt."""
+    """Runtime that the file is for: onnxruntime (default), openvino, litert, executorch or
+    tensorrt."""
     pixels: Annotated[Literal["nchw", "nhwc"] | None, option("nchw|nhwc")] = None
     """Let the file take uint8 pixels in this layout instead of normalized floats."""
     batch: Annotated[str | int | None, text("N|dynamic"), option("N|dynamic")] = None

@@ -3,7 +3,7 @@
 import itertools
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -151,7 +151,7 @@ def write_and_check(job: Job, student: Student, surrogate: Surrogate) -> Verific
     quantizer = job.settings.quantizer
     batch = None if quantizer.batch == "dynamic" else quantizer.batch
     options = FileOptions(pixels=quantizer.pixels, batch=batch, packed=quantizer.packed)
-    write_file(converted, spec, job.file, job.target, options, notes)
+    lowered = write_file(converted, spec, job.file, job.target, options, notes)
     if job.outputs.pt2:
         write_pt2(converted, spec, job.folder / PROGRAM)
 
@@ -165,7 +165,7 @@ def write_and_check(job: Job, student: Student, surrogate: Surrogate) -> Verific
     mixed = (batch for pair in itertools.zip_longest(samples, data) for batch in pair if batch is not None)
     total = most + (job.data.num_images if job.data else 0)
     batches = job.run.each("check", mixed, total, lambda batch: len(batch.images))
-    return verify_file(
+    found = verify_file(
         job.file,
         simulate,
         (batch.images.cpu() for batch in batches),
@@ -174,6 +174,7 @@ def write_and_check(job: Job, student: Student, surrogate: Surrogate) -> Verific
         enough=ENOUGH_DECIDED,
         target=job.target,
     )
+    return replace(found, lowered_percent=lowered)
 
 
 def evaluate_file(job: Job, student: Student) -> dict[str, Evaluation]:

@@ -24,7 +24,9 @@ def summary_rows(record: Record) -> Iterator[tuple[str, str]]:
         f"{percent(check.agreement_literal)} % of all {check.num_images}"
         f"{optimized if target.suffix == '.onnx' and target.keeps_pairs else ''}",
     )
-    if check.agreement_target is not None:
+    if check.lowered_percent is not None:
+        yield "lowered to XNNPACK", f"{check.lowered_percent:.0f} % of the operators"
+    if check.agreement_target is not None and target.suffix == ".onnx":
         yield (
             f"file in {target.title}",
             f"{percent(check.decided_agreement_target)} % of the clear images, "

@@ -11,8 +11,9 @@ def versions() -> dict[str, str]:
     """Return the versions on which a result depends, and the processor's kind."""
     names = ("zsq", "onnx", "onnxruntime")
     found = {name: metadata.version(name) for name in names}
-    with contextlib.suppress(metadata.PackageNotFoundError):  # an extra
-        found["openvino"] = metadata.version("openvino")
+    for name in ("openvino", "ai-edge-litert", "executorch"):
+        with contextlib.suppress(metadata.PackageNotFoundError):  # an extra
+            found[name] = metadata.version(name)
     return found | {
         "torch": torch.__version__,  # names the build, which the package's metadata may not
         "python": platform.python_version(),
