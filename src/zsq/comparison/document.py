@@ -52,7 +52,7 @@ def _explain(recipe: Recipe) -> str:
     seeds = ", ".join(map(str, recipe.seeds))
     over = f"mean ± standard deviation over seeds {seeds}" if len(recipe.seeds) > 1 else f"seed {seeds}"
     return (
-        f"Top-1 in percent of `model.onnx` in ONNX Runtime on {sets}; {over}. "
+        f"Top-1 in percent of the quantized files, each in its target's runtime, on {sets}; {over}. "
         "DF: data-free; DD: made with real images. Bold: the best data-free entry of a network and width.\n"
     )
 

@@ -30,7 +30,7 @@ class Quantized:
     range_rule: str
     float_top1: float
     quantized_top1: float
-    """Of `model.onnx` in ONNX Runtime."""
+    """Of the file in its runtime."""
     teacher_agreement: float | None
     """Images of `data` for which file and teacher name the same class."""
     runtime_agreement: float
