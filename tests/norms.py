@@ -24,15 +24,14 @@ class Normalised(nn.Module):
 class FunctionalNorm(nn.Module):
     """Calls `F.batch_norm` on its own buffers."""
 
-    def __init__(self, channels: int, *, training: bool = False) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.scale, self.shift = nn.Parameter(torch.rand(channels) + 0.5), nn.Parameter(torch.randn(channels))
         self.register_buffer("mean", torch.randn(channels))
         self.register_buffer("var", torch.rand(channels) + 0.5)
-        self.batch_statistics = training
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.batch_norm(x, self.mean, self.var, self.scale, self.shift, self.batch_statistics, eps=1e-3)
+        return F.batch_norm(x, self.mean, self.var, self.scale, self.shift, eps=1e-3)
 
 
 class ComputedScale(FunctionalNorm):
@@ -52,6 +51,7 @@ FORMS: dict[str, Callable[[], Normalised]] = {
     "2d, no affine": lambda: conv2d(nn.BatchNorm2d(4, affine=False)),
     "sync": lambda: conv2d(nn.SyncBatchNorm(4)),
     "functional": lambda: conv2d(FunctionalNorm(4)),
+    "computed scale": lambda: conv2d(ComputedScale(4)),
     "1d": lambda: Normalised(nn.Conv1d(3, 4, 5, stride=4), nn.BatchNorm1d(4), 4 * 15, (3, 64)),
     "1d after linear": lambda: Normalised(nn.Linear(192, 4, bias=False), nn.BatchNorm1d(4), 4, (192,)),
     "3d": lambda: Normalised(nn.Conv3d(1, 4, 3, bias=False), nn.BatchNorm3d(4), 4 * 36, (1, 3, 8, 8)),

@@ -87,7 +87,7 @@ class OwnBias(nn.Module):
 
 
 class ComputedBias(OwnBias):
-    """The convolution's bias is computed, not stored."""
+    """The convolution's bias is computed from what is stored."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(F.conv2d(x, self.weight, self.bias * 2)).flatten(1)
@@ -101,7 +101,7 @@ class ComputedBias(OwnBias):
         (SharedWeights, 0),
         (TokenNorm, 1),
         (lambda: nn.Sequential(OwnBias()), 0),
-        (ComputedBias, 1),
+        (ComputedBias, 0),
     ],
 )
 def test_fold_and_observation_of_unusual_networks(make: Callable[[], nn.Module], left: int) -> None:

@@ -112,7 +112,8 @@ def test_graph_computes_what_the_network_computes() -> None:
     assert teacher.network.graph.output_node().args[0].op == "call_function"
     weights = {name for name, _ in net.named_parameters()}
     assert {name for name, _ in teacher.network.named_parameters()} == weights
-    assert {name for name, _ in teacher.network.named_buffers()} == {"bn.running_mean", "bn.running_var", "scale"}
+    stored = {name for name, _ in teacher.network.named_buffers()}
+    assert stored == {"bn.running_mean", "bn.running_var", "scale", "zeros"}  # the last made in the forward
     assert not any(p.requires_grad for p in teacher.network.parameters())
 
 

@@ -37,7 +37,7 @@ class BatchNorm:
 
 
 def batch_norms(network: GraphModule) -> list[BatchNorm]:
-    """List the batch norms that normalise by stored statistics and scale by stored values, in the order of the graph.
+    """List the batch norms that normalise by stored statistics, in the order of the graph.
 
     Module and functional forms, 1d to 3d and SyncBatchNorm are one operator in the exported graph.
     """
@@ -46,8 +46,7 @@ def batch_norms(network: GraphModule) -> list[BatchNorm]:
         if node.target is not aten.batch_norm.default:
             continue
         gamma, beta, mean, var = (tensor_of(network, argument(node, index)) for index in (1, 2, 3, 4))
-        computed = (gamma is None and argument(node, 1)) or (beta is None and argument(node, 2))
-        if mean is None or var is None or computed or argument(node, 5):  # the last: normalises by the batch
+        if mean is None or var is None or argument(node, 5):  # the last: normalises by the batch
             continue
         gamma = torch.ones_like(mean) if gamma is None else gamma
         beta = torch.zeros_like(mean) if beta is None else beta

@@ -27,7 +27,7 @@ def fold(network: GraphModule) -> tuple[GraphModule, dict[str, tuple[Tensor, Ten
         if layer.target is aten.linear.default and layer.meta["val"].dim() != 2:
             continue  # [N, tokens, C]: the norm's channels are the tokens
         weight, bias = tensor_of(network, layer.args[1]), tensor_of(network, argument(layer, 2))
-        if weight is None or (bias is None and argument(layer, 2) is not None):
+        if weight is None:
             continue
         name = str(layer.args[1].target)  # type: ignore[union-attr]
         if len(layer.args[1].users) > 1:  # type: ignore[union-attr]

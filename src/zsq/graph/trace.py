@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import traceback
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from torch import Tensor, fx, nn
 
 from zsq.errors import TeacherError
 from zsq.graph.canonicalize import name_activations, name_global_pools
+from zsq.graph.constants import fold_constants
+from zsq.graph.islands import cast_to_float32, narrowest_type
+from zsq.graph.plain import plain_network
 from zsq.types import ImageSpec
 
 FOREIGN_FAULTS = (
@@ -36,6 +40,13 @@ CHECK_BATCH = 3
 CHECK_TOLERANCE = 1e-4
 """Largest difference allowed there, relative to the largest logit."""
 
+ROUNDINGS = 16
+"""Largest difference of a graph that computes in float32, where the network does not, in epsilons of its narrowest
+type."""
+
+ALONE_TOLERANCE = 1e-3
+"""Largest difference between an image's logits alone and in a batch, relative to the largest logit: kernels differ."""
+
 DROPOUTS = tuple(
     getattr(torch.ops.aten, name).default
     for name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
@@ -59,9 +70,6 @@ RESHAPES = tuple(
         ("_to_copy", "default"),
     )
 )
-
-WRITES = ("copy_", "fill_", "zero_")
-"""In-place operators that assign to a part of a tensor; they stay in the graph."""
 
 
 def first_line(error: BaseException) -> str:
@@ -99,21 +107,23 @@ def trace(net: nn.Module, spec: ImageSpec, name: str) -> fx.GraphModule:
     batch = torch.export.Dim("batch", min=1)
     try:
         with torch.no_grad(), _quiet_export():
-            program = torch.export.export(net, (images,), dynamic_shapes=({0: batch},))
-            exported = program.module(check_guards=False)
+            exported = plain_network(torch.export.export(net, (images,), dynamic_shapes=({0: batch},)))
     except FOREIGN_FAULTS as error:
         branches = "data-dependent" in str(error)
         hint = " Its forward branches on the values of its images, which no exported file can." if branches else ""
         text = f"teacher '{name}' cannot be exported by torch.export: {first_line(error)}{hint}"
         raise TeacherError(text) from error
     graph = exported.graph
-    output = graph.output_node()
-    output.args = (output.all_input_nodes[0],)
-    graph.set_codegen(fx.graph.CodeGen())
-    _functionalize(graph)
-    _copy_where_needed(graph)
     _remove_dropout(graph)
-    _check_logits(output.args[0], name)
+    _check_logits(graph.output_node().all_input_nodes[0], name)
+    fold_constants(exported)
+    _name_squeezes(graph)
+    tolerance = CHECK_TOLERANCE
+    if (narrowest := narrowest_type(exported)) is not None:
+        exported.recompile()
+        _check_graph(net, exported, spec, name, tolerance)
+        cast_to_float32(exported)
+        tolerance = max(tolerance, ROUNDINGS * torch.finfo(narrowest).eps)
     name_activations(graph)
     name_global_pools(graph)
     graph.eliminate_dead_code()
@@ -122,67 +132,24 @@ def trace(net: nn.Module, spec: ImageSpec, name: str) -> fx.GraphModule:
     network.train(False)
     for parameter in network.parameters():
         parameter.requires_grad_(False)
-    _check_graph(net, network, spec, name)
+    _check_graph(net, network, spec, name, tolerance)
+    _check_alone(network, spec, name)
     return network
 
 
 @contextlib.contextmanager
 def _quiet_export() -> Iterator[None]:
-    """Keep the graphs that torch.export prints on stderr beside its exception from the user."""
+    """Keep from the user what torch.export says of itself, and the graphs that it prints beside its exception."""
     logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+            warnings.filterwarnings("ignore", r"The tensor attributes? .* assigned during export", UserWarning)
             yield
     finally:
         logger.setLevel(level)
-
-
-def _functionalize(graph: fx.Graph) -> None:
-    """Replace in-place operators such as `relu_` by `relu`, and let what reads the changed value later read the result.
-
-    Writes through views (`x[:, 1:] = y`) stay as they are.
-    """
-    order = {node: index for index, node in enumerate(graph.nodes)}
-    for node in list(graph.nodes):
-        target = node.target
-        if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
-            continue
-        packet = target._schema.name.removeprefix("aten::")
-        pure = getattr(getattr(torch.ops.aten, packet.removesuffix("_"), None), target._overloadname, None)
-        changed = node.args[0]
-        if pure is None or not packet.endswith("_") or packet in WRITES or _base_read_later(node, order):
-            continue
-        node.target = pure
-        changed.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: order[user] > order[node])
-
-
-def _copy_where_needed(graph: fx.Graph) -> None:
-    """Replace `view` by `reshape`, which takes values in channels-last order, too; not where views are written to."""
-    if any(isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable for n in graph.nodes):
-        return
-    for node in graph.nodes:
-        if node.target is torch.ops.aten.view.default:
-            node.target = torch.ops.aten.reshape.default
-
-
-def _base_read_later(node: fx.Node, order: dict[fx.Node, int]) -> bool:
-    """Tell whether an in-place operator changes a view of a tensor that is read again afterwards."""
-    changed = node.args[0]
-    while isinstance(changed, fx.Node) and _is_view(changed):
-        base = changed.args[0]
-        if isinstance(base, fx.Node) and any(order[user] > order[changed] for user in base.users):
-            return True
-        changed = base
-    return False
-
-
-def _is_view(node: fx.Node) -> bool:
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and any(
-        result.alias_info is not None and not result.alias_info.is_write for result in target._schema.returns
-    )
 
 
 def _check_logits(node: fx.Node, name: str) -> None:
@@ -228,10 +195,13 @@ def _check_forward(net: nn.Module, images: Tensor, spec: ImageSpec, name: str) -
         )
 
 
-def _check_graph(net: nn.Module, network: fx.GraphModule, spec: ImageSpec, name: str) -> None:
-    """Refuse a graph that does not compute what the network computes, on a batch of another size."""
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randn(CHECK_BATCH, spec.channels, spec.height, spec.width, generator=generator)
+def _check_graph(net: nn.Module, network: fx.GraphModule, spec: ImageSpec, name: str, tolerance: float) -> None:
+    """Refuse a graph that does not compute what the network computes, on a batch of another size.
+
+    Raises:
+        TeacherError: logits are not finite, or differ by more than `tolerance` of the largest.
+    """
+    images = _other_images(spec)
     try:
         with torch.no_grad():
             wanted, got = net(images), network(images)
@@ -242,8 +212,49 @@ def _check_graph(net: nn.Module, network: fx.GraphModule, spec: ImageSpec, name:
     if not bool(torch.isfinite(wanted).all()):
         raise TeacherError(f"teacher '{name}' gives logits that are not finite for Gaussian noise.")
     difference = float((wanted - got).abs().max())
-    if difference > CHECK_TOLERANCE * max(1.0, float(wanted.abs().max())):
+    if difference > tolerance * max(1.0, float(wanted.abs().max())):
         raise TeacherError(
             f"the exported graph of teacher '{name}' gives other logits than the network (by up to {difference:.3g}); "
             "its forward may draw random numbers or depend on state that torch.export does not see."
         )
+
+
+def _check_alone(network: fx.GraphModule, spec: ImageSpec, name: str) -> None:
+    """Refuse a graph whose answer to an image depends on the other images of its batch.
+
+    Raises:
+        TeacherError: it does, or it fails on a batch of one.
+    """
+    images = _other_images(spec)
+    try:
+        with torch.no_grad():
+            together, alone = network(images)[:1], network(images[:1])
+    except FOREIGN_FAULTS as error:
+        raise TeacherError(f"teacher '{name}' fails on a batch of one: {first_line(error)}") from error
+    shape = tuple(alone.shape)
+    if shape != (1, spec.classes):
+        raise TeacherError(f"teacher '{name}' gives {list(shape)} for 1 image; a classifier gives [1, {spec.classes}].")
+    difference = float((together - alone).abs().max())
+    if difference > ALONE_TOLERANCE * max(1.0, float(together.abs().max())):
+        raise TeacherError(
+            f"teacher '{name}' gives an image other logits alone than in a batch (by up to {difference:.3g}); "
+            "something normalizes over the batch, such as a batch norm without stored statistics "
+            "(track_running_stats=False)."
+        )
+
+
+def _other_images(spec: ImageSpec) -> Tensor:
+    """Return Gaussian noise that the graph was not traced with, [CHECK_BATCH, C, H, W]."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(CHECK_BATCH, spec.channels, spec.height, spec.width, generator=generator)
+
+
+def _name_squeezes(graph: fx.Graph) -> None:
+    """Let `squeeze` without dimensions name those that are 1 whatever the batch is."""
+    for node in graph.nodes:
+        if node.target is torch.ops.aten.squeeze.default:
+            sizes = node.args[0].meta["val"].shape
+            ones = [dim for dim, size in enumerate(sizes) if isinstance(size, int) and size == 1]
+            node.target, node.args = torch.ops.aten.squeeze.dims, (node.args[0], ones)
+            if not ones:
+                node.replace_all_uses_with(node.args[0])

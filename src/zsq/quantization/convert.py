@@ -48,8 +48,8 @@ def convert(student: Student) -> GraphModule:
             _store_norm(network, node)
         elif node.target in TRANSPARENT and node.args[0] in grids:
             grid = grids[node.args[0]]
-            if _only_pads_layers(node) or _is_written(node):
-                continue  # runtimes make such padding part of the layer; what is written to must stay the same memory
+            if _only_pads_layers(node):
+                continue  # runtimes make such padding part of the layer
             if is_float(node):
                 grids[_round_behind(network, node, grid, list(node.users))] = grid
             else:
@@ -60,17 +60,6 @@ def convert(student: Student) -> GraphModule:
 def _only_pads_layers(node: Node) -> bool:
     pads = node.target in (edit.aten.pad.default, edit.aten.constant_pad_nd.default)
     return pads and all(user.target in edit.CONVOLUTIONS for user in node.users)
-
-
-def _is_written(node: Node) -> bool:
-    """Whether an operator writes to a node's value, or to a part of it."""
-    for user in node.users:
-        if not user.args or user.args[0] is not node:
-            continue
-        writes = isinstance(user.target, torch._ops.OpOverload) and user.target._schema.is_mutable
-        if writes or (user.target in TRANSPARENT and _is_written(user)):
-            return True
-    return False
 
 
 def _round_behind(network: GraphModule, node: Node, grid: ActivationQuantizer, readers: list[Node]) -> Node:
