@@ -9,6 +9,7 @@ Targets that take signed activations alone get those.
 import contextlib
 import logging
 import math
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -83,8 +84,7 @@ def write_onnx(
                 },
             )
     except torch.onnx.OnnxExporterError as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0].partition(" See the stack trace")[0]
-        raise ExportError(f"the network has no ONNX form: {reason} The .pt2 file needs none.") from error
+        raise ExportError(f"the network has no ONNX form: {_reason(error)} The .pt2 file needs none.") from error
     assert program is not None
     model = program.model_proto
     if not target.symmetric_activations:
@@ -100,6 +100,13 @@ def write_onnx(
         model.metadata_props.add(key=name, value=text)
     with replacing(Path(path)) as temporary:
         temporary.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _reason(error: BaseException) -> str:
+    """Return what the exporter could not translate: the operator with its arguments, or what it says itself."""
+    text = str(error.__cause__ or error).strip().splitlines()[0].partition(" See the stack trace")[0]
+    found = re.search(r"node %(\w+) : .*\[target=torch\.ops\.([\w.]+)\]\(args = \((.*)\), kwargs", text)
+    return f"the exporter cannot write '{found[1]}', {found[2]}({found[3]})." if found else text
 
 
 def _make_activations_unsigned(graph: fx.Graph) -> None:

@@ -1,12 +1,13 @@
 """Small helpers on `torch.export` graphs, the one representation of a network after loading."""
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 aten = torch.ops.aten
 
@@ -124,3 +125,52 @@ def weight_times_mean(weight: Tensor, input_mean: Tensor) -> Tensor:
     groups = input_mean.numel() // summed.shape[1]
     grouped = summed.view(groups, -1, summed.shape[1])
     return torch.einsum("goi,gi->go", grouped, input_mean.view(groups, -1)).flatten()
+
+
+class Caller:
+    """Inserts calls of operators in front of a node, with what is known of their values.
+
+    Args:
+        network: whose graph is edited.
+        node: in front of which calls are inserted.
+    """
+
+    def __init__(self, network: GraphModule, node: Node) -> None:
+        self.network, self.node = network, node
+
+    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """Insert a call, and compute shape and type of its value from those of its arguments."""
+        with self.network.graph.inserting_before(self.node):
+            called = self.network.graph.call_function(target, args, kwargs)
+        known_args, known_kwargs = map_arg((args, kwargs), lambda n: n.meta["val"])
+        called.meta["val"] = target(*known_args, **known_kwargs)
+        return called
+
+    def read(self, name: str) -> Node:
+        """Insert a node that reads a stored tensor."""
+        read = read_attribute(self.network, name, self.node)
+        (images,) = self.network.graph.find_nodes(op="placeholder")
+        value, fake_mode = get_attribute(self.network, name).detach(), images.meta["val"].fake_mode
+        read.meta["val"] = fake_mode.from_tensor(value, static_shapes=True)
+        return read
+
+    def transposed(self, x: Node) -> Node:
+        """Exchange the last two dimensions."""
+        return self(aten.transpose.int, x, -1, -2)
+
+    def permuted(self, x: Node, order: list[int]) -> Node:
+        """Put dimensions in another order."""
+        return x if order == sorted(order) else self(aten.permute.default, x, order)
+
+    def flattened(self, x: Node, start: int, count: int) -> Node:
+        """Join so many dimensions from one on; none are joined to one of size 1."""
+        if count == 0:
+            return self(aten.unsqueeze.default, x, start)
+        return x if count == 1 else self(aten.flatten.using_ints, x, start, start + count - 1)
+
+    def unflattened(self, x: Node, dim: int, sizes: Sequence[Any]) -> Node:
+        """Split a dimension into some of these sizes, of which one may vary; into none where it is of size 1."""
+        if not sizes:
+            return self(aten.squeeze.dim, x, dim)
+        known = [size if isinstance(size, int) else -1 for size in sizes]
+        return x if len(sizes) == 1 else self(aten.unflatten.int, x, dim, known)

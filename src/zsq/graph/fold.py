@@ -7,10 +7,11 @@ from torch.fx import GraphModule, Node
 from zsq.graph import edit
 from zsq.graph.batchnorm import batch_norms
 from zsq.graph.edit import argument, aten, tensor_of
+from zsq.graph.lower import lower
 
 
 def fold(network: GraphModule) -> tuple[GraphModule, dict[str, tuple[Tensor, Tensor]]]:
-    """Fold each batch norm into the convolution or linear layer in front of it.
+    """Fold each batch norm into the convolution or linear layer in front of it, and lower what is no such layer.
 
     A batch norm whose input has another reader, does not come from such a layer, or has its channels elsewhere, stays.
 
@@ -19,6 +20,7 @@ def fold(network: GraphModule) -> tuple[GraphModule, dict[str, tuple[Tensor, Ten
         the layer's output in training (|gamma| but for epsilon, and beta), which folding destroys and DFQ needs.
     """
     network = edit.copy_network(network)
+    lower(network)
     record = {}
     for norm in batch_norms(network):
         layer = norm.node.args[0]

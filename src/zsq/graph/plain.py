@@ -40,8 +40,8 @@ def plain_network(program: ExportedProgram) -> GraphModule:
     output.args = (output.all_input_nodes[0],)
     graph.set_codegen(fx.graph.CodeGen())
     for node in list(graph.nodes):
-        if node.target in IDENTITIES:
-            node.replace_all_uses_with(node.args[0])
+        if node.target in IDENTITIES or _is_whole_copy(node):
+            node.replace_all_uses_with(node.args[-1])
             graph.erase_node(node)
         elif node.target is aten._assert_tensor_metadata.default:
             graph.erase_node(node)
@@ -57,6 +57,12 @@ def _is_plain(graph: fx.Graph) -> bool:
 
 def _writes(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _is_whole_copy(node: Node) -> bool:
+    """Whether a node copies its second argument, which has its own shape."""
+    copied = argument(node, 1)
+    return node.target is aten.copy.default and copied.meta["val"].shape == node.meta["val"].shape
 
 
 def _functionalize(graph: fx.Graph) -> None:

@@ -16,6 +16,7 @@ from zsq.graph.canonicalize import name_activations, name_global_pools
 from zsq.graph.constants import fold_constants
 from zsq.graph.islands import cast_to_float32, narrowest_type
 from zsq.graph.plain import plain_network
+from zsq.graph.products import name_products
 from zsq.types import ImageSpec
 
 FOREIGN_FAULTS = (
@@ -124,6 +125,7 @@ def trace(net: nn.Module, spec: ImageSpec, name: str) -> fx.GraphModule:
         _check_graph(net, exported, spec, name, tolerance)
         cast_to_float32(exported)
         tolerance = max(tolerance, ROUNDINGS * torch.finfo(narrowest).eps)
+    name_products(exported)
     name_activations(graph)
     name_global_pools(graph)
     graph.eliminate_dead_code()

@@ -112,5 +112,8 @@ class LearningMethod(Method, ABC):
         """
         low = self.precision == "bfloat16"
         observed = ObservedTeacher(teacher.network, teacher.name, low_precision=low, required=required)
-        observed.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        observed.to(device)
+        for tensor in (*observed.parameters(), *observed.buffers()):
+            if tensor.dim() == 4:
+                tensor.data = tensor.data.to(memory_format=torch.channels_last)
         return observed

@@ -17,7 +17,7 @@ from zsq.quantization.integer_ops import (
     grid_norm,
     hardswish_steps,
 )
-from zsq.quantization.prepare import TRANSPARENT, Student, is_float, prepared_layers, weight_node
+from zsq.quantization.prepare import PADS, Student, is_float, moves_values, prepared_layers, weight_node
 from zsq.quantization.quantizers import ActivationQuantizer, WeightQuantizer
 
 _ops = torch.ops.quantized_decomposed
@@ -46,7 +46,7 @@ def convert(student: Student) -> GraphModule:
             _store_hardswish(network, node, grids[node.args[0]])
         elif node.target is grid_norm:
             _store_norm(network, node)
-        elif node.target in TRANSPARENT and node.args[0] in grids:
+        elif moves_values(node) and node.args[0] in grids:
             grid = grids[node.args[0]]
             if _only_pads_layers(node):
                 continue  # runtimes make such padding part of the layer
@@ -58,8 +58,7 @@ def convert(student: Student) -> GraphModule:
 
 
 def _only_pads_layers(node: Node) -> bool:
-    pads = node.target in (edit.aten.pad.default, edit.aten.constant_pad_nd.default)
-    return pads and all(user.target in edit.CONVOLUTIONS for user in node.users)
+    return node.target in PADS and all(user.target in edit.CONVOLUTIONS for user in node.users)
 
 
 def _round_behind(network: GraphModule, node: Node, grid: ActivationQuantizer, readers: list[Node]) -> Node:

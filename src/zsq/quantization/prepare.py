@@ -1,5 +1,6 @@
 """Place quantizers in a folded graph: which tensors are rounded, and to how many bits."""
 
+import math
 import operator
 import re
 from collections.abc import Iterable, Mapping
@@ -23,7 +24,10 @@ from zsq.targets import TARGETS, Target
 ENDS_BITS = 8
 """Bits of the network's input and of its logits, always."""
 
-TRANSPARENT = {
+PADS = {aten.pad.default: 3, aten.constant_pad_nd.default: 2}
+"""Paddings, and which argument holds the value that pads."""
+
+MOVES = {
     aten.max_pool1d.default,
     aten.max_pool2d.default,
     aten.max_pool3d.default,
@@ -39,14 +43,41 @@ TRANSPARENT = {
     aten.select.int,
     aten.contiguous.default,
     aten.clone.default,
-    aten.pad.default,
-    aten.constant_pad_nd.default,
     aten.chunk.default,
     aten.split.Tensor,
+    aten.split.sizes,
     aten.split_with_sizes.default,
-    operator.getitem,
+    aten.unbind.int,
+    aten.unflatten.int,
+    aten.movedim.int,
+    aten.t.default,
+    aten.expand.default,
+    aten.expand_as.default,
+    aten.topk.default,
+    aten.amax.default,
+    aten.upsample_nearest1d.vec,
+    aten.upsample_nearest2d.vec,
+    aten.upsample_nearest3d.vec,
+    aten.flip.default,
+    aten.roll.default,
+    aten.index.Tensor,
+    aten.pixel_shuffle.default,
+    aten.pixel_unshuffle.default,
 }
-"""Operators that only move or choose values: their output lies on the grid of their input."""
+"""Operators that only move or choose values."""
+
+
+def moves_values(node: Node) -> bool:
+    """Whether a node only moves or chooses values, so that its output lies on the grid of its input.
+
+    A padding does so if it pads with 0, with values from inside, or with an infinity, which max pooling ignores.
+    """
+    if node.target is operator.getitem:
+        return isinstance(node.args[0], Node) and moves_values(node.args[0])
+    if node.target in PADS:
+        value = argument(node, PADS[node.target]) or 0.0
+        return value == 0 or math.isinf(value)
+    return node.target in MOVES
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +226,7 @@ class _Placer:
     def origin(self, node: object) -> Node:
         """Follow operators that only move values back to where the values were computed."""
         assert isinstance(node, Node)
-        return self.origin(node.args[0]) if node.target in TRANSPARENT else node
+        return self.origin(node.args[0]) if moves_values(node) else node
 
     def place_activations(self) -> None:
         """Insert a quantizer behind each activation that the scheme rounds."""
@@ -258,7 +289,7 @@ class _Placer:
             return False
         if node is self.logits:
             return True
-        if node.target in TRANSPARENT:
+        if moves_values(node):
             return False
         if len(node.users) != 1 or node.op != "call_function":
             return True
@@ -357,8 +388,10 @@ def weight_node(layer: Node) -> tuple[Node, Node]:
 
 
 def prepared_layers(network: GraphModule) -> list[Node]:
-    """List the quantized layers of a student's graph."""
-    return [node for node in network.graph.nodes if node.target in edit.LAYERS]
+    """List the quantized layers of a student's graph; layers of weights that depend on the images are none."""
+    called = {node.target: node for node in network.graph.nodes if node.op == "call_module"}
+    weights = {node for name, node in called.items() if isinstance(network.get_submodule(str(name)), WeightQuantizer)}
+    return [node for node in network.graph.nodes if node.target in edit.LAYERS and node.args[1] in weights]
 
 
 def quantized_weight(network: GraphModule, layer: Node) -> tuple[WeightQuantizer, torch.Tensor]:
