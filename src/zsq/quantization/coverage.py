@@ -3,7 +3,7 @@
 import math
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -75,6 +75,11 @@ class Coverage:
     float_operations: dict[str, float] = field(default_factory=dict)
     """The others, by operator and module, with the percentage of the arithmetic that they do."""
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields, and both shares."""
+        shares = ("float_weight_share", "float_operation_share")
+        return asdict(self) | {name: round(getattr(self, name), 4) for name in shares}
+
     @property
     def float_weight_share(self) -> float:
         """Percent of the stored values that are float."""
@@ -90,14 +95,14 @@ class Coverage:
         """Return what a user should know before the run: what stays float, where it is more than `MOST_FLOAT`."""
         parts = []
         if self.float_weight_share > MOST_FLOAT:
-            parts.append(f"{self.float_weight_share:.1f} % of the weights ({_listed(self.float_weights)})")
+            parts.append(f"{self.float_weight_share:.1f} % of the weights ({listed(self.float_weights)})")
         if self.float_operation_share > MOST_FLOAT:
-            parts.append(f"{self.float_operation_share:.1f} % of the arithmetic ({_listed(self.float_operations)})")
+            parts.append(f"{self.float_operation_share:.1f} % of the arithmetic ({listed(self.float_operations)})")
         return f"not quantized, but kept in float: {' and '.join(parts)}." if parts else None
 
 
-def _listed(sizes: dict[str, Any]) -> str:
-    """Return the names of the largest."""
+def listed(sizes: dict[str, Any]) -> str:
+    """Return the names of the largest, and how many there are besides."""
     names = sorted(sizes, key=lambda name: -sizes[name])
     return ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
 
@@ -197,6 +202,6 @@ class _Counter(Interpreter):
             terms = args[0].shape[-1]
         elif n.target in RECURRENT:
             weights: int = sum(self.env[read].numel() for read in n.all_input_nodes if read.op == "get_attr")
-            terms = weights * math.prod(args[0].shape[:-1])
-            return terms
+            positions: int = math.prod(args[0].shape[:-1])
+            return weights * positions
         return value.numel() * terms

@@ -284,8 +284,9 @@ def choose_schedule(
     recipe: Path | None,
     num_eval_images: int,
     fitted: bool,
+    spent: float = 0.0,
 ) -> tuple[Settings, dict[str, Any]]:
-    """Fit the schedule to the budget; return settings and what was measured, for the record."""
+    """Fit the schedule to the budget, less the seconds spent; return settings and what was measured, for the record."""
     if budget is None and recipe is None and not _has_schedule(wanted):
         budget = DEFAULT_BUDGET
         wanted = settling(wanted)
@@ -296,9 +297,10 @@ def choose_schedule(
         logger.info("no number of steps is left to choose, so --budget changes nothing")
         return wanted, {}
     logger.info(f"measuring a step, to fit the schedule into {seconds:.0f} s")
-    planned = plan(wanted, teacher, run, seconds, num_eval_images=num_eval_images, fitted=fitted)
+    left = max(0.0, seconds - spent)
+    planned = plan(wanted, teacher, run, left, num_eval_images=num_eval_images, fitted=fitted)
     logger.info(_describe(planned, num_eval_images))
-    _warn_of(planned, seconds)
+    _warn_of(planned, seconds, spent)
     facts: dict[str, Any] = {
         "budget_seconds": seconds,
         "fit_step_seconds": round(planned.costs.fit_step, 4),
@@ -345,11 +347,11 @@ def _describe(planned: Plan, num_eval_images: int) -> str:
     )
 
 
-def _warn_of(planned: Plan, budget_seconds: float) -> None:
+def _warn_of(planned: Plan, budget_seconds: float, spent: float) -> None:
     """Say beforehand where the budget is too small for what it is to hold, or for good samples."""
-    if planned.expected_seconds > budget_seconds:
+    if spent + planned.expected_seconds > budget_seconds:
         logger.warning(
-            f"the least that a run does takes {planned.expected_seconds:.0f} s here, more than the budget of "
+            f"the least that a run does takes {spent + planned.expected_seconds:.0f} s here, more than the budget of "
             f"{budget_seconds:.0f} s."
         )
     if planned.costs.fit_step and planned.settings.method.steps < FEW_STEPS:

@@ -13,6 +13,7 @@ from zsq.export.content_hash import canonical_sha256
 from zsq.export.files import open_file
 from zsq.export.verify import Verification, require
 from zsq.methods import Surrogate
+from zsq.quantization.coverage import Coverage
 from zsq.quantization.prepare import Student
 from zsq.runs.fitted import GENERATOR
 from zsq.runs.job import Job
@@ -106,10 +107,10 @@ def finish(job: Job, surrogate: Surrogate, recognition: float | None, watch: Sto
     student = watch.timed("quantize", lambda: quantize_network(job, surrogate))
 
     def conclude() -> Result:
-        verification = watch.timed("export", lambda: write_and_check(job, student, surrogate))
+        verification, covered = watch.timed("export", lambda: write_and_check(job, student, surrogate))
         evaluation = watch.timed("evaluate", lambda: evaluate_file(job, student))
         samples = watch.timed("samples", lambda: measure_agreement(job, surrogate))
-        record = _record(job, surrogate, student, verification, evaluation, samples, recognition, watch)
+        record = _record(job, surrogate, student, verification, covered, evaluation, samples, recognition, watch)
         record.write(job.folder)
         require(verification)
         return Result(record, job.folder)
@@ -122,6 +123,7 @@ def _record(
     surrogate: Surrogate,
     student: Student,
     verification: Verification,
+    covered: Coverage,
     evaluation: dict[str, Evaluation],
     samples: SampleAgreement | None,
     recognition: float | None,
@@ -143,6 +145,7 @@ def _record(
         seed=job.run.seed,
         data=job.data.name if job.data else None,
         verification=verification,
+        coverage=covered,
         num_eval_images=job.data.num_images if job.data else 0,
         evaluation=evaluation,
         artifacts={

@@ -19,7 +19,8 @@ def quantize_request(request: QuantizeRequest) -> Result:
     Raises:
         InputError: an argument, setting or file does not fit.
         NumericsError: a loss is not finite.
-        ExportError: the file does not compute what was simulated; all files are kept.
+        ExportError: the network has no file, which is known before anything is learnt; or the file does not compute
+            what was simulated, and all files are kept.
     """
     begin = time.perf_counter()
     with started(
@@ -30,6 +31,7 @@ def quantize_request(request: QuantizeRequest) -> Result:
         data=request.data,
         class_names=request.class_names,
         checkpoint_every=request.checkpoint_every,
+        rehearsed=True,
     ) as job:
         return carry_out(job, begin)
 

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from zsq.errors import InputError
 from zsq.evaluation.accuracy import Evaluation
 from zsq.export.verify import Verification
+from zsq.quantization.coverage import Coverage
 from zsq.runtime.files import replacing
 from zsq.targets import target_of
 
@@ -75,6 +76,8 @@ class Record:
     """Images on which accuracy was measured; None where there were none."""
     verification: Verification
     """The file against the simulation."""
+    coverage: Coverage | None = None
+    """What is quantized, and what stays float, by name; None in records of before."""
     num_eval_images: int = 0
     """Images on which accuracy was measured."""
     evaluation: dict[str, Evaluation] = field(default_factory=dict)
@@ -135,6 +138,7 @@ class Record:
         """Return the content of `result.json`: all fields, and what follows from them."""
         content = {name: getattr(self, name) for name in self.__slots__}
         content["verification"] = asdict(self.verification)
+        content["coverage"] = None if self.coverage is None else self.coverage.as_dict()
         content["evaluation"] = {name: value.as_dict() for name, value in self.evaluation.items()}
         content["artifacts"] = {name: asdict(value) for name, value in self.artifacts.items()}
         content["samples"] = None if self.samples is None else asdict(self.samples)

@@ -21,6 +21,7 @@ from zsq.export.verify import Verification, verify_file
 from zsq.methods import Surrogate
 from zsq.quantization import PTQ
 from zsq.quantization.convert import convert
+from zsq.quantization.coverage import Coverage, coverage
 from zsq.quantization.prepare import Bits, Student, mean_weight_bits
 from zsq.quantization.ptq import quantize_ptq
 from zsq.reports.pictures import save_grid
@@ -143,8 +144,12 @@ def file_notes(bits: str, target: Target, weights_sha256: str) -> dict[str, str]
     return {"bits": bits, "target": target.name, "weights_sha256": weights_sha256, "zsq_version": versions()["zsq"]}
 
 
-def write_and_check(job: Job, student: Student, surrogate: Surrogate) -> Verification:
-    """Write the files and run the target's beside the simulation, on samples and images of the data in turn."""
+def write_and_check(job: Job, student: Student, surrogate: Surrogate) -> tuple[Verification, Coverage]:
+    """Write the files and run the target's beside the simulation, on samples and images of the data in turn.
+
+    Returns:
+        How they compare, and what of the network is quantized.
+    """
     logger.info(f"writing and checking {job.file.name}{f' and {PROGRAM}' if job.outputs.pt2 else ''}")
     converted, spec = convert(student), job.teacher.spec
     notes = file_notes(described_bits(job, student), job.target, job.teacher.weights_sha256)
@@ -174,7 +179,7 @@ def write_and_check(job: Job, student: Student, surrogate: Surrogate) -> Verific
         enough=ENOUGH_DECIDED,
         target=job.target,
     )
-    return replace(found, lowered_percent=lowered)
+    return replace(found, lowered_percent=lowered), coverage(converted, spec)
 
 
 def evaluate_file(job: Job, student: Student) -> dict[str, Evaluation]:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -23,6 +24,7 @@ from zsq.runs.console import shown
 from zsq.runs.fitted import FittedRun
 from zsq.runs.folder import claimed, clear_folder, open_folder
 from zsq.runs.job import Job
+from zsq.runs.rehearsal import rehearse
 from zsq.runs.request import Request
 from zsq.runs.resume import chosen_seed, resumed_settings, warn_of_recipe
 from zsq.runs.settings import Settings, resolve
@@ -47,6 +49,7 @@ def started(
     class_names: str | Path | None = None,
     checkpoint_every: int | None = None,
     needs_images: bool = False,
+    rehearsed: bool = False,
     check: Callable[[Teacher], object] | None = None,
 ) -> Iterator[Job]:
     """Check what is asked for, take the folder, and yield the job that is ready to start.
@@ -56,10 +59,12 @@ def started(
         quantizer, bits, data, class_names, checkpoint_every: see `QuantizeRequest`.
         flags: settings of the quantizer that have a flag of their own; see `resolve`.
         needs_images: refuse methods that make none.
+        rehearsed: take the way to the file before anything is learnt, and warn of what stays float.
         check: raises where the request does not fit the network.
 
     Raises:
         InputError: an argument, setting or file does not fit; what the folder held is still there then.
+        ExportError: the network has no file; see `rehearse`.
     """
     device = distributed.start(pick_device(request.device).type)
     with shown(request.observer, quiet=request.quiet) as observer:
@@ -73,13 +78,24 @@ def started(
         seed = distributed.on_main(
             lambda: chosen_seed(request.seed, request.recipe_path, request.folder, resume=request.resume)
         )
+        begin = time.perf_counter()
+        if rehearsed:
+            _rehearse(teacher, wanted, Run(seed=seed, device=device))
         with claimed(request.folder):
             run = Run(request.folder, seed=seed, device=device, checkpoint_steps=checkpoint_every, observer=observer)
             for notice in images.notices if images else ():
                 logger.info(notice)
             job = Job(teacher=teacher, run=run, folder=request.folder, settings=wanted, data=images, fitted=fitted)
             facts = {"data": data if data is None else os.fspath(data)}
-            yield _open_or_resume(job, request) or _plan_and_write(job, request, facts)
+            spent = time.perf_counter() - begin
+            yield _open_or_resume(job, request) or _plan_and_write(job, request, facts, spent)
+
+
+def _rehearse(teacher: Teacher, settings: Settings, run: Run) -> None:
+    """Let the first process try the export, and warn of what stays float."""
+    warning = distributed.on_main(lambda: rehearse(teacher, settings.quantizer, run).warning())
+    if warning and distributed.is_main():
+        logger.warning(warning)
 
 
 def _loaded(request: Request, device: torch.device) -> Teacher:
@@ -167,10 +183,11 @@ def _evaluated_on(job: Job, count: int | None) -> Job:
     return job if count is None or job.data is None else replace(job, data=EvenSubset(job.data, count))
 
 
-def _plan_and_write(job: Job, request: Request, said: dict[str, Any]) -> Job:
+def _plan_and_write(job: Job, request: Request, said: dict[str, Any], spent: float) -> Job:
     """Fit the schedule of a new run to the budget, clear the folder, write the settings, and return the job.
 
-    What is to be overwritten is deleted only when the method has been seen to start.
+    What is to be overwritten is deleted only when the method has been seen to start. Of the budget, so many seconds are
+    spent.
     """
     warn_of_recipe(request.recipe_path, job.teacher, reuses=job.fitted is not None)
     settings, measured = choose_schedule(
@@ -181,6 +198,7 @@ def _plan_and_write(job: Job, request: Request, said: dict[str, Any]) -> Job:
         recipe=request.recipe_path,
         num_eval_images=job.data.num_images if job.data else 0,
         fitted=job.fitted is not None,
+        spent=spent,
     )
     if request.overwrite and job.fitted is None and not measured:
         settings.method.with_steps(0).fit(job.teacher, Run(seed=job.run.seed, device=job.run.device))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from zsq.quantization.coverage import Coverage, listed
 from zsq.reports.text_tables import percent
 from zsq.runs.record import Record
 from zsq.targets import target_of
@@ -16,6 +17,8 @@ def summary_rows(record: Record) -> Iterator[tuple[str, str]]:
     if record.target != "onnxruntime":
         yield "target", target_of(record.target).title
     yield from _accuracy_rows(record)
+    if (covered := record.coverage) is not None:
+        yield "in integers", _covered(covered)
     check, target = record.verification, target_of(record.target)
     optimized = f" ({percent(check.agreement_optimized)} % with the runtime's optimisations)"
     yield (
@@ -44,6 +47,19 @@ def summary_rows(record: Record) -> Iterator[tuple[str, str]]:
     if set(record.bits) & set("234567"):
         yield "note", "widths below 8 bits are stored one value a byte"
     yield "time", f"{record.seconds:.0f} s"
+
+
+def _covered(found: Coverage) -> str:
+    """Say how many weights and operations are quantized, and which are not."""
+    operations, floats = found.quantized_operations, len(found.float_operations)
+    text = f"{found.quantized_weights:,} of {found.quantized_weights + sum(found.float_weights.values()):,} weights, "
+    text += f"{operations} of {operations + floats} operations"
+    if found.float_weights:
+        text += f"; float weights: {listed(found.float_weights)}"
+    if found.float_operations:
+        share = percent(found.float_operation_share)
+        text += f"; float operations ({share} % of the arithmetic): {listed(found.float_operations)}"
+    return text
 
 
 def _accuracy_rows(record: Record) -> Iterator[tuple[str, str]]:
