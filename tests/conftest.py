@@ -113,7 +113,7 @@ def digits_rehearsed_once() -> Iterator[None]:
     def rehearse(teacher: Teacher, quantizer: PTQ, run: Run) -> Coverage:
         if teacher.name != "digits":
             return original(teacher, quantizer, run)
-        key = teacher.weights_sha256, teacher.spec, quantizer.target, quantizer.bits, quantizer.pixels
+        key = teacher.weights_sha256, teacher.spec, quantizer.target, quantizer.bits, quantizer.pixels, quantizer.batch
         if key not in known:
             known[key] = original(teacher, quantizer, run)
         return known[key]

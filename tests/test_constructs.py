@@ -14,7 +14,7 @@ from toys import SPEC, fused_operators, graph, images, quantized
 from zsq.errors import ExportError
 from zsq.export.converted import output_step
 from zsq.export.onnx import write_onnx
-from zsq.export.verify import require, verify_onnx
+from zsq.export.verify import require, verify_file
 from zsq.quantization import PTQ
 from zsq.quantization.convert import convert
 from zsq.quantization.coverage import coverage
@@ -310,7 +310,7 @@ def test_the_file_computes_what_was_simulated_and_what_stays_float_is_named(make
     converted, path = convert(student), tmp_path / "model.onnx"
     write_onnx(converted, SPEC, path)
     x = images(200, seed=5)
-    require(verify_onnx(path, student, [x[:1], x[1:]], output_step(converted), threads=1))
+    require(verify_file(path, student, [x[:1], x[1:]], output_step(converted), threads=1))
     found = coverage(converted, SPEC)
     assert sorted(found.float_weights) == sorted(expected.weights)
     assert sorted(found.float_operations) == sorted(expected.operators)

@@ -80,7 +80,7 @@ MIDDLES = {
     "flatten": lambda: Does(lambda x: F.max_pool2d(x, 4).flatten(1)),
     "shuffled channels": lambda: Does(shuffled),
     "parts": lambda: Does(split),
-    "slice and pad": lambda: Does(lambda x: F.pad(x[:, :, ::2, 1:7], (1, 0, 2, 1))),
+    "slice and pad": lambda: Does(lambda x: F.pad(x[:, :, ::2, 1:7], (1, 0, 2, 1), value=0.3)),
     "product": lambda: Does(lambda x: x * x.mean((2, 3), keepdim=True) - x),
     "silu": lambda: nn.Sequential(nn.Conv2d(8, 8, 1), nn.SiLU()),
     "sigmoid": lambda: nn.Sequential(nn.Conv2d(8, 8, 1), nn.Sigmoid()),
@@ -252,7 +252,7 @@ def test_a_file_that_is_none_is_refused(tmp_path):
     (tmp_path / "other.tflite").write_bytes(b"something else")
     with pytest.raises(InputError, match="it is no LiteRT file"):
         LiteRtClassifier(tmp_path / "other.tflite")
-    with pytest.raises(InputError, match=r"known: \.onnx, \.tflite"):
+    with pytest.raises(InputError, match=r"known: \.onnx, \.pte, \.tflite"):
         open_file(tmp_path / "model.bin")
 
 

@@ -69,7 +69,7 @@ def test_a_fault_of_a_library_is_one_line(monkeypatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise KeyError("no such operator")
 
-    monkeypatch.setattr(rehearsal, "write_onnx", broken)
+    monkeypatch.setattr(rehearsal, "write_file", broken)
     teacher = teacher_from_module(Plain(), SPEC, name="mine")
     with pytest.raises(ExportError, match=r"^network 'mine' cannot be quantized and exported: KeyError: 'no such op"):
         rehearse(teacher, PTQ(), Run())

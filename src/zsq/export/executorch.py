@@ -124,21 +124,6 @@ def _hushed() -> Iterator[None]:
         os.close(nowhere)
 
 
-def check_operators(network: fx.GraphModule, spec: ImageSpec) -> None:
-    """Check that ExecuTorch has all operators of a float network: lower it and load the program.
-
-    Raises:
-        ExportError: it lacks one, or cannot lower the network.
-        MissingExtraError: ExecuTorch is not installed.
-    """
-    program, _ = _program(detached_copy(network), spec, PLAIN, {})
-    try:
-        with _hushed():
-            require_executorch().runtime.get().load_program(program).load_method(FORWARD)
-    except RuntimeError as error:
-        raise ExportError(f"ExecuTorch cannot run the network: {_first_line(error)}") from error
-
-
 def write_executorch(
     converted: fx.GraphModule,
     spec: ImageSpec,

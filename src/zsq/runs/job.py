@@ -5,7 +5,9 @@ from pathlib import Path
 
 from zsq.data.datasets import DataSet, EvenSubset
 from zsq.evaluation.accuracy import Evaluation
+from zsq.export.options import FileOptions
 from zsq.models.teacher import Teacher
+from zsq.quantization import PTQ
 from zsq.runs.fitted import FittedRun
 from zsq.runs.settings import Settings
 from zsq.targets import Target, target_of
@@ -45,6 +47,11 @@ class Job:
     outputs: Outputs = field(default_factory=Outputs)
 
     @property
+    def file_options(self) -> FileOptions:
+        """What was chosen of the file's form."""
+        return file_options(self.settings.quantizer)
+
+    @property
     def target(self) -> Target:
         """What the file is for."""
         return target_of(self.settings.quantizer.target)
@@ -53,3 +60,9 @@ class Job:
     def file(self) -> Path:
         """Where the file is written."""
         return self.folder / self.target.file
+
+
+def file_options(quantizer: PTQ) -> FileOptions:
+    """Return what a quantizer's settings say of the file's form."""
+    batch = None if quantizer.batch == "dynamic" else quantizer.batch
+    return FileOptions(pixels=quantizer.pixels, batch=batch, packed=quantizer.packed)

@@ -9,14 +9,15 @@ import torch
 
 from zsq.errors import ExportError, ZsqError
 from zsq.export.converted import output_step
-from zsq.export.onnx import write_onnx
-from zsq.export.verify import require, verify_onnx
+from zsq.export.files import write_file
+from zsq.export.verify import require, verify_file
 from zsq.graph.trace import FOREIGN_FAULTS, described
 from zsq.models.teacher import Teacher
 from zsq.quantization import PTQ
 from zsq.quantization.convert import convert
 from zsq.quantization.coverage import Coverage, coverage
 from zsq.quantization.ptq import quantize_ptq
+from zsq.runs.job import file_options
 from zsq.targets import target_of
 from zsq.training.loop import Run
 from zsq.types import Batch
@@ -68,9 +69,9 @@ def _rehearse(teacher: Teacher, quantizer: PTQ, run: Run) -> Coverage:
     student = quantize_ptq(teacher.network, lambda: iter([Batch(noise, labels)]), quick, probe)
     converted = convert(student)
     with tempfile.TemporaryDirectory(prefix="zsq-") as folder:
-        path = Path(folder) / "model.onnx"
-        write_onnx(converted, spec, path, target, pixels=quantizer.pixels)
-        found = verify_onnx(
+        path = Path(folder) / target.file
+        write_file(converted, spec, path, target, file_options(quantizer))
+        found = verify_file(
             path,
             lambda images: student(images.to(run.device)),
             (noise[:1], noise[1:]),

@@ -15,7 +15,6 @@ from zsq.errors import InputError
 from zsq.evaluation.accuracy import Evaluation, Predict, evaluate_many
 from zsq.export.converted import output_step
 from zsq.export.files import open_file, require_runtime, write_file
-from zsq.export.options import FileOptions
 from zsq.export.pt2 import write_pt2
 from zsq.export.verify import Verification, verify_file
 from zsq.methods import Surrogate
@@ -154,9 +153,7 @@ def write_and_check(job: Job, student: Student, surrogate: Surrogate) -> tuple[V
     converted, spec = convert(student), job.teacher.spec
     notes = file_notes(described_bits(job, student), job.target, job.teacher.weights_sha256)
     quantizer = job.settings.quantizer
-    batch = None if quantizer.batch == "dynamic" else quantizer.batch
-    options = FileOptions(pixels=quantizer.pixels, batch=batch, packed=quantizer.packed)
-    lowered = write_file(converted, spec, job.file, job.target, options, notes)
+    lowered = write_file(converted, spec, job.file, job.target, job.file_options, notes)
     if job.outputs.pt2:
         write_pt2(converted, spec, job.folder / PROGRAM)
 

@@ -13,7 +13,6 @@ import torch
 
 from zsq.data.datasets import EvenSubset, open_dataset
 from zsq.errors import InputError
-from zsq.export.executorch import check_operators
 from zsq.export.files import require_runtime
 from zsq.graph.fold import fold
 from zsq.models.teacher import Teacher
@@ -110,10 +109,7 @@ def _check_settings(wanted: Settings, teacher: Teacher, *, needs_images: bool) -
     """Check what would only be found after hours of fitting."""
     if needs_images and "qat" not in wanted.method.quantizers:
         raise InputError(f"method {wanted.method.name} makes no images: it takes ranges and means from batch norm.")
-    target = target_of(wanted.quantizer.target)
-    require_runtime(target)
-    if target.runs_in == "executorch":
-        check_operators(teacher.network, teacher.spec)
+    require_runtime(target_of(wanted.quantizer.target))
     if wanted.quantizer.weight_bits:
         check_weight_names(fold(teacher.network)[0], wanted.quantizer.weight_bits)
 
