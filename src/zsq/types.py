@@ -158,6 +158,8 @@ class Statistics:
     """Smallest and largest value, each [1], by the name of the node in the folded graph."""
     input_means: dict[str, Tensor]
     """Mean of each input channel [I] of a layer, by the name of the layer's node."""
+    input_stds: dict[str, Tensor] = field(default_factory=dict)
+    """Standard deviation of each input channel [I] of a layer, by the name of the layer's node."""
 
 
 class SampleSource(Protocol):

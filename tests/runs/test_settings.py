@@ -165,7 +165,7 @@ def test_written_settings_are_a_recipe_of_the_same_run(tmp_path, method, quantiz
 def test_every_setting_is_written(tmp_path):
     tables = to_tables(resolve(quantizer="qat"))
     unset = {"method": {"batch_size", "ce_weight", "learning_rate", "width"}}
-    unset["quantizer"] = {"first_last_bits", "kd_weight", "pixels", "range_sigmas", "weight_bits"}
+    unset["quantizer"] = {"channel_scaling", "first_last_bits", "kd_weight", "pixels", "range_sigmas", "weight_bits"}
     for section, kind in (("method", ZSCGAN), ("quantizer", QAT)):
         assert tables[section].keys() == {"name", *(field.name for field in fields(kind))} - unset[section]
 

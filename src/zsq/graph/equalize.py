@@ -56,6 +56,8 @@ class Pair:
     """Whether a ReLU is among those operators."""
     bounds: tuple[Node, ...] = ()
     """What reads the upper bounds of the channels that are clipped between the layers, each [1, C, 1, ...]."""
+    limit: float | None = None
+    """The upper limit of a ReLU between the layers, infinite for a plain one; None where there is none."""
 
     @property
     def weights(self) -> tuple[str, str]:
@@ -107,10 +109,14 @@ def _clip(network: GraphModule, node: Node, name: str, like: Tensor) -> None:
     node.replace_all_uses_with(clipped, delete_user_cb=lambda user: user is not clipped)
 
 
-def find_pairs(network: GraphModule) -> list[Pair]:
+def find_pairs(network: GraphModule, *, limited: bool = False) -> list[Pair]:
     """List the layers that can be equalised with the next one, in the order of the graph.
 
     The output of the first has no other reader, and neither weight nor bias of either serves another layer.
+
+    Args:
+        network: folded.
+        limited: go on behind ReLU6 and others with an upper limit, by which factors cannot pass unseen.
     """
     own = [layer for layer in edit.layers(network) if _owns_tensors(network, layer)]
     found = []
@@ -118,16 +124,19 @@ def find_pairs(network: GraphModule) -> list[Pair]:
         channels = layer.meta["val"].shape[1]
         node, rectified = layer, False
         bounds: tuple[Node, ...] = ()
+        limit = None
         if layer.target is aten.linear.default and layer.meta["val"].dim() != 2:
             continue  # [N, tokens, C]
         while len(node.users) == 1:
             (reader,) = node.users
             if reader in own and reader.args[0] is node and node.meta["val"].shape[1] == channels:
                 if reader.target in edit.CONVOLUTIONS or node.meta["val"].dim() == 2:
-                    found.append(Pair(layer, reader, rectified, bounds))
+                    found.append(Pair(layer, reader, rectified, bounds, limit))
                 break
             if _clips_channels(network, node, reader):
                 bounds = (*bounds, reader.args[2])  # type: ignore[arg-type]
+            elif (limits := clamp_limits(reader)) and limits[0] == 0 and (limited or limits[1] == math.inf):
+                limit = min(limits[1], math.inf if limit is None else limit)
             elif not _lets_factors_pass(node, reader):
                 break
             node, rectified = reader, rectified or reader.target in RELUS
@@ -234,7 +243,7 @@ def equalize(network: GraphModule, record: Record, iterations: int) -> int:
         for pair in pairs:
             first, second = (_value(network, name) for name in pair.weights)
             factors = equalising_factors(output_ranges(first), input_ranges(second, len(first)))
-            _divide_outputs(network, pair.first, record, factors)
+            divide_outputs(network, pair.first, record, factors)
             for bound in pair.bounds:
                 clipped = _value(network, str(bound.target))
                 edit.set_tensor(network, str(bound.target), clipped / factors.view(clipped.shape))
@@ -246,7 +255,7 @@ def equalize(network: GraphModule, record: Record, iterations: int) -> int:
     return iterations
 
 
-def _divide_outputs(network: GraphModule, layer: Node, record: Record, factors: Tensor) -> None:
+def divide_outputs(network: GraphModule, layer: Node, record: Record, factors: Tensor) -> None:
     """Divide a layer's output channels, and what is recorded of them, by [C]."""
     name = weight_name(layer)
     weight, bias = _value(network, name), argument(layer, 2)

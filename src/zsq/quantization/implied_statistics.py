@@ -1,4 +1,4 @@
-"""What batch norm says of a network's values, without an image: their ranges, and the mean inputs of its layers."""
+"""What batch norm says of a network's values, without an image: ranges, and moments of its layers' inputs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -32,7 +32,7 @@ def implied_statistics(
     *,
     output_sigmas: float | None = None,
 ) -> Statistics:
-    """Return what batch norm says of a network's values: their ranges, and the mean inputs of its layers.
+    """Return what batch norm says of a network's values: their ranges, and moments of its layers' inputs.
 
     Behind a batch norm, folded or not, a channel holds N(beta, gamma^2), independent of the others and constant over
     space. Stratified draws of it go through the rest of the network, which computes as it is; the ends
@@ -60,7 +60,7 @@ def implied_statistics(
     space = network.graph.find_nodes(op="placeholder")[0].meta["val"].shape[2:]
     with torch.no_grad():
         sampler.run(pixels.view(*pixels.shape, *[1] * len(space)).expand(*pixels.shape, *space))
-    return Statistics(sampler.ranges, sampler.input_means)
+    return Statistics(sampler.ranges, sampler.input_means, sampler.input_stds)
 
 
 def uniform_pixels(spec: ImageSpec, run: Run) -> Tensor:
@@ -89,6 +89,14 @@ def normal_quantiles(device: torch.device) -> Tensor:
     return values / values.square().mean().sqrt()
 
 
+def _in_the_middle(x: Tensor, channel: int) -> Tensor:
+    """Return the channels in the middle of the other dimensions of [N, C, ...] or [N, ..., C]: [N, C]."""
+    rows = x.movedim(channel, 1)
+    for _ in rows.shape[2:]:
+        rows = rows.select(2, rows.shape[2] // 2)
+    return rows
+
+
 class _Sampler(Interpreter):
     """Runs a network on draws where batch norm knows the distribution; the last two rows carry the ends of ranges."""
 
@@ -97,12 +105,14 @@ class _Sampler(Interpreter):
         self.norms, self.sigmas, self.seed, self.device = norms, sigmas, run.seed, run.device
         self.ranges: dict[str, tuple[Tensor, Tensor]] = {}
         self.input_means: dict[str, Tensor] = {}
+        self.input_stds: dict[str, Tensor] = {}
 
     def run_node(self, n: Node) -> Any:
         """Run one node, or draw its value."""
         if n.target in edit.LAYERS:
             x: Tensor = self.env[n.args[0]]  # type: ignore[index]
             self.input_means[n.name] = channel_mean(x[:ROWS], channel_dim(n))
+            self.input_stds[n.name] = _in_the_middle(x[:ROWS], channel_dim(n)).std(0, correction=0)
         if n.name in self.norms:
             value = self._draw(n.name)
             self._record(n.name, value)

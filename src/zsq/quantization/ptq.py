@@ -5,19 +5,20 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from zsq.checked import AtLeastOne, Checked, Count, Factor, Text, Width
 from zsq.errors import InputError
 from zsq.graph import edit
-from zsq.graph.equalize import Record
+from zsq.graph.channel_scaling import REACH_SIGMAS, scale_channels
 from zsq.graph.fold import fold
 from zsq.quantization.bias_correction import correct_biases, correct_biases_by_means, first_images
-from zsq.quantization.implied_statistics import implied_statistics, pixels_of
+from zsq.quantization.implied_statistics import ROWS, implied_statistics, pixels_of
 from zsq.quantization.prepare import ENDS_BITS, Bits, Scheme, Student, prepare, prepared_layers, quantized_weight
 from zsq.quantization.quantizers import ActivationQuantizer, set_mode
 from zsq.quantization.range_rules import NEEDS_HISTOGRAM, RULES, minmax, weight_mse
+from zsq.quantization.weight_rounding import round_weights
 from zsq.targets import TARGETS, target_of
 from zsq.training.learner import Learner
 from zsq.training.loop import Run
@@ -26,6 +27,10 @@ from zsq.types import Batch, SampleSource, Statistics
 PRIOR_SIGMAS = {8: 6.0, 7: 4.5, 6: 3.0, 5: 1.5, 4: 1.5}
 """Standard deviations of each channel that a range spans, by the width of activations: at 8 bits those of DFQ (Nagel et
 al. 2019, section 4.2.2); a coarser grid has fewer steps to spare for values that are rare, and below 4 bits none."""
+
+REFINED_BITS = 6
+"""The width at which channels are scaled and weights rounded by GPTQ where nothing is chosen; the gain at other widths
+has not been measured."""
 
 LOGIT_AGREEMENT = 5 / 3
 """By how much the logits of clear images exceed what independent features would give, beside `logit_headroom`."""
@@ -55,6 +60,12 @@ class PTQ(Checked):
     bias_correction: bool = True
     """Shift biases by what rounding adds to each layer's mean output, by batch norm's means where most layers have
     them, else by those of the images; the paper does not."""
+    channel_scaling: bool | None = None
+    """Scale channels by batch norm so that each fills its activation's range (`zsq.graph.channel_scaling`). Unset: at 6
+    bits, without distillation."""
+    weight_rounding: Literal["auto", "nearest", "gptq"] = "auto"
+    """Round weights to the nearest, or so that errors of one layer cancel on calibration images (GPTQ). auto is gptq at
+    6 bits without distillation."""
     weight_granularity: Literal["channel", "tensor"] = "channel"
     """One scale an output channel, or one a weight."""
     activation_scope: Literal["all", "layers"] = "all"
@@ -105,6 +116,19 @@ class PTQ(Checked):
         if self.range_sigmas is not None:
             return self.range_sigmas
         return PRIOR_SIGMAS.get(Bits.parse(self.bits).activation, 0.0) if self.range_rule == "auto" else 0.0
+
+    @property
+    def resolved_channel_scaling(self) -> bool:
+        """Whether channels are scaled."""
+        chosen = self.channel_scaling
+        return not self.distill_steps and Bits.parse(self.bits).activation == REFINED_BITS if chosen is None else chosen
+
+    @property
+    def resolved_weight_rounding(self) -> str:
+        """The rounding that `auto` stands for."""
+        if self.weight_rounding != "auto":
+            return self.weight_rounding
+        return "gptq" if not self.distill_steps and Bits.parse(self.bits).weight == REFINED_BITS else "nearest"
 
     @property
     def distill_steps(self) -> int:
@@ -176,6 +200,10 @@ def quantize_ptq(
         InputError: the stream holds no image.
     """
     folded, record = fold(network)
+    pixels = _pixels(len(record), folded, images, settings, run) if statistics is None else None
+    if pixels is not None and settings.resolved_channel_scaling:
+        low, high = pixels[ROWS:].to(next(iter(record.values()))[0].device)
+        scale_channels(folded, record, (low, high), REACH_SIGMAS)
     student = prepare(folded, settings.scheme(learnable=learnable)).to(run.device).eval()
     if run.device.type == "cuda":  # where convolutions are quickest in this order; the float network's stays as it is
         for layer in prepared_layers(student.network):
@@ -189,27 +217,43 @@ def quantize_ptq(
             quantizer.keep_pairs(weight)
     known = statistics
     if statistics is None:
-        known = _prior(folded.to(run.device), record, images, settings, run)
+        folded.to(run.device)
+        if pixels is not None:
+            sigmas, ends = settings.resolved_range_sigmas, PRIOR_SIGMAS[ENDS_BITS]
+            known = implied_statistics(folded, record, pixels, sigmas, run, output_sigmas=ends)
         calibrate(student, images, settings, run, known)
     else:
         take_ranges(student, statistics, settings)
     set_mode(student, "quantize")
+    _correct(student, folded, images, settings, run, known)
+    if settings.resolved_weight_rounding == "gptq" and statistics is None:
+        round_weights(student, first_images(images(), run.device), known, run.seed)
+    return student
+
+
+def _pixels(
+    norms: int, folded: GraphModule, images: Callable[[], Iterator[Batch]], settings: PTQ, run: Run
+) -> Tensor | None:
+    """Return draws of pixels where batch norm is asked for a network's values; None where most layers have no norm."""
+    asked = settings.resolved_range_sigmas or settings.bias_correction or settings.resolved_channel_scaling
+    if not asked or 2 * norms < len(list(edit.layers(folded))) or (first := next(images(), None)) is None:
+        return None
+    return pixels_of(first.images.to(run.device))
+
+
+def _correct(
+    student: Student,
+    folded: GraphModule,
+    images: Callable[[], Iterator[Batch]],
+    settings: PTQ,
+    run: Run,
+    known: Statistics | None,
+) -> None:
+    """Correct the student's biases where the settings ask for it."""
     if settings.bias_correction and known is not None:
         correct_biases_by_means(student, known.input_means)
     elif settings.bias_correction:
         correct_biases(student, folded.to(run.device), first_images(images(), run.device))
-    return student
-
-
-def _prior(
-    folded: GraphModule, record: Record, images: Callable[[], Iterator[Batch]], settings: PTQ, run: Run
-) -> Statistics | None:
-    """Return what batch norm says of the folded network's values; None where most layers have none, or nobody asks."""
-    asked = settings.resolved_range_sigmas or settings.bias_correction
-    if not asked or 2 * len(record) < len(list(edit.layers(folded))) or (first := next(images(), None)) is None:
-        return None
-    pixels, sigmas = pixels_of(first.images.to(run.device)), settings.resolved_range_sigmas
-    return implied_statistics(folded, record, pixels, sigmas, run, output_sigmas=PRIOR_SIGMAS[ENDS_BITS])
 
 
 @torch.no_grad()
