@@ -1,13 +1,12 @@
 from collections.abc import Callable
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from toys import SPEC, graph, images
 
 from zsq.graph import edit
-from zsq.graph.channel_scaling import DENSE_EXPONENT, LARGEST_SHARE, scale_channels
+from zsq.graph.channel_scaling import LARGEST_SHARE, scale_channels
 from zsq.graph.equalize import find_pairs, weight_name
 from zsq.graph.fold import fold
 
@@ -45,7 +44,7 @@ class WithLeakyReLU(Mobile):
 def test_a_network_with_relu_computes_the_same():
     network = graph(WithReLU)
     folded, record = fold(network)
-    assert scale_channels(folded, record, PIXELS, 6.0) == 2
+    assert scale_channels(folded, record, PIXELS, 6.0) == 1
     torch.testing.assert_close(folded(images()), network(images()), rtol=1e-4, atol=1e-4)
 
 
@@ -53,30 +52,28 @@ def test_relu6_clips_only_what_exceeds_the_reach():
     network = graph(Mobile)
     folded, record = fold(network)
     original = {name: (std.clone(), mean.clone()) for name, (std, mean) in record.items()}
-    assert scale_channels(folded, record, PIXELS, 0.5) == 2
-    for name in ("stem.weight", "deep.weight"):
-        (std, mean), (scaled_std, _) = original[name], record[name]
-        factors = scaled_std / std
-        reach = (mean + 0.5 * std).clamp(0, 6)
-        assert (factors >= 1).all()
-        assert (6 / factors >= reach * (1 - 1e-5)).all()
+    assert scale_channels(folded, record, PIXELS, 0.5) == 1
+    (std, mean), (scaled_std, _) = original["stem.weight"], record["stem.weight"]
+    factors = scaled_std / std
+    assert (factors >= 1).all()
+    assert (6 / factors >= (mean + 0.5 * std).clamp(0, 6) * (1 - 1e-5)).all()
     small = images() * 1e-3  # far from what the clipped channels hold in training, so nothing is clipped
     scaled, record = fold(network)
     scale_channels(scaled, record, PIXELS, 50.0)
     torch.testing.assert_close(scaled(small), network(small), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "exponent"), [("stem.weight", 1.0), ("deep.weight", DENSE_EXPONENT)])
-def test_channels_fill_the_range_in_front_of_a_depthwise_layer_and_half_of_it_before_others(name, exponent):
+def test_channels_fill_the_range_in_front_of_a_depthwise_layer_only():
     folded, record = fold(graph(Mobile))
-    std, mean = (x.clone() for x in record[name])
+    std, mean = (x.clone() for x in record["stem.weight"])
+    deep = tuple(x.clone() for x in record["deep.weight"])
     scale_channels(folded, record, PIXELS, 1.0)
-    scaled_std, scaled_mean = record[name]
+    scaled_std, scaled_mean = record["stem.weight"]
     reach = (mean + std).clamp(0, 6)
     reach = reach.clamp(min=reach.max() / LARGEST_SHARE)
-    expected = 6 / reach.max() * (reach.max() / reach) ** exponent
-    torch.testing.assert_close(scaled_std / std, expected)
-    torch.testing.assert_close(scaled_mean / mean, expected)
+    torch.testing.assert_close(scaled_std / std, 6 / reach)
+    torch.testing.assert_close(scaled_mean / mean, 6 / reach)
+    assert all(torch.equal(*pair) for pair in zip(record["deep.weight"], deep, strict=True))
 
 
 def test_the_reach_of_the_first_layer_ends_at_what_pixels_give():

@@ -2,7 +2,7 @@
 
 A per-tensor grid has one step for all channels, and a channel of small values takes few of them. The layer in front can
 multiply such a channel, and the layer behind divide by it. In front of a depthwise layer this is free, since its
-weights have a scale for each channel.
+weights have a scale for each channel; in front of others, their weights would become uneven.
 """
 
 import math
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from zsq.graph import edit
-from zsq.graph.equalize import PADS, Pair, Record, by_input, divide_outputs, find_pairs
+from zsq.graph.equalize import PADS, Pair, Record, divide_outputs, find_pairs
 
 REACH_SIGMAS = 6.0
 """Standard deviations above its mean up to which a channel is kept from being clipped."""
@@ -20,20 +20,15 @@ REACH_SIGMAS = 6.0
 LARGEST_SHARE = 64.0
 """Factors stop at this share of the widest channel: one that is always 0 needs no steps."""
 
-DENSE_EXPONENT = 0.5
-"""Of the factors in front of a layer that sums over channels: in full, they would make its weights as uneven as the
-channels were (Xiao et al. 2023, SmoothQuant, eq. (4), alpha = 0.5)."""
-
 
 @torch.no_grad()
 def scale_channels(network: GraphModule, record: Record, pixels: tuple[Tensor, Tensor], sigmas: float) -> int:
-    r"""Scale the channels between each layer, its ReLU or ReLU6, and the next layer in place; return how many pairs.
+    r"""Scale the channels between each layer, its ReLU or ReLU6, and a depthwise layer in place; return how many pairs.
 
-    .. math:: s_c = \frac{T}{\max_d u_d} \left(\frac{\max_d u_d}{u_c}\right)^\alpha, \quad u_c = \mu_c + k \sigma_c
+    .. math:: s_c = T / u_c, \quad u_c = \mu_c + k \sigma_c
 
-    u is how far a channel reaches by batch norm. T is the limit of a ReLU6, and for a ReLU max u. alpha is 1 in front
-    of a depthwise layer and `DENSE_EXPONENT` in front of others. The network computes the same, except that ReLU6
-    clips a channel at 6 / s, which is at least u.
+    u is how far a channel reaches by batch norm. T is the limit of a ReLU6, and for a ReLU max u. The network computes
+    the same, except that ReLU6 clips a channel at 6 / s, which is at least u.
 
     Args:
         network: folded.
@@ -46,20 +41,17 @@ def scale_channels(network: GraphModule, record: Record, pixels: tuple[Tensor, T
     count = 0
     for pair in find_pairs(network, limited=True):
         first, second = pair.weights
-        if pair.limit is None or first not in record:
+        weight = edit.get_attribute(network, second).detach()
+        if pair.limit is None or first not in record or not edit.is_depthwise(pair.second, weight):
             continue
         reach = _reaches(network, record, pair, pixels, sigmas)
         largest = float(reach.max())
         if largest <= 0:
             continue
         reach = reach.clamp(min=largest / LARGEST_SHARE)
-        weight = edit.get_attribute(network, second).detach()
-        exponent = 1.0 if edit.is_depthwise(pair.second, weight) else DENSE_EXPONENT
-        factors = (largest / reach) ** exponent * (pair.limit / largest if pair.limit < math.inf else 1.0)
+        factors = (pair.limit if pair.limit < math.inf else largest) / reach
         divide_outputs(network, pair.first, record, 1 / factors)
-        inputs = by_input(weight, len(factors))
-        divided = inputs / factors.view(-1, 1, inputs.shape[2], 1)
-        edit.set_tensor(network, second, divided.reshape(weight.shape))
+        edit.set_tensor(network, second, weight / factors.view(-1, *[1] * (weight.dim() - 1)))
         count += 1
     network.recompile()
     return count
