@@ -132,7 +132,11 @@ def test_evaluate_measures_the_file_of_a_run(finished):
     assert found.code == 0
     assert found.out.count("\n") == 1
     record = json.loads(outcome.out)
-    expected = record["evaluation"]["quantized"] | {"agreement_count": None, "teacher_agreement": None}
+    expected = record["evaluation"]["quantized"] | {
+        "agreement_count": None,
+        "teacher_agreement": None,
+        "agreement_interval": None,
+    }
     assert json.loads(found.out) == {"model.onnx": expected}
     assert json.loads(found.out)["model.onnx"]["top1"] == record["quantized_top1"]
 
@@ -415,6 +419,7 @@ def test_images_and_labels_that_do_not_fit(place, name, message, command):
         assert not (place / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite(place):
     found = zsq("quantize", "digits", *TINY, "--set", "method.learning_rate=1e30", "--out", "run")
     assert found.code == 1
@@ -585,7 +590,8 @@ def test_a_process_killed_at_any_moment_continues_to_the_same_hashes(tmp_path):
     assert not (folder / "result.json").exists()
     assert zsq(*arguments, folder, "--resume").code == 0
     assert zsq(*arguments, tmp_path / "whole").code == 0
-    found, wanted = ({name: canonical_sha256(f / name) for name in HASHED} for f in (folder, tmp_path / "whole"))
+    written = [name for name in HASHED if (tmp_path / "whole" / name).exists()]
+    found, wanted = ({name: canonical_sha256(f / name) for name in written} for f in (folder, tmp_path / "whole"))
     assert found == wanted
     assert (folder / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
 

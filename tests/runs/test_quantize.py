@@ -164,7 +164,7 @@ def test_metrics_tell_each_loss_of_both_phases(qat):
 
 @pytest.mark.slow
 def test_low_recognition_is_a_loud_warning(teacher, tmp_path, monkeypatch, said):
-    monkeypatch.setattr(stages, "write_onnx", _stop)
+    monkeypatch.setattr(stages, "write_file", _stop)
     with pytest.raises(InputError, match="far enough"):
         quantize(teacher, out=tmp_path, settings=PTQ)
     assert [text for text in said if text.startswith("WARNING: the teacher recognises ")]
@@ -189,7 +189,7 @@ def test_two_repetitions_give_the_same_hashes(request, teacher, tmp_path, name):
 
 @pytest.mark.slow
 def test_another_seed_gives_another_generator(ptq, teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "write_onnx", _stop)
+    monkeypatch.setattr(stages, "write_file", _stop)
     with pytest.raises(InputError, match="far enough"):
         quantize(teacher, out=tmp_path, settings=PTQ, seed=1)
     assert hashes(tmp_path)["generator.safetensors"] != hashes(ptq.folder)["generator.safetensors"]
@@ -281,7 +281,7 @@ def test_a_module_in_memory_with_4_channels_and_7_classes(tmp_path):
 
 @pytest.mark.slow
 def test_settings_objects_work_in_place_of_names(tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "write_onnx", _stop)
+    monkeypatch.setattr(stages, "write_file", _stop)
     method, quantizer = ZSCGAN(steps=3, batch_size=8, width=8), QAT(steps=2, num_samples=32, bits="6")
     with pytest.raises(InputError, match="far enough"):
         quantize(network(), SPEC, method=method, quantizer=quantizer, out=tmp_path)
@@ -321,7 +321,7 @@ def test_real_images_calibrate_what_there_are(teacher, tmp_path):
 
 @pytest.mark.slow
 def test_noise_serves_distillation(teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "write_onnx", _stop)
+    monkeypatch.setattr(stages, "write_file", _stop)
     settings = ("method.batch_size=16", "quantizer.num_samples=300", "quantizer.steps=4")
     with pytest.raises(InputError, match="far enough"):
         quantize(teacher, out=tmp_path, method="noise", quantizer="qat", settings=settings)
@@ -340,7 +340,7 @@ def test_noise_alone_calibrates(teacher, tmp_path):
 
 @pytest.mark.slow
 def test_noise_has_no_generator_to_reuse(teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "write_onnx", _stop)
+    monkeypatch.setattr(stages, "write_file", _stop)
     with pytest.raises(InputError, match="far enough"):
         quantize(teacher, out=tmp_path / "noise", method="noise", settings=("quantizer.num_samples=8",))
     with pytest.raises(InputError, match=r"holds no generator\.safetensors"):
@@ -369,7 +369,7 @@ def test_a_network_that_cannot_be_exported_to_onnx_keeps_the_fit(teacher, tmp_pa
     def fail(*_, **__) -> None:
         raise ExportError("the network has no ONNX form")
 
-    monkeypatch.setattr(stages, "write_onnx", fail)
+    monkeypatch.setattr(stages, "write_file", fail)
     with pytest.raises(ExportError, match="no ONNX form"):
         quantize(teacher, out=tmp_path, settings=PTQ)
     assert {"settings.toml", "generator.safetensors", "samples.png", "metrics.jsonl", "checkpoints"} <= {
@@ -420,7 +420,7 @@ def test_a_budget_chooses_steps_that_repeat_the_run(ptq, teacher, tmp_path, monk
         return Plan(settings.with_steps(method=5), Costs(0.25, 0.0, 0.0, 3.0), 0)
 
     monkeypatch.setattr(budget, "plan", chosen)
-    monkeypatch.setattr(stages, "write_onnx", _stop)
+    monkeypatch.setattr(stages, "write_file", _stop)
     settings = tuple(text for text in PTQ if "steps" not in text)
     with pytest.raises(InputError, match="far enough"):
         quantize(teacher, out=tmp_path, settings=settings, budget="1m")
@@ -447,7 +447,7 @@ def test_overwrite_starts_anew(ptq, teacher, tmp_path, monkeypatch):
     for name in ("settings.toml", "generator.safetensors", "checkpoints/fit.safetensors", "metrics.jsonl"):
         (folder / name).write_text("of another run")
     (folder / "notes.txt").write_text("mine")
-    monkeypatch.setattr(stages, "write_onnx", _stop)
+    monkeypatch.setattr(stages, "write_file", _stop)
     with pytest.raises(InputError, match="far enough"):
         quantize(teacher, out=folder, settings=PTQ, overwrite=True)
     assert hashes(folder)["generator.safetensors"] == hashes(ptq.folder)["generator.safetensors"]
@@ -548,7 +548,7 @@ def test_a_killed_run_on_a_reused_generator_goes_on_with_it(ptq, killed, teacher
     with pytest.raises(InputError, match="it was started with --from; give it again"):
         quantize(teacher, out=folder, resume=True)
     arguments = {"settings": settings, "quantizer": "qat", "bits": 4, "from_run": ptq.folder}
-    monkeypatch.setattr(stages, "write_onnx", _stop)  # what is exported follows from the last checkpoint
+    monkeypatch.setattr(stages, "write_file", _stop)  # what is exported follows from the last checkpoint
     for out, resume in ((folder, True), (tmp_path / "whole", False)):
         with pytest.raises(InputError, match="far enough"):
             quantize(teacher, out=out, resume=resume, checkpoint_every=1, **arguments)
@@ -604,7 +604,7 @@ def test_fresh_samples_are_others_than_those_that_calibrate(teacher):
 
 @pytest.mark.slow
 def test_progress_and_warnings_are_shown_unless_quiet(teacher, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(stages, "write_onnx", _stop)
+    monkeypatch.setattr(stages, "write_file", _stop)
     for quiet in (False, True):
         with pytest.raises(InputError, match="far enough"):
             quantize(teacher, out=tmp_path / str(quiet), settings=PTQ, quiet=quiet)
@@ -619,7 +619,7 @@ def test_settings_as_one_text_are_refused(teacher, tmp_path):
 
 @pytest.mark.slow
 def test_the_recipe_of_a_run_brings_its_seed(teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "write_onnx", _stop)
+    monkeypatch.setattr(stages, "write_file", _stop)
     hashed = []
     for name, arguments in {
         "first": {"settings": PTQ, "seed": 3},
@@ -646,7 +646,7 @@ def test_a_generator_that_was_cut_is_written_anew_on_resume(ptq, teacher, tmp_pa
 
 @pytest.mark.slow
 def test_resuming_nothing_says_so(teacher, tmp_path, monkeypatch, said):
-    monkeypatch.setattr(stages, "write_onnx", _stop)
+    monkeypatch.setattr(stages, "write_file", _stop)
     with pytest.raises(InputError, match="far enough"):
         quantize(teacher, out=tmp_path / "run", settings=PTQ, resume=True)
     assert f"{tmp_path / 'run'} holds no run to continue; this one starts anew" in said
@@ -665,7 +665,7 @@ def test_the_source_is_seen_to_start_once_before_a_folder_is_overwritten(budget_
         return honest(self, *arguments)
 
     monkeypatch.setattr(ZSCGAN, "source", counted)
-    monkeypatch.setattr(stages, "write_onnx", _stop)
+    monkeypatch.setattr(stages, "write_file", _stop)
     monkeypatch.setattr(budget, "MOST_FIT_STEPS", 12)
     monkeypatch.setattr(
         budget.seconds_each, "__kwdefaults__", {"at_least": 2, "at_least_seconds": 0.01, "rounds_of": 1}

@@ -114,7 +114,7 @@ def test_narrow_images_make_a_picture_too(tmp_path, height, width):
 
 @pytest.mark.slow
 def test_a_generator_of_another_run_is_used(tmp_path, digits, monkeypatch):
-    monkeypatch.setattr("zsq.runs.stages.write_onnx", _stop)
+    monkeypatch.setattr("zsq.runs.stages.write_file", _stop)
     with pytest.raises(InputError, match="far enough"):
         quantize(digits, out=tmp_path / "run", settings=(*TINY, "quantizer.num_samples=8"))
     taken = synthesize(digits, out=tmp_path / "a", count=5, from_run=tmp_path / "run")[0]

@@ -493,7 +493,8 @@ def test_two_processes_killed_and_resumed_end_as_if_nothing_had_happened(two, tm
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["bits"] == "4"  # one process speaks
-    hashes = [{n: canonical_sha256(run / n) for n in HASHED} for run in (tmp_path / "killed", two / "whole")]
+    written = [name for name in HASHED if (two / "whole" / name).exists()]
+    hashes = [{n: canonical_sha256(run / n) for n in written} for run in (tmp_path / "killed", two / "whole")]
     assert hashes[0] == hashes[1]
     assert steps() == [("fit", n) for n in range(1, 6)] + [("distill", n) for n in range(1, 5)]
     assert "processes = 2" in (two / "whole" / "settings.toml").read_text()

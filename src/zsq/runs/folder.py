@@ -13,15 +13,22 @@ from zsq.targets import TARGETS
 ARTIFACTS = (
     "settings.toml",
     "generator.safetensors",
-    *sorted({target.file for target in TARGETS.values()}),
+    TARGETS["onnxruntime"].file,
     "model.pt2",
     "metrics.jsonl",
     "samples.png",
     "result.json",
 )
-"""Files of a run's folder, beside `checkpoints/`."""
+"""Files of a run's folder, beside `checkpoints/`; other targets have a file of another name."""
 
-WRITTEN = (*ARTIFACTS, "images.npz", "bits.toml", "frontier.csv", "frontier.png")
+WRITTEN = (
+    *ARTIFACTS,
+    *{target.file for target in TARGETS.values()},
+    "images.npz",
+    "bits.toml",
+    "frontier.csv",
+    "frontier.png",
+)
 """Those, and what a synthesis or an allocation writes."""
 
 CHECKPOINTS = ("fit.safetensors", "distill.safetensors")

@@ -1,4 +1,4 @@
-"""The way to the file, taken before anything is learnt: what cannot be exported is told in seconds."""
+"""The way to the file, taken before anything is learnt: what cannot be exported is told first."""
 
 import logging
 import tempfile
