@@ -119,6 +119,7 @@ def test_a_damaged_program_is_refused(damage, run, tmp_path):
         read_pt2(path)
 
 
+@pytest.mark.slow
 def test_the_command_prints_what_it_wrote(run, tmp_path, capsys):
     main(["export", str(run), "--out", str(tmp_path / "model.onnx")])
     assert "ONNX Runtime" in capsys.readouterr().out

@@ -47,6 +47,7 @@ def test_a_run_measures_agreement_on_images_without_labels(data, folders, tmp_pa
     assert "float top-1" not in rows
 
 
+@pytest.mark.slow
 def test_class_names_bring_folders_into_order(folders, tmp_path, caplog):
     caplog.set_level(logging.INFO, "zsq")
     given = {"method": Noise(), "settings": FEW, "data": folders / "named", "quiet": True}
