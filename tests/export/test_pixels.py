@@ -32,6 +32,7 @@ def student():
     return quantized(graph(Branchy), PTQ())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
 def test_pixels_give_the_logits_of_normalised_images(layout, target, tmp_path):
@@ -71,6 +72,7 @@ def test_a_file_that_takes_pixels_is_checked_on_what_it_sees(student, tmp_path):
     assert torch.equal(seen[0], as_pixels(seen[0], SPEC))
 
 
+@pytest.mark.slow
 def test_the_input_says_what_it_is(student, tmp_path):
     for layout, shape in (("nchw", [3, 8, 8]), ("nhwc", [8, 8, 3])):
         path = tmp_path / f"{layout}.onnx"
@@ -89,6 +91,7 @@ def test_a_file_that_takes_images_says_nothing_of_pixels(files: Path):
     assert layout_in(notes_of(files / "8.onnx")) is None
 
 
+@pytest.mark.slow
 def test_openvino_takes_pixels(student, tmp_path):
     pytest.importorskip("openvino")
     write_onnx(convert(student), SPEC, tmp_path / "model.onnx", options=FileOptions(pixels="nhwc"))

@@ -34,6 +34,7 @@ def folders(tmp_path_factory):
     return place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", ["flat", "flat.npz"])
 def test_a_run_measures_agreement_on_images_without_labels(data, folders, tmp_path):
     result = quantize("digits", method=Noise(), settings=FEW, out=tmp_path / "run", data=folders / data, quiet=True)
@@ -61,6 +62,7 @@ def test_class_names_bring_folders_into_order(folders, tmp_path, caplog):
     assert "guessing" not in caplog.text
 
 
+@pytest.mark.slow
 def test_evaluate_measures_agreement_beside_a_network(folders, tmp_path, capsys):
     quantize("digits", method=Noise(), settings=FEW, out=tmp_path / "run", quiet=True)
     main(["evaluate", "digits", "--file", str(tmp_path / "run"), "--data", str(folders / "flat")])
