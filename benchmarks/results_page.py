@@ -67,7 +67,7 @@ WRITTEN: dict[tuple[str, str], dict[tuple[str, str], tuple[float, float | None, 
     },
     ("digits", "noise"): {
         ("8", "ptq"): (98.67, None, 1),
-        ("6", "ptq"): (98.55, None, 1),
+        ("6", "ptq"): (98.67, None, 1),
         ("4", "ptq"): (98.78, None, 1),
     },
     ("digits", "real"): {

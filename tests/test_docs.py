@@ -206,3 +206,10 @@ def test_keys_of_the_record_are_those_of_the_page(run: Path) -> None:
     keys = [key for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for key in re.findall(r"`(\w+)`", row)]
     assert len(keys) > 10
     assert set(keys) <= set(record)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name != "reference"], ids=lambda p: p.stem)
+def test_lines_are_short(page: Path) -> None:
+    """Those of text; tables and code are as long as they are, and reference pages are made."""
+    lines = FENCED.sub("", page.read_text()).splitlines()
+    assert [line for line in lines if len(line) > 100 and not line.startswith(("|", "    "))] == []

@@ -67,6 +67,11 @@ def test_settings_that_a_file_cannot_hold_are_refused_before_anything_is_fitted(
         PTQ(target="tensorrt", activation_scope="layers")
 
 
+def test_a_batch_that_no_file_can_take_is_said():
+    with pytest.raises(InputError, match=r"quantizer.batch is 0; it must be at least 1"):
+        PTQ(batch=0)
+
+
 def test_an_unknown_target_is_refused_with_the_nearest():
     with pytest.raises(InputError, match="Did you mean 'tensorrt'"):
         target_of("tensorr")

@@ -19,6 +19,9 @@ def _as_text(value: object) -> object:
 
 Text = Annotated[str, BeforeValidator(_as_text)]
 """Text; a number or a path is read as its text."""
+UNION_TAGS = ("constrained-", "literal[")
+"""How pydantic names the members of a union among the places of an error."""
+
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 BatchSize = Annotated[int, Field(ge=2, description="batch statistics need at least 2 images")]
@@ -72,7 +75,7 @@ def _said(where: str, hint: Any, error: ValidationError) -> str:
     """Return what is wrong with a value, and what would work."""
     first = error.errors()[0]
     value = first["input"]
-    where = ".".join([where, *map(str, first["loc"])])
+    where = ".".join([where, *(str(part) for part in first["loc"] if not str(part).startswith(UNION_TAGS))])
     if first["type"] == "finite_number" or (isinstance(value, float) and not math.isfinite(value)):
         return f"{where} is {value}; a finite number is expected."
     if first["type"] in OUTSIDE:

@@ -15,7 +15,7 @@ from zsq.export.executorch import ExecuTorchClassifier, write_executorch
 from zsq.export.files import open_file
 from zsq.export.options import FileOptions
 from zsq.export.verify import require, verify_file
-from zsq.models.teacher import Teacher
+from zsq.models.teacher import teacher_from_module
 from zsq.quantization import PTQ
 from zsq.quantization.convert import convert
 from zsq.runs.rehearsal import rehearse
@@ -152,7 +152,7 @@ class Unknown(nn.Module):
 def test_an_operator_that_executorch_lacks_is_refused_before_the_fit():
     need("executorch")
     with pytest.raises((ExportError, InputError), match=r"ExecuTorch cannot .*\.$") as caught:
-        rehearse(Teacher("unknown", SPEC, graph(Unknown), "random", ""), PTQ(target="executorch"), Run())
+        rehearse(teacher_from_module(Unknown().eval(), SPEC), PTQ(target="executorch"), Run())
     assert "\n" not in str(caught.value)
 
 

@@ -11,7 +11,7 @@ from toys import SPEC, Branchy, Mobile, Plain, graph, images, quantized, settle,
 
 from zsq.errors import ExportError, InputError, MissingExtraError
 from zsq.export.converted import output_step
-from zsq.export.files import open_file
+from zsq.export.files import float_operators, open_file
 from zsq.export.litert.flatbuffer import read_notes, schema
 from zsq.export.litert.runtime import LiteRtClassifier
 from zsq.export.litert.write import write_litert
@@ -20,6 +20,7 @@ from zsq.export.verify import require, verify_file
 from zsq.graph.trace import trace
 from zsq.quantization import PTQ
 from zsq.quantization.convert import convert
+from zsq.quantization.coverage import coverage
 from zsq.quantization.ptq import quantize_ptq
 from zsq.targets import TARGETS
 from zsq.training.loop import Run
@@ -86,6 +87,7 @@ MIDDLES = {
     "sigmoid": lambda: nn.Sequential(nn.Conv2d(8, 8, 1), nn.Sigmoid()),
     "softmax": lambda: Does(lambda x: x.flatten(2).softmax(-1).mean(2)),
     "tokens": lambda: nn.Sequential(nn.Flatten(2), nn.Linear(64, 6), Does(lambda x: x.permute(0, 2, 1).mean(1))),
+    "transposed convolution": lambda: nn.ConvTranspose2d(8, 8, 4, stride=2, padding=1),
     "signal": lambda: nn.Sequential(nn.Flatten(2), nn.Conv1d(8, 8, 5, stride=2, padding=2), Does(lambda x: x.mean(2))),
 }
 
@@ -288,3 +290,11 @@ def test_an_image_of_one_channel(tmp_path):
     write_litert(convert(student), spec, path)
     with torch.no_grad():
         assert (open_file(path)(pixels) - student(pixels)).abs().max() <= 1.01 * output_step(convert(student))
+
+
+def test_what_litert_computes_in_float_is_not_counted_as_integer(tmp_path):
+    network = graph_of(Body(nn.Sequential(nn.Conv2d(8, 8, 1), nn.Sigmoid())))
+    _, converted = written(network, tmp_path / "model.tflite")
+    assert coverage(converted, SPEC).float_operations == {}
+    floats = coverage(converted, SPEC, float_operators(TARGET)).float_operations
+    assert [name.partition(" ")[0] for name in floats] == ["sigmoid"]

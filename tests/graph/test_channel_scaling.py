@@ -103,3 +103,19 @@ def test_pairs_behind_relu6_are_found_where_asked_for():
         ("point.weight", "head.weight", None),
     ]
     assert [p.weights for p in find_pairs(folded)] == [("point.weight", "head.weight")]
+
+
+def test_channels_that_are_clipped_each_at_a_bound_of_its_own_stay():
+    class Clipped(Mobile):
+        def __init__(self) -> None:
+            super().__init__(F.relu)
+            self.register_buffer("most", torch.linspace(0.2, 1, 6).view(1, 6, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.clamp(F.relu(self.stem_norm(self.stem(x))), None, self.most)
+            return self.head(self.point(self.deep_norm(self.deep(x))).mean((2, 3)))
+
+    network = graph(Clipped)
+    folded, record = fold(network)
+    assert scale_channels(folded, record, PIXELS, 6.0) == 0
+    torch.testing.assert_close(folded(images()), network(images()), rtol=1e-4, atol=1e-4)

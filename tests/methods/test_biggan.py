@@ -5,6 +5,7 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from toys import SPEC, Plain, settle
@@ -180,3 +181,9 @@ def test_without_the_library_the_extra_is_named(teacher, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorch_pretrained_biggan", None)
     with pytest.raises(MissingExtraError, match=r"biggan is not installed: pip install 'zsq\[biggan\]"):
         BigGAN(checkpoint=str(tmp_path)).fit(teacher, Run())
+
+
+def test_samples_without_labels_are_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", images=np.zeros((3, 8, 8, 1), np.uint8))
+    with pytest.raises(InputError, match="has no labels; samples of a generator are of known classes"):
+        BigGAN(data=str(tmp_path / "a.npz")).fit(load_teacher("digits"), Run())

@@ -1,4 +1,5 @@
 import argparse
+import logging
 import pickle
 from pathlib import Path
 
@@ -142,3 +143,16 @@ def test_weights_of_another_network(trained, tmp_path, change, said, text) -> No
     with pytest.raises(TeacherError) as caught:
         load(path, **said)
     assert text in str(caught.value)
+
+
+def test_averaged_weights_beside_the_raw_ones_are_told_and_can_be_chosen(trained, tmp_path, caplog) -> None:
+    caplog.set_level(logging.INFO, "zsq")
+    averaged = {name: value + 1 for name, value in trained.items()}
+    torch.save({"state_dict": trained, "state_dict_ema": averaged}, tmp_path / "w.pth")
+    assert torch.equal(load(tmp_path / "w.pth").state_dict()["4.bias"], trained["4.bias"])
+    assert "w.pth holds state_dict and state_dict_ema; the weights are those of state_dict" in caplog.text
+    assert torch.equal(load(tmp_path / "w.pth:state_dict_ema").state_dict()["4.bias"], averaged["4.bias"])
+    with pytest.raises(TeacherError, match=r"w\.pth has no entry 'ema'; it has state_dict, state_dict_ema"):
+        load(tmp_path / "w.pth:ema")
+    torch.save({"ema": averaged}, tmp_path / "only.pth")
+    assert torch.equal(load(tmp_path / "only.pth").state_dict()["4.bias"], averaged["4.bias"])

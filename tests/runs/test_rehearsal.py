@@ -15,7 +15,7 @@ from zsq.methods.noise_and_real import Noise
 from zsq.models.teacher import teacher_from_module
 from zsq.quantization import PTQ, QAT
 from zsq.quantization.coverage import Coverage
-from zsq.runs import rehearsal
+from zsq.runs import rehearsal, start
 from zsq.runs.record import Record
 from zsq.runs.rehearsal import rehearse
 from zsq.runs.summary import summary_rows
@@ -126,3 +126,14 @@ def test_what_stays_float_is_named_before_the_run_in_the_record_and_in_the_summa
     row = dict(summary_rows(result.record))["in integers"]
     assert "float weights: gru.weight_ih_l0" in row
     assert "gru in gru" in row
+
+
+def test_a_folder_that_is_taken_is_refused_before_the_rehearsal(tmp_path, monkeypatch) -> None:
+    (tmp_path / "model.onnx").touch()
+
+    def never(*_: object) -> None:
+        raise AssertionError("rehearsed")
+
+    monkeypatch.setattr(start, "rehearse", never)
+    with pytest.raises(InputError, match="holds another run"):
+        zsq.quantize("digits", method="noise", out=tmp_path, quiet=True)

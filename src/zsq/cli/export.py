@@ -36,9 +36,12 @@ class Export:
             return
         check = found.verification
         agreement = f"{percent(check.decided_agreement)} % of {check.num_decided} clear images"
-        for name, text in (
+        rows = [
             ("file", f"{found.path}, {found.bytes / 1024:.0f} KiB"),
             ("target", target_of(found.target).title),
             ("file against the run", f"{agreement}, {percent(check.agreement_literal)} % of all {check.num_images}"),
-        ):
+        ]
+        if check.lowered_percent is not None:
+            rows.append(("lowered to XNNPACK", f"{check.lowered_percent:.0f} % of the operators"))
+        for name, text in rows:
             console.print(f"{name + ':':24} {text}", soft_wrap=True)

@@ -70,6 +70,8 @@ class DataSet(ABC):
         """Images that `batches` yields."""
         self.notices: list[str] = []
         """What the user should know of how the images are read: what is lost of them, which class a folder is."""
+        self.mapping = ""
+        """Which class each folder of images is taken for, such as `cross=0, disc=1`; empty where there are none."""
         self._spec = spec
         self._labels = labels.astype(np.int64)
 
@@ -111,6 +113,7 @@ class EvenSubset:
     def __init__(self, images: "DataSet | EvenSubset", count: int) -> None:
         self.name: str = images.name
         self.notices: list[str] = images.notices
+        self.mapping: str = images.mapping
         self.labelled: bool = images.labelled
         self.num_images: int = min(count, images.num_images)
         self._images = images
@@ -243,12 +246,14 @@ def open_dataset(
         return _Npz(name, path, spec, limit)
     if path.is_dir():
         if (path / "metadata.csv").is_file():
-            files, numbers, notices = *_listed(path / "metadata.csv", name), list[str]()
+            files, numbers = _listed(path / "metadata.csv", name)
+            notice = mapping = ""
         else:
-            files, numbers, notices = _in_folders(path, name, spec, class_names)
+            files, numbers, notice, mapping = _in_folders(path, name, spec, class_names)
         labelled = UNKNOWN not in numbers or (path / "metadata.csv").is_file()
         found = _Files(name, spec, files, numbers, limit, labelled=labelled)
-        found.notices += notices
+        found.notices += [notice] if notice else []
+        found.mapping = mapping
         return found
     if path.exists():
         raise InputError(f"data set '{name}' is of no known kind. Known: {KINDS}.")
@@ -285,8 +290,8 @@ def _listed(table: Path, name: str) -> tuple[list[Path], list[int]]:
 
 def _in_folders(
     path: Path, name: str, spec: ImageSpec, class_names: str | Path | None
-) -> tuple[list[Path], list[int], list[str]]:
-    """Return the files and labels of a folder of class folders, or of images, and what is to be said of them."""
+) -> tuple[list[Path], list[int], str, str]:
+    """Return files and labels of a folder of class folders, or of images; what to say of them; and the mapping."""
     folders = [folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith(".")]
     if not folders:
         files, others = _images_in(path)
@@ -296,7 +301,7 @@ def _in_folders(
                 f"({', '.join(sorted(IMAGE_SUFFIXES))})."
             )
         left = f"; {others} other files are left out" if others else ""
-        return files, [UNKNOWN] * len(files), [f"data set '{name}' has {len(files)} images and no labels{left}"]
+        return files, [UNKNOWN] * len(files), f"data set '{name}' has {len(files)} images and no labels{left}", ""
     if class_names is not None:
         names = read_class_names(class_names, spec.classes)
         unknown = sorted(folder.name for folder in folders if folder.name not in names)
@@ -322,7 +327,8 @@ def _in_folders(
         found, _ = _images_in(folder)
         files += found
         labels += [label] * len(found)
-    return files, labels, [_said_mapping(name, numbers)]
+    mapping = _mapping(numbers)
+    return files, labels, f"class folders of data set '{name}': {mapping}", mapping
 
 
 def _images_in(folder: Path) -> tuple[list[Path], int]:
@@ -332,12 +338,12 @@ def _images_in(folder: Path) -> tuple[list[Path], int]:
     return images, len(files) - len(images)
 
 
-def _said_mapping(name: str, numbers: dict[Path, int]) -> str:
+def _mapping(numbers: dict[Path, int]) -> str:
     """Return which class each folder is taken for."""
     pairs = [f"{folder.name}={label}" for folder, label in sorted(numbers.items(), key=lambda item: item[1])]
     if len(pairs) > SHOWN_CLASSES:
         pairs = [*pairs[: SHOWN_CLASSES // 2], "...", pairs[-1]]
-    return f"class folders of data set '{name}': {', '.join(pairs)}"
+    return ", ".join(pairs)
 
 
 def read_class_names(path: str | Path, classes: int) -> list[str]:

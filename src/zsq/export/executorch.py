@@ -10,7 +10,6 @@ import importlib
 import io
 import logging
 import math
-import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -34,6 +33,7 @@ from zsq.graph import edit
 from zsq.graph.activations import clamp_limits
 from zsq.graph.edit import aten
 from zsq.runtime.files import replacing
+from zsq.runtime.quiet import silent_stderr
 from zsq.types import ImageSpec
 
 INSTALL = "pip install 'zsq[executorch]'"
@@ -109,19 +109,6 @@ def _quiet() -> Iterator[None]:
         logging.disable(disabled)
         root.handlers[:] = handlers
         root.setLevel(level)
-
-
-@contextlib.contextmanager
-def _hushed() -> Iterator[None]:
-    """Keep from the standard error what the runtime's C++ reports there of processors, threads and broken files."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 
 def write_executorch(
@@ -391,7 +378,7 @@ class ExecuTorchClassifier(FileClassifier):
     def _load(self) -> None:
         """Load the program, on as many threads as are asked for."""
         try:
-            with _hushed():
+            with silent_stderr():
                 self._loaded_at = _Threads.use(self._pool, self._threads)
                 program = self._runtime.get().load_program(Path(self._path))
                 self._forward, self._program = program.load_method(FORWARD), program  # which the method needs alive
@@ -399,7 +386,7 @@ class ExecuTorchClassifier(FileClassifier):
             raise InputError(f"{self._path}: ExecuTorch cannot load it: {_first_line(error)}") from error
 
     def _run(self, array: np.ndarray) -> np.ndarray:
-        with _hushed():
+        with silent_stderr():
             changes = _Threads.use(self._pool, self._threads)
         if self._loaded_at != changes:
             self._load()

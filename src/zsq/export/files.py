@@ -1,8 +1,9 @@
 """Files of every kind: written for a target, and opened in its runtime."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import fx
 
@@ -11,7 +12,7 @@ from zsq.export.classifier import FileClassifier
 from zsq.export.executorch import ExecuTorchClassifier, require_executorch, write_executorch
 from zsq.export.image_spec import notes_of
 from zsq.export.litert.runtime import LiteRtClassifier, require_litert
-from zsq.export.litert.write import write_litert
+from zsq.export.litert.write import FLOATS, write_litert
 from zsq.export.onnx import write_onnx
 from zsq.export.onnx_runtime import OnnxClassifier
 from zsq.export.openvino import IR, OpenVinoClassifier, require_openvino
@@ -74,6 +75,11 @@ def require_runtime(target: Target) -> None:
     """
     if target.runs_in in REQUIRED:
         REQUIRED[target.runs_in]()
+
+
+def float_operators(target: Target) -> Collection[Any]:
+    """Return the operators that a target's file computes in float, though other runtimes have integers for them."""
+    return FLOATS if target.suffix == LITERT else ()
 
 
 def is_file_of_ours(path: Path) -> bool:

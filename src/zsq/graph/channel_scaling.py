@@ -42,7 +42,7 @@ def scale_channels(network: GraphModule, record: Record, pixels: tuple[Tensor, T
     for pair in find_pairs(network, limited=True):
         first, second = pair.weights
         weight = edit.get_attribute(network, second).detach()
-        if pair.limit is None or first not in record or not edit.is_depthwise(pair.second, weight):
+        if pair.limit is None or pair.bounds or first not in record or not edit.is_depthwise(pair.second, weight):
             continue
         reach = _reaches(network, record, pair, pixels, sigmas)
         largest = float(reach.max())

@@ -78,6 +78,8 @@ class BigGAN(Method):
         source: GivenSamples | BigGANSource
         if self.data:
             source = GivenSamples(self.data, self.limit, self.batch_size, teacher.spec, run)
+            if not source.labelled:
+                raise InputError(f"data set '{self.data}' has no labels; samples of a generator are of known classes.")
         elif self.checkpoint:
             source = BigGANSource(self, teacher, run)
         else:

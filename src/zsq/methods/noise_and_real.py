@@ -181,8 +181,8 @@ class RealSource(ImagePool):
 @torch.no_grad()
 def _named_by(network: nn.Module, source: ImagePool) -> Tensor:
     """Return the class that a network sees in each image of a pool, int64 [N]."""
-    every = torch.arange(len(source.labels))
-    return torch.cat([network(source.images(rows).to(source.device)).argmax(1).cpu() for rows in every.split(100)])
+    every, at_once = torch.arange(len(source.labels)), source.spec.images_at_once
+    return torch.cat([network(source.images(rows).to(source.device)).argmax(1).cpu() for rows in every.split(at_once)])
 
 
 def crop_flip(images: Tensor, fill: Tensor, random: torch.Generator, drawn: int | None = None) -> Tensor:

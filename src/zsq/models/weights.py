@@ -1,6 +1,7 @@
 """Read a network's weights from a safetensors file or a PyTorch checkpoint, without running any code of the file."""
 
 import argparse
+import logging
 import pickle
 import warnings
 import zipfile
@@ -17,8 +18,10 @@ from zsq.errors import TeacherError
 from zsq.graph.trace import FOREIGN_FAULTS, first_line
 from zsq.types import ImageSpec
 
-NESTS = ("state_dict", "model_state_dict", "model", "net")
-"""Keys under which training scripts keep the state dict, tried in this order."""
+NESTS = ("state_dict", "model_state_dict", "model", "net", "state_dict_ema", "model_ema", "ema")
+"""Keys under which training scripts keep the state dict, tried in this order; averaged weights come last."""
+
+logger = logging.getLogger(__name__)
 
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
 """What DataParallel, torch.compile and Lightning put before every name."""
@@ -35,7 +38,8 @@ def load_weights(net: nn.Module, path: Path, spec: ImageSpec, said: Mapping[str,
 
     Args:
         net: the network, changed in place.
-        path: a `.safetensors` file, or a checkpoint that `torch.load` reads with `weights_only=True`.
+        path: a `.safetensors` file, or a checkpoint that `torch.load` reads with `weights_only=True`. `FILE:ENTRY`
+            names one of a checkpoint's entries, such as `net.pth:state_dict_ema`.
         spec: what the network is built for.
         said: values of the flags `classes` and `channels`, None where the user gave none: for the errors' wording.
     Raises:
@@ -58,13 +62,23 @@ def load_weights(net: nn.Module, path: Path, spec: ImageSpec, said: Mapping[str,
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Return the state dict of a file, wherever the checkpoint keeps it.
+    """Return the state dict of a file, wherever the checkpoint keeps it, or of an entry: `FILE:ENTRY`.
 
     Raises:
         TeacherError: no such file, not readable, would execute code, or holds no state dict.
     """
+    entry = None
+    if not path.is_file() and ":" in path.name:
+        name, _, entry = path.name.rpartition(":")
+        path = path.with_name(name)
     if not path.is_file():
         raise TeacherError(f"no such weights file: {path}")
+    if entry is not None:
+        held = _unpickle(path) if path.suffix != ".safetensors" else {}
+        if not isinstance(held, Mapping) or entry not in held:
+            keys = _quote([str(key) for key in held]) if isinstance(held, Mapping) and held else "none"
+            raise TeacherError(f"{path.name} has no entry '{entry}'; it has {keys}.")
+        return _state_in(held[entry], path)
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
@@ -115,9 +129,14 @@ def _state_in(value: Any, path: Path) -> dict[str, Tensor]:
     if isinstance(value, Mapping):
         if value and all(isinstance(key, str) and isinstance(item, Tensor) for key, item in value.items()):
             return dict(value)
-        for nest in NESTS:
-            if isinstance(value.get(nest), Mapping):
-                return _state_in(value[nest], path)
+        found = [nest for nest in NESTS if isinstance(value.get(nest), Mapping)]
+        if len(found) > 1:
+            logger.info(
+                f"{path.name} holds {' and '.join(found)}; the weights are those of {found[0]}, and "
+                f"{path.name}:{found[1]} names the others"
+            )
+        if found:
+            return _state_in(value[found[0]], path)
         held = f"the keys {_quote([str(key) for key in value])}" if value else "nothing"
     else:
         held = f"a {type(value).__name__}"

@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch.fx import GraphModule, Interpreter, Node
 from zsq.graph import edit
 from zsq.graph.activations import clamp_limits
 from zsq.graph.edit import argument, aten, get_attribute
+from zsq.graph.equalize import POOLS
+from zsq.graph.products import PRODUCTS
 from zsq.quantization.prepare import PADS, moves_values
 from zsq.types import ImageSpec
 
@@ -27,7 +29,6 @@ _ops = torch.ops.quantized_decomposed
 DEQUANTIZE = (_ops.dequantize_per_tensor.default, _ops.dequantize_per_channel.default)
 CONVERTS = (*DEQUANTIZE, _ops.quantize_per_tensor.default)
 
-MATMULS = (aten.matmul.default, aten.mm.default, aten.bmm.default)
 FILLS = (aten.fill.Tensor, aten.fill.Scalar, aten.full_like.default, aten.zeros.default, aten.zeros_like.default)
 """Operators that compute nothing."""
 
@@ -35,7 +36,8 @@ RECURRENT = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu
 
 INTEGER_OPERATORS = {
     *edit.LAYERS,
-    *MATMULS,
+    *POOLS,
+    *PRODUCTS,
     aten.add.Tensor,
     aten.sub.Tensor,
     aten.mul.Tensor,
@@ -47,12 +49,6 @@ INTEGER_OPERATORS = {
     aten.sigmoid.default,
     aten.leaky_relu.default,
     aten.softmax.int,
-    aten.avg_pool1d.default,
-    aten.avg_pool2d.default,
-    aten.avg_pool3d.default,
-    aten.adaptive_avg_pool1d.default,
-    aten.adaptive_avg_pool2d.default,
-    aten.adaptive_avg_pool3d.default,
     aten.adaptive_max_pool2d.default,
     aten.mean.dim,
     aten.maximum.default,
@@ -108,15 +104,20 @@ def listed(sizes: dict[str, Any]) -> str:
 
 
 @torch.no_grad()
-def coverage(converted: GraphModule, spec: ImageSpec) -> Coverage:
+def coverage(converted: GraphModule, spec: ImageSpec, in_float: Collection[Any] = ()) -> Coverage:
     """Count what is quantized in a converted network, which answers one image for it.
 
     The arithmetic of an operation is its number of multiply-adds, or of the values that it gives.
+
+    Args:
+        converted: the converted network.
+        spec: what it takes.
+        in_float: operators that the target's file computes in float, though other runtimes have integers for them.
     """
     counter = _Counter(converted)
     counter.run(torch.zeros(1, spec.channels, spec.height, spec.width))
     total = sum(counter.arithmetic.values())
-    quantized = [node for node in counter.arithmetic if _in_integers(node)]
+    quantized = {node for node in counter.arithmetic if node.target not in in_float and _in_integers(node)}
     floats: dict[str, float] = {}
     for node in counter.arithmetic:
         if node not in quantized:
@@ -198,7 +199,7 @@ class _Counter(Interpreter):
         terms: int = 1
         if n.target in edit.LAYERS:
             terms = args[1][0].numel()
-        elif n.target in MATMULS:
+        elif n.target in PRODUCTS:
             terms = args[0].shape[-1]
         elif n.target in RECURRENT:
             weights: int = sum(self.env[read].numel() for read in n.all_input_nodes if read.op == "get_attr")

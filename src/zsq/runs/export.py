@@ -1,6 +1,5 @@
 """Write a finished run's network as the file of another runtime, where its integers allow that."""
 
-import logging
 import tempfile
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, replace
@@ -12,19 +11,19 @@ import torch
 from torch import Tensor
 from tyro.conf import Positional, Suppress
 
-from zsq.data.datasets import open_dataset
+from zsq.data.datasets import EvenSubset, open_dataset
 from zsq.errors import ExportError, InputError
 from zsq.export.converted import output_step
 from zsq.export.files import require_runtime, write_file
 from zsq.export.openvino import IR, write_ir
-from zsq.export.options import FileOptions
 from zsq.export.pt2 import read_pt2
 from zsq.export.verify import Verification, require, verify_file
 from zsq.methods import Noise
 from zsq.methods.noise_and_real import NoiseSource
 from zsq.models.options import option, text
-from zsq.quantization.prepare import Bits
+from zsq.quantization import PTQ
 from zsq.runs.console import shown
+from zsq.runs.job import file_options
 from zsq.runs.record import Record
 from zsq.runs.request import takes
 from zsq.runs.stages import CHECK_IMAGES, ENOUGH_DECIDED, PROGRAM, file_notes
@@ -32,8 +31,6 @@ from zsq.runtime.observer import Observer
 from zsq.targets import target_of
 from zsq.training.loop import Run
 from zsq.types import ImageSpec
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +87,13 @@ def export_run_request(request: ExportRequest) -> Exported:
     """
     folder, target = Path(request.run), target_of(request.target)
     record = Record.read(folder)
-    bits = str(record.settings["quantizer"]["bits"])
-    target.check_bits(bits, Bits.parse(bits).activation)
-    if request.packed and not target.packs:
-        raise InputError(f"packed is true, and files for {target.title} hold one weight a byte; litert can pack.")
-    if request.batch is not None and request.batch < 1:
-        raise InputError(f"batch is {request.batch}; a file takes 1 image at once, or more.")
+    form = PTQ(
+        bits=str(record.settings.get("quantizer", {}).get("bits", record.bits)),
+        target=target.name,
+        pixels=request.pixels,
+        batch="dynamic" if request.batch is None else request.batch,
+        packed=request.packed,
+    )
     out = Path(request.out)
     endings = [target.suffix, *([IR] if target.name == "openvino" else [])]
     if out.suffix not in endings:
@@ -106,7 +104,6 @@ def export_run_request(request: ExportRequest) -> Exported:
         raise InputError(f"{out} exists; --overwrite replaces it, --out names another.")
     require_runtime(target)
     network, spec = read_pt2(folder / PROGRAM)
-    options = FileOptions(pixels=request.pixels, batch=request.batch, packed=request.packed)
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix=".", dir=out.parent) as place,
@@ -115,7 +112,7 @@ def export_run_request(request: ExportRequest) -> Exported:
         part = Path(place) / target.file
         try:
             notes = file_notes(record.bits, target, record.weights_sha256)
-            lowered = write_file(network, spec, part, target, options, notes)
+            lowered = write_file(network, spec, part, target, file_options(form), notes)
             run = Run(seed=record.seed, observer=observer)
             batches = run.each("check", _images(request.data, spec, run), CHECK_IMAGES, len)
             found = verify_file(
@@ -144,7 +141,7 @@ def export_run_request(request: ExportRequest) -> Exported:
 def _images(data: str | None, spec: ImageSpec, run: Run) -> Iterator[Tensor]:
     """Yield normalised batches: of the data where there are any, then of natural noise."""
     at_once = spec.images_at_once
-    real = open_dataset(data, spec, limit=CHECK_IMAGES // 2).batches(at_once) if data else iter(())
+    real = EvenSubset(open_dataset(data, spec), CHECK_IMAGES // 2).batches(at_once) if data else iter(())
     noise = NoiseSource(Noise(distribution="natural"), spec, run)
     for batch in chain(real, noise.sample(CHECK_IMAGES, at_once)):
         yield batch.images

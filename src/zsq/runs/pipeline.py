@@ -32,7 +32,7 @@ from zsq.runs.stages import (
 from zsq.runtime import distributed
 from zsq.runtime.memory import clear_memory_errors, kept_memory
 from zsq.runtime.versions import versions
-from zsq.targets import TARGETS, target_of
+from zsq.targets import TARGETS
 
 HASHED = (GENERATOR, PROGRAM, *(target.file for target in TARGETS.values()))
 """Artifacts that are the same, bit for bit, whenever a run is repeated on the CPU."""
@@ -52,7 +52,7 @@ class Result:
     @property
     def model(self) -> FileClassifier:
         """The quantized network as users run it: the file in the runtime of its target."""
-        return open_file(self.folder / target_of(self.record.target).file)
+        return open_file(self.folder / self.record.file)
 
 
 class Stopwatch:

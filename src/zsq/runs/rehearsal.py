@@ -9,7 +9,7 @@ import torch
 
 from zsq.errors import ExportError, ZsqError
 from zsq.export.converted import output_step
-from zsq.export.files import write_file
+from zsq.export.files import float_operators, write_file
 from zsq.export.verify import require, verify_file
 from zsq.graph.trace import FOREIGN_FAULTS, described
 from zsq.models.teacher import Teacher
@@ -59,6 +59,8 @@ def _rehearse(teacher: Teacher, quantizer: PTQ, run: Run) -> Coverage:
         range_rule="minmax",
         range_sigmas=0.0,
         weight_range_rule="minmax",
+        channel_scaling=False,
+        weight_rounding="nearest",
         bias_correction=False,
     )
     spec, target = teacher.spec, target_of(quantizer.target)
@@ -81,4 +83,4 @@ def _rehearse(teacher: Teacher, quantizer: PTQ, run: Run) -> Coverage:
         )
     if found.num_decided:  # else noise tells nothing, and the trained student's samples will
         require(found)
-    return coverage(converted, spec)
+    return coverage(converted, spec, float_operators(target))

@@ -14,7 +14,7 @@ from zsq.data.datasets import DataSet, EvenSubset
 from zsq.errors import InputError
 from zsq.evaluation.accuracy import Evaluation, Predict, evaluate_many
 from zsq.export.converted import output_step
-from zsq.export.files import open_file, require_runtime, write_file
+from zsq.export.files import float_operators, open_file, require_runtime, write_file
 from zsq.export.pt2 import write_pt2
 from zsq.export.verify import Verification, verify_file
 from zsq.methods import Surrogate
@@ -152,7 +152,6 @@ def write_and_check(job: Job, student: Student, surrogate: Surrogate) -> tuple[V
     logger.info(f"writing and checking {job.file.name}{f' and {PROGRAM}' if job.outputs.pt2 else ''}")
     converted, spec = convert(student), job.teacher.spec
     notes = file_notes(described_bits(job, student), job.target, job.teacher.weights_sha256)
-    quantizer = job.settings.quantizer
     lowered = write_file(converted, spec, job.file, job.target, job.file_options, notes)
     if job.outputs.pt2:
         write_pt2(converted, spec, job.folder / PROGRAM)
@@ -161,7 +160,7 @@ def write_and_check(job: Job, student: Student, surrogate: Surrogate) -> tuple[V
         logits: Tensor = student(images.to(job.run.device))
         return logits
 
-    most = measured_on(CHECK_IMAGES, quantizer)
+    most = measured_on(CHECK_IMAGES, job.settings.quantizer)
     samples = surrogate.source.sample(most, spec.images_at_once)
     data = job.data.batches(spec.images_at_once) if job.data else iter(())
     mixed = (batch for pair in itertools.zip_longest(samples, data) for batch in pair if batch is not None)
@@ -176,7 +175,7 @@ def write_and_check(job: Job, student: Student, surrogate: Surrogate) -> tuple[V
         enough=ENOUGH_DECIDED,
         target=job.target,
     )
-    return replace(found, lowered_percent=lowered), coverage(converted, spec)
+    return replace(found, lowered_percent=lowered), coverage(converted, spec, float_operators(job.target))
 
 
 def evaluate_file(job: Job, student: Student) -> dict[str, Evaluation]:
@@ -211,8 +210,7 @@ def warn_of_chance(found: Evaluation, spec: ImageSpec, data: DataSet | EvenSubse
     chance = 100 / spec.classes
     if found.top1 is None or found.top1_interval is None or found.top1_interval[0] > chance:
         return
-    folders = next((notice for notice in data.notices if notice.startswith("class folders")), "")
-    mapping = f" ({folders}; --class-names says otherwise)" if folders else ""
+    mapping = f" ({data.mapping}; --class-names says otherwise)" if data.mapping else ""
     logger.warning(
         f"the float network recognises {found.top1:.2f} % of {found.num_images} images of {data.name}, no more than "
         f"guessing would ({chance:.3g} %). Do its classes and those of the labels stand in one order{mapping}? Were "

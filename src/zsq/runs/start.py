@@ -77,17 +77,17 @@ def started(
         seed = distributed.on_main(
             lambda: chosen_seed(request.seed, request.recipe_path, request.folder, resume=request.resume)
         )
-        begin = time.perf_counter()
-        if rehearsed:
-            _rehearse(teacher, wanted, Run(seed=seed, device=device))
         with claimed(request.folder):
             run = Run(request.folder, seed=seed, device=device, checkpoint_steps=checkpoint_every, observer=observer)
             for notice in images.notices if images else ():
                 logger.info(notice)
             job = Job(teacher=teacher, run=run, folder=request.folder, settings=wanted, data=images, fitted=fitted)
             facts = {"data": data if data is None else os.fspath(data)}
-            spent = time.perf_counter() - begin
-            yield _open_or_resume(job, request) or _plan_and_write(job, request, facts, spent)
+            resumed = _open_or_resume(job, request)
+            begin = time.perf_counter()
+            if resumed is None and rehearsed:
+                _rehearse(teacher, wanted, Run(seed=seed, device=device))
+            yield resumed or _plan_and_write(job, request, facts, time.perf_counter() - begin)
 
 
 def _rehearse(teacher: Teacher, settings: Settings, run: Run) -> None:

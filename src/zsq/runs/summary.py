@@ -45,7 +45,9 @@ def summary_rows(record: Record) -> Iterator[tuple[str, str]]:
         yield "label recognition", f"{percent(record.label_recognition, 1)} % of the samples' labels"
     yield "file", f"{record.file}, {record.artifacts[record.file].bytes / 1024:.0f} KiB"
     if set(record.bits) & set("234567"):
-        yield "note", "widths below 8 bits are stored one value a byte"
+        packed = record.settings.get("quantizer", {}).get("packed", False)
+        whole, half = "widths below 8 bits are stored one value a byte", "weights of 4 bits or fewer lie two to a byte"
+        yield "note", half if packed else whole
     yield "time", f"{record.seconds:.0f} s"
 
 

@@ -1,9 +1,5 @@
 """Run a ``.tflite`` file in LiteRT's interpreter on the processor."""
 
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +8,7 @@ import numpy as np
 from zsq.errors import InputError, MissingExtraError
 from zsq.export.classifier import FileClassifier
 from zsq.export.litert.flatbuffer import INSTALL, read_notes
+from zsq.runtime.quiet import silent_stderr
 
 
 def require_litert() -> Any:
@@ -27,20 +24,6 @@ def require_litert() -> Any:
             f"target litert runs its file in the interpreter of LiteRT, which is not installed: {INSTALL}"
         ) from error
     return interpreter
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Let the C++ of the interpreter, which tells that it uses XNNPACK and has no switch for it, write to nowhere."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 
 class LiteRtClassifier(FileClassifier):
@@ -59,7 +42,7 @@ class LiteRtClassifier(FileClassifier):
         runtime, notes = require_litert(), read_notes(path)
         kinds = runtime.OpResolverType
         try:
-            with _silent():
+            with silent_stderr():
                 self._interpreter = runtime.Interpreter(
                     model_path=str(path),
                     num_threads=threads,
@@ -78,7 +61,7 @@ class LiteRtClassifier(FileClassifier):
             array = self._rounded(np.moveaxis(array, 1, -1))
         try:
             if array.shape != self._fed:
-                with _silent():
+                with silent_stderr():
                     self._interpreter.resize_tensor_input(self._input["index"], array.shape)
                     self._interpreter.allocate_tensors()
                 self._fed = array.shape

@@ -801,6 +801,7 @@ MOVES: dict[Any, Callable[[_Writer, Node, Value], Value]] = {
             aten.squeeze.dim,
             aten.squeeze.dims,
             aten.unsqueeze.default,
+            aten.unflatten.int,
         ),
         _reshape,
     ),
