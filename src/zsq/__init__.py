@@ -23,7 +23,7 @@ from zsq.runs.quantize import quantize
 from zsq.runs.record import Record
 from zsq.runs.synthesize import synthesize
 from zsq.runtime.observer import Observer
-from zsq.types import ImageSpec
+from zsq.types import ImageSpec, Output
 
 __version__ = metadata.version("zsq")
 
@@ -50,6 +50,7 @@ __all__ = [
     "NumericsError",
     "Observer",
     "OnnxClassifier",
+    "Output",
     "Real",
     "Record",
     "Result",

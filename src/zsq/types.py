@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,38 @@ LARGE_IMAGE = 96
 PIXELS_AT_ONCE = 2**20
 """Pixels of the images that go through a network together."""
 
+OutputKind = Literal["classes", "embedding", "values"]
+"""What an output means: a class (of an image, or at every position), a direction, or numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One tensor that a network gives."""
+
+    name: str
+    """Its name: as the network's dict says, or by kind and number."""
+    kind: OutputKind
+    """`classes` are logits over the first axis behind the batch (a single one: of yes against no); of an `embedding`
+    the direction counts, along the same axis; `values` are anything else."""
+    shape: tuple[int, ...] = ()
+    """Its shape for one image, without the batch: [classes] or [C, H, W], for instance; found when it is loaded."""
+
+    @property
+    def size(self) -> int:
+        """Values for one image."""
+        return math.prod(self.shape)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes that are told apart; 0 where there are none."""
+        if self.kind != "classes":
+            return 0
+        return max(2, self.shape[0])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageSpec:
-    """What a classifier takes and gives: image shape, normalisation and number of classes.
+    """What a network takes and gives: image shape, normalisation, number of classes, and outputs.
 
     Raises:
         InputError: a size is below 1, or ``mean``/``std`` do not hold one value a channel on the scale of [0, 1].
@@ -32,14 +60,17 @@ class ImageSpec:
     """Image height in pixels."""
     width: int
     """Image width in pixels."""
-    classes: int
-    """Number of classes, the length of the logits."""
+    classes: int = 0
+    """Number of classes that labels tell apart: the length of the logits, of an image or at every position; 0 where no
+    output is of classes."""
     mean: tuple[float, ...]
     """Per-channel mean, on the scale of pixels in [0, 1]."""
     std: tuple[float, ...]
     """Per-channel standard deviation, on the scale of pixels in [0, 1]."""
     resize: int | None = None
     """Shorter side in pixels to which a file is resized before the centre crop; None crops only."""
+    outputs: tuple[Output, ...] = ()
+    """What the network gives, in order; empty for a classifier, which gives one vector of `classes` logits."""
 
     @property
     def is_large(self) -> bool:
@@ -52,9 +83,13 @@ class ImageSpec:
         return max(1, min(100, PIXELS_AT_ONCE // (self.height * self.width)))
 
     def __post_init__(self) -> None:
-        for name in ("channels", "height", "width", "classes"):
+        for name in ("channels", "height", "width"):
             if getattr(self, name) < 1:
                 raise InputError(f"image spec: {name} is {getattr(self, name)}; it must be at least 1.")
+        if self.classes < 0:
+            raise InputError(
+                f"image spec: classes is {self.classes}; it must be at least 1, or 0 where there are none."
+            )
         for name in ("mean", "std"):
             if len(getattr(self, name)) != self.channels:
                 raise InputError(

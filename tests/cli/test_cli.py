@@ -227,15 +227,15 @@ def test_doctor_checks_the_machine():
 # Help
 
 HELP_FLAGS = {
-    "quantize": "weights input classes mean std resize method quantizer bits target pixels batch class-names recipe "
-    "budget set from seed device data resume overwrite checkpoint-every out json devices",
-    "synthesize": "weights input classes mean std resize method recipe budget set from seed device resume overwrite "
-    "out count devices",
-    "evaluate": "file weights input classes mean std resize data class-names device json",
+    "quantize": "weights input classes outputs mean std resize method quantizer bits target pixels batch class-names "
+    "recipe budget set from seed device data resume overwrite checkpoint-every out json devices",
+    "synthesize": "weights input classes outputs mean std resize method recipe budget set from seed device resume "
+    "overwrite out count devices",
+    "evaluate": "file weights input classes outputs mean std resize data class-names device json",
     "export": "out target pixels batch packed data overwrite json",
     "compare": "out only data-root device resume overwrite dry-run json jobs job-set",
-    "allocate": "weights input classes mean std resize method recipe budget set from seed device resume overwrite "
-    "out average size widths activation images",
+    "allocate": "weights input classes outputs mean std resize method recipe budget set from seed device resume "
+    "overwrite out average size widths activation images",
     "methods": "",
     "models": "",
     "doctor": "",

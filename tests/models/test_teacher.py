@@ -202,10 +202,15 @@ def test_factory_with_and_without_an_image_spec(factories) -> None:
     assert (changed.spec.mean, changed.spec.std, changed.spec.resize) == ((0.1, 0.2), (0.25, 0.25), None)
     flagged = load_teacher(f"{factories}:small", input=(2, 6, 6), classes=4)
     assert (flagged.spec.mean, flagged.spec.std, flagged.spec.resize) == ((0.0, 0.0), (1.0, 1.0), None)
-    with pytest.raises(TeacherError, match=r"give --input CxHxW and --classes N, with --mean and --std"):
+    with pytest.raises(TeacherError, match=r"give --input CxHxW, with --mean and --std"):
         load_teacher(f"{factories}:small")
-    with pytest.raises(TeacherError, match=r"give --classes N, with"):
+    with pytest.raises(
+        TeacherError, match=r"gives \[2, 4\] for 2 images\. If that is right, say what it means: --outputs"
+    ):
         load_teacher(f"{factories}:small", input=(2, 6, 6))
+    assert load_teacher(f"{factories}:small", input=(2, 6, 6), outputs="classes").spec.classes == 4
+    with pytest.raises(InputError, match=r"--classes is 0; it must be at least 1"):
+        load_teacher(f"{factories}:small", input=(2, 6, 6), classes=0)
 
 
 def test_module_factory_from_the_working_folder(factories, monkeypatch) -> None:
@@ -223,8 +228,8 @@ def test_module_factory_from_the_working_folder(factories, monkeypatch) -> None:
         ("wrong_kind", "returns a dict; a factory returns a torch.nn.Module."),
         ("raising", "fails: ValueError: first line (nets.py, line "),
         ("Failing", "fails on images of 2x6x6: KeyError: 'missing thing' (nets.py, line "),
-        ("Pair", "returns a tuple; a classifier returns logits [N, classes]."),
-        ("Map", "gives [2, 2, 6, 6] for 2 images of 2x6x6; a classifier gives [2, 4]."),
+        ("Pair", "gives output_0 [2, 2, 6, 6], output_1 [2, 2, 6, 6] for 2 images; [2, 4] was expected"),
+        ("Map", "gives [2, 2, 6, 6] for 2 images; [2, 4] was expected, for --classes 4."),
         ("FixedBatch", "cannot be exported by torch.export: "),
         ("Branching", "Its forward branches on the values of its images, which no exported file can."),
         ("Drawing", "gives other logits than the network"),

@@ -131,7 +131,7 @@ def test_activations_that_limit_are_computed_before_rounding(
 def test_logits_have_eight_bits_also_where_they_are_flattened_last(scope: bool) -> None:
     student = student_of(ConvHead, all_activations=scope)
     assert activations(student) == [("input", 8), ("hardtanh", 4), ("conv2d", 8)]
-    assert student.network.get_submodule(student.output_name).bits == 8
+    assert student.network.get_submodule(next(iter(student.ends))).bits == 8
 
 
 def test_weights_are_rounded_to_the_schemes_bits() -> None:

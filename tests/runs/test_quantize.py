@@ -35,6 +35,7 @@ from zsq.runs.pipeline import HASHED
 from zsq.runs.quantize import Result, quantize
 from zsq.runs.record import SCHEMA
 from zsq.runs.settings import resolve
+from zsq.runs.settings_file import stored_spec
 from zsq.runs.stages import PROGRAM
 from zsq.runtime.files import load_tensors
 from zsq.training.loop import Run
@@ -302,9 +303,11 @@ def test_two_classes_work(tmp_path):
     assert record.runtime_agreement > 95
 
 
-def test_one_class_is_refused(tmp_path):
-    with pytest.raises(InputError, match="'network' knows 1 class; a classifier has at least 2"):
-        quantize(network(4, 1), replace(SPEC, classes=1), out=tmp_path / "run", settings=PTQ)
+def test_one_logit_tells_two_classes_apart(tmp_path):
+    record = quantize(network(4, 1), replace(SPEC, classes=1), out=tmp_path / "run", settings=PTQ).record
+    assert stored_spec(tmp_path / "run").classes == 2
+    assert record.samples is not None
+    assert {measure.name for measure in record.samples.measures} == {"same class"}
 
 
 @pytest.mark.slow

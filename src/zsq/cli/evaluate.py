@@ -2,6 +2,7 @@
 
 import json as json_format
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,6 +22,7 @@ from zsq.reports.text_tables import percent, table
 from zsq.runs.console import shown
 from zsq.runs.folder import file_in
 from zsq.runs.stages import warn_of_chance
+from zsq.runs.summary import figure
 from zsq.runtime.device import pick_device
 from zsq.types import ImageSpec
 
@@ -37,7 +39,8 @@ class EvaluatedNetwork(Network):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Measure top-1, top-5 and agreement of a quantized file, of a float network, or of both side by side.
+    """Measure a quantized file, a float network, or both side by side: top-1, top-5 and agreement, or what suits maps,
+    embeddings and values.
 
     Examples:
       zsq evaluate runs/digits --data digits
@@ -63,8 +66,12 @@ class Evaluate:
         if self.json:
             print(json_format.dumps({name: value.as_dict() for name, value in found.items()}))
             return
+        title = f"{self.network.model} on {self.data}"
+        if any(evaluation.measures or evaluation.truths for evaluation in found.values()):
+            console.print(table(title, ("network", "output", "measure", "value"), list(_measures(found))))
+            return
         columns = ("network", "top-1 %", "95 % interval", "top-5 %", "agreement %", "correct", "images")
-        console.print(table(f"{self.network.model} on {self.data}", columns, [_row(*item) for item in found.items()]))
+        console.print(table(title, columns, [_row(*item) for item in found.items()]))
 
     def _measure(self) -> dict[str, Evaluation]:
         with shown(None, quiet=False) as observer:
@@ -83,7 +90,7 @@ class Evaluate:
                         f"data set '{self.data}' has no labels; how often {path.name} and the float network agree on "
                         f"it is what zsq evaluate NETWORK --file {path} --data {self.data} measures."
                     )
-                return evaluate_many({path.name: file}, data, progress=show)
+                return evaluate_many({path.name: file}, data, outputs=file.spec.outputs, progress=show)
             place = None if self.file is None else file_in(self.file)
             beside = None if place is None else open_file(place)
             teacher = self._loaded().to(pick_device(self.device))
@@ -94,11 +101,12 @@ class Evaluate:
             if beside is None or place is None:
                 if not data.labelled:
                     raise InputError(f"data set '{self.data}' has no labels; --file RUN measures agreement on it.")
-                found = evaluate_many(networks, data, progress=show)
+                found = evaluate_many(networks, data, outputs=teacher.spec.outputs, progress=show)
                 warn_of_chance(found[teacher.name], teacher.spec, data)
                 return found
             networks |= {place.name: beside}
-            found = evaluate_many(networks, data, teacher=teacher.network, progress=show)
+            outputs = teacher.spec.outputs
+            found = evaluate_many(networks, data, teacher=teacher.network, outputs=outputs, progress=show)
             warn_of_chance(found[teacher.name], teacher.spec, data)
             return found
 
@@ -122,6 +130,16 @@ class Evaluate:
                     f"--{name} goes with a network, and {model} is a quantized file, which knows its images; "
                     f"zsq evaluate NETWORK --file {model} measures both."
                 )
+
+
+def _measures(found: dict[str, Evaluation]) -> Iterator[list[str]]:
+    """Yield a row a figure: first against what is true, then against the float network."""
+    for name, evaluation in found.items():
+        for measure in evaluation.truths:
+            yield [name, measure.output, measure.name, figure(measure)]
+    for name, evaluation in list(found.items())[1:]:
+        for measure in evaluation.measures:
+            yield [name, measure.output, f"{measure.name}, against float", figure(measure)]
 
 
 def _row(name: str, found: Evaluation) -> list[str]:

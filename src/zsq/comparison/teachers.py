@@ -82,6 +82,12 @@ class Teachers:
 
     def _load(self, entry: TeacherEntry) -> Loaded:
         teacher = entry.load(self.root)
+        if teacher.spec.outputs:
+            given = ", ".join(f"{output.name} ({output.kind})" for output in teacher.spec.outputs)
+            raise InputError(
+                f"zsq compare counts classes of images; '{entry.title}' gives {given}. Quantize it with each method by "
+                "zsq quantize, and measure the files with zsq evaluate."
+            )
         data = None if entry.data is None else open_dataset(below(self.root, entry.data), teacher.spec)
         if data is not None and not data.labelled:
             raise InputError(f"data set '{data.name}' has no labels; a comparison measures accuracy, which needs them.")

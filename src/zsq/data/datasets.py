@@ -8,7 +8,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 import numpy as np
 import torch
@@ -45,6 +45,51 @@ SHOWN_CLASSES = 10
 """Class folders of which a notice names all; of more it names the first and the last."""
 
 
+MASK_AXES = 3
+"""Axes of masks: [N, H, W]."""
+
+IGNORED = 255
+"""Class in a mask of what nobody has said, and which no measure counts."""
+
+Truth = Literal["labels", "masks", "identities", "values"]
+
+
+def truth_of(spec: ImageSpec) -> Truth:
+    """Return what is true of an image for a network: its class, that of each place, whom it shows, or numbers."""
+    first = next((output for output in spec.outputs if output.kind == "classes"), None)
+    if first is not None and len(first.shape) > 1:
+        return "masks"
+    if not spec.outputs or first is not None:
+        return "labels"
+    return "identities" if spec.outputs[0].kind == "embedding" else "values"
+
+
+def _check_labels(name: str, labels: np.ndarray, spec: ImageSpec) -> None:
+    wrong = np.flatnonzero((labels < 0) | (labels >= spec.classes))
+    if len(wrong):
+        raise InputError(
+            f"data set '{name}': label {labels[wrong[0]]} of image {wrong[0]} is outside 0..{spec.classes - 1}, "
+            f"the teacher's {spec.classes} classes."
+        )
+
+
+def _masks(masks: np.ndarray, spec: ImageSpec, name: str, start: int) -> np.ndarray:
+    """Return masks as classes, int64, `UNKNOWN` where nobody has said one.
+
+    Raises:
+        InputError: one holds a class that the network does not know.
+    """
+    found = np.where(masks == IGNORED, UNKNOWN, masks).astype(np.int64)
+    wrong = np.argwhere(found >= spec.classes)
+    if len(wrong):
+        image, *place = wrong[0].tolist()
+        raise InputError(
+            f"data set '{name}': the mask of image {start + image} has class {found[tuple(wrong[0])]} at {place}; the "
+            f"network knows {spec.classes} classes (0..{spec.classes - 1}), and {IGNORED} is left out."
+        )
+    return found
+
+
 class DataSet(ABC):
     """A set of images, with their classes where these are known, in a fixed order, read anew by `batches`."""
 
@@ -59,13 +104,9 @@ class DataSet(ABC):
             raise InputError(f"the limit of data set '{name}' is {limit}; it must be at least 1.")
         labels = labels[:limit]
         self.labelled = labelled
-        """Whether the classes of the images are known; else all labels are `UNKNOWN`."""
-        wrong = np.flatnonzero((labels < 0) | (labels >= spec.classes))
-        if len(wrong) and labelled:
-            raise InputError(
-                f"data set '{name}': label {labels[wrong[0]]} of image {wrong[0]} is outside 0..{spec.classes - 1}, "
-                f"the teacher's {spec.classes} classes."
-            )
+        """Whether what is true of the images is known; else all labels are `UNKNOWN`."""
+        if labelled and truth_of(spec) == "labels":
+            _check_labels(name, labels, spec)
         self.num_images = len(labels)
         """Images that `batches` yields."""
         self.notices: list[str] = []
@@ -73,7 +114,7 @@ class DataSet(ABC):
         self.mapping = ""
         """Which class each folder of images is taken for, such as `cross=0, disc=1`; empty where there are none."""
         self._spec = spec
-        self._labels = labels.astype(np.int64)
+        self._labels = labels if labels.dtype.kind == "f" else labels.astype(np.int64)
 
     def _note_crop(self, height: int, width: int) -> None:
         """Note that images of this size lose a part of themselves."""
@@ -93,9 +134,16 @@ class DataSet(ABC):
         start = 0
         for pixels in self._pixels(batch_size):
             images = torch.from_numpy(np.array(pixels.transpose(0, 3, 1, 2), dtype=np.float32)) / 255
-            labels = torch.from_numpy(self._labels[start : start + len(pixels)])
+            labels = self._truth(start, start + len(pixels))
             start += len(pixels)
-            yield Batch(self._spec.normalize(images), labels)
+            yield Batch(self._spec.normalize(images), torch.from_numpy(labels))
+
+    def _truth(self, start: int, end: int) -> np.ndarray:
+        """Return what is true of images from one to another: int64 [n], masks int64 [n, H, W] or values [n, ...]."""
+        found: np.ndarray = self._labels[start:end]
+        if found.ndim == MASK_AXES and truth_of(self._spec) == "masks":
+            return _masks(_fit_masks(found, self._spec), self._spec, self.name, start)
+        return found
 
     @abstractmethod
     def _pixels(self, batch_size: int) -> Iterator[np.ndarray]:
@@ -155,19 +203,17 @@ class _Npz(DataSet):
                 _check_keys(name, archive)
                 with archive.open("images.npy") as stream:
                     shape = _image_header(name, stream)
-                labels, labelled = np.full(shape[:1], UNKNOWN), "labels.npy" in archive.namelist()
+                truth = truth_of(spec)
+                key = "labels" if truth == "identities" else truth
+                labels, labelled = np.full(shape[:1], UNKNOWN), f"{key}.npy" in archive.namelist()
                 if labelled:
-                    with archive.open("labels.npy") as stream:
+                    with archive.open(f"{key}.npy") as stream:
                         labels = np.lib.format.read_array(stream, allow_pickle=False)
         except InputError:
             raise
         except ZIP_FAULTS as error:
             raise InputError(f"data set '{name}' is not a readable npz file: {error}") from error
-        if labels.shape != shape[:1] or labels.dtype.kind not in "iu":
-            raise InputError(
-                f"data set '{name}': labels are {labels.dtype} {list(labels.shape)}; "
-                f"{shape[0]} images need integers [{shape[0]}]."
-            )
+        _check_truth(name, labels, shape, truth if labelled else "labels", spec)
         self._path = path
         self._shape = shape[1:] if len(shape) == 4 else (*shape[1:], 1)
         _check_array(name, self._shape, spec)
@@ -189,6 +235,83 @@ class _Npz(DataSet):
             raise
         except ZIP_FAULTS as error:
             raise InputError(f"data set '{self.name}' cannot be read: {error}") from error
+
+
+def _check_truth(name: str, found: np.ndarray, shape: tuple[int, ...], truth: Truth, spec: ImageSpec) -> None:
+    """Check form and type of what an npz says of its images, whose array has this shape."""
+    wanted, kinds, what = [*shape[:1]], "iu", "integers"
+    if truth == "masks":
+        wanted = [*shape[:3]]
+    elif truth == "values":
+        wanted, kinds, what = [*shape[:1], *spec.outputs[0].shape], "fiu", "numbers"
+    if list(found.shape) != wanted or found.dtype.kind not in kinds:
+        raise InputError(
+            f"data set '{name}': {truth} are {found.dtype} {list(found.shape)}; {shape[0]} images need {what} {wanted}."
+        )
+
+
+class _Masked(DataSet):
+    """Image files, each with a mask beside it."""
+
+    def __init__(self, name: str, spec: ImageSpec, pairs: list[tuple[Path, Path]], limit: int | None) -> None:
+        super().__init__(name, spec, np.zeros(len(pairs), np.int64), limit)
+        self._pairs = pairs[:limit]
+
+    def _pixels(self, batch_size: int) -> Iterator[np.ndarray]:
+        for start in range(0, self.num_images, batch_size):
+            chunk = self._pairs[start : min(start + batch_size, self.num_images)]
+            yield np.stack([_read_image(image, self._spec) for image, _ in chunk])
+
+    def _truth(self, start: int, end: int) -> np.ndarray:
+        read = [_read_mask(mask, image, self._spec) for image, mask in self._pairs[start:end]]
+        return _masks(np.stack(read), self._spec, self.name, start)
+
+
+def _read_mask(path: Path, image: Path, spec: ImageSpec) -> np.ndarray:
+    """Return a mask as uint8 [height, width] of the spec's size, resized as its image is, by the nearest value."""
+    try:
+        with Image.open(image) as file:
+            size = ImageOps.exif_transpose(file).size
+        with Image.open(path) as file:
+            if file.mode not in ("L", "P", "1"):
+                raise InputError(f"{path} has mode {file.mode}; a mask has one class a pixel, 0 to 255 (mode L or P).")
+            mask = file if file.mode != "1" else file.convert("L").point(lambda value: value // 255)
+            if mask.size != size:
+                raise InputError(
+                    f"{path} is {mask.height}x{mask.width}, its image {size[1]}x{size[0]}; both must be of one size."
+                )
+            if spec.resize is not None:
+                mask = mask.resize(_shorter_side(mask.height, mask.width, spec.resize), Image.Resampling.NEAREST)
+            found: np.ndarray = _cropped(np.asarray(mask, dtype=np.uint8)[None], spec)[0]
+            return found
+    except InputError:
+        raise
+    except READ_FAULTS as error:
+        raise InputError(f"{path} is not a readable mask: {error}") from error
+
+
+def _fit_masks(masks: np.ndarray, spec: ImageSpec) -> np.ndarray:
+    """Bring masks [n, H, W] to the spec's height and width, as `_fit_array` brings images."""
+    height, width = masks.shape[1:]
+    if spec.resize is not None and (height, width) != (spec.height, spec.width) and min(height, width) != spec.resize:
+        size = _shorter_side(height, width, spec.resize)
+        small = [Image.fromarray(mask.astype(np.uint8)).resize(size, Image.Resampling.NEAREST) for mask in masks]
+        masks = np.stack([np.asarray(mask) for mask in small])
+    return _cropped(masks, spec)
+
+
+def _pairs_in(path: Path, name: str) -> list[tuple[Path, Path]]:
+    """Return each image of `images/` with the mask of its name in `masks/`.
+
+    Raises:
+        InputError: one has none.
+    """
+    images, _ = _images_in(path / "images")
+    masks = {mask.stem: mask for mask in _images_in(path / "masks")[0]}
+    alone = next((image for image in images if image.stem not in masks), None)
+    if alone is not None:
+        raise InputError(f"data set '{name}': images/{alone.name} has no mask masks/{alone.stem}.png.")
+    return [(image, masks[image.stem]) for image in images]
 
 
 class _Files(DataSet):
@@ -230,7 +353,9 @@ def open_dataset(
         name: `digits` (test half), `digits:train` (training half), a `.npz` file with `images` uint8 [N, H, W, C] or
             [N, H, W] and perhaps `labels`, a folder with `metadata.csv` (`file_name,label`), a folder with one folder a
             class, whose sorted names stand for 0, 1, ... (in numeric order where all are numbers), or a folder of
-            images, which have no labels then.
+            images, which have no labels then. A network that names a class at each place takes `masks` [N, H, W] beside
+            `images`, or folders `images/` and `masks/` with files of the same names (255: left out); one that gives an
+            embedding, labels or folders that say who is the same; one that gives values, `values` [N, ...].
         spec: what the teacher takes.
         limit: use the first so many images only.
         class_names: a file with the name of one class a line, in the network's order: which class a folder is.
@@ -244,6 +369,8 @@ def open_dataset(
     path = Path(name)
     if path.is_file() and path.suffix == ".npz":
         return _Npz(name, path, spec, limit)
+    if path.is_dir() and truth_of(spec) == "masks" and (path / "masks").is_dir() and (path / "images").is_dir():
+        return _Masked(name, spec, _pairs_in(path, name), limit)
     if path.is_dir():
         if (path / "metadata.csv").is_file():
             files, numbers = _listed(path / "metadata.csv", name)
@@ -315,7 +442,7 @@ def _in_folders(
             folders.sort(key=lambda folder: int(folder.name))
         else:
             folders.sort(key=lambda folder: folder.name)
-        if len(folders) != spec.classes:
+        if len(folders) != spec.classes and truth_of(spec) == "labels":
             raise InputError(
                 f"data set '{name}' has {len(folders)} class folders; the teacher knows {spec.classes} classes. Give "
                 "one folder a class (an empty one counts), a metadata.csv, or the names of all classes "

@@ -1,8 +1,8 @@
 """Accuracy: top-1 and top-5 with their counts, a confidence interval, and agreement with the teacher."""
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,14 +11,13 @@ from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from zsq.errors import InputError, NumericsError
+from zsq.evaluation.measures import CONFIDENCE_Z, Measure, TeacherTally, TruthTally, mean_interval
 from zsq.runtime.gpu import full_float32
-from zsq.types import Batch
+from zsq.types import Batch, Output
 
 Predict = Callable[[Tensor], Tensor]
-"""A network, simulation or runtime: normalised images [N, C, H, W] to logits [N, classes]."""
-
-CONFIDENCE_Z = 1.959963984540054
-"""Two-sided 95 % quantile of the standard normal."""
+"""A network, simulation or runtime: normalised images [N, C, H, W] to logits [N, classes], or to all outputs in one row
+an image, [N, K]."""
 
 TOP_K = 5
 
@@ -54,6 +53,13 @@ class Evaluation:
     """Class that the network names for each image, int32 [num_images]."""
     labels: np.ndarray | None = field(default=None, repr=False, compare=False)
     """True class of each image, int32 [num_images]."""
+    agreement: tuple[float, float | None, float | None] | None = None
+    """How far it agrees with the teacher, from 0 to 1, averaged over images and outputs, with the ends of the 95 %
+    interval, where a network gives something else than one vector of logits (`Answers.agreements`)."""
+    measures: tuple[Measure, ...] = ()
+    """The same in the measures of each output."""
+    truths: tuple[Measure, ...] = ()
+    """How near it is to what is true of the images, where that is known."""
 
     @property
     def top1(self) -> float | None:
@@ -72,12 +78,20 @@ class Evaluation:
 
     @property
     def teacher_agreement(self) -> float | None:
-        """Share of images on which the network agrees with the teacher, in percent; None without a teacher."""
+        """Share of images on which the network agrees with the teacher, in percent; None without a teacher.
+
+        Of other outputs than one vector of logits it is the mean of `agreement`.
+        """
+        if self.agreement is not None:
+            return 100 * self.agreement[0]
         return None if self.agreement_count is None else 100 * self.agreement_count / self.num_images
 
     @property
     def agreement_interval(self) -> tuple[float, float] | None:
-        """95 % Wilson interval of the agreement, in percent; None without a teacher."""
+        """95 % interval of the agreement, in percent (Wilson's for counts); None without a teacher."""
+        if self.agreement is not None:
+            _, low, high = self.agreement
+            return None if low is None or high is None else (100 * max(low, 0.0), 100 * min(high, 1.0))
         return None if self.agreement_count is None else wilson_interval(self.agreement_count, self.num_images)
 
     def as_dict(self) -> dict[str, Any]:
@@ -92,7 +106,13 @@ class Evaluation:
             "top5": self.top5,
             "teacher_agreement": self.teacher_agreement,
             "agreement_interval": None if self.agreement_interval is None else list(self.agreement_interval),
-        }
+        } | self._of_outputs()
+
+    def _of_outputs(self) -> dict[str, Any]:
+        """Return what only networks have that give something else than one vector of logits."""
+        found: dict[str, Any] = {"agreement": None if self.agreement is None else list(self.agreement)}
+        found |= {name: [asdict(m) for m in getattr(self, name)] for name in ("measures", "truths")}
+        return {name: value for name, value in found.items() if value}
 
 
 def wilson_interval(correct: int, count: int) -> tuple[float, float]:
@@ -162,6 +182,7 @@ def evaluate(
     data: ImageSet,
     *,
     teacher: Predict | None = None,
+    outputs: Sequence[Output] = (),
     batch_size: int = 100,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
@@ -171,6 +192,7 @@ def evaluate(
         predict: images [N, C, H, W] to logits [N, classes]; a module gets its images on its own device.
         data: the images; without labels, agreement alone is measured.
         teacher: the float network, for the agreement.
+        outputs: what the networks give, where it is not one vector of logits; then agreement alone is measured.
         batch_size: images a batch.
         progress: called after each batch with the images done and the images in all.
 
@@ -178,8 +200,9 @@ def evaluate(
         InputError: the logits are not one row an image.
         NumericsError: a logit is not finite.
     """
-    results = evaluate_many({"network": predict}, data, teacher=teacher, batch_size=batch_size, progress=progress)
-    return results["network"]
+    networks = {"network": predict}
+    found = evaluate_many(networks, data, teacher=teacher, outputs=outputs, batch_size=batch_size, progress=progress)
+    return found["network"]
 
 
 def evaluate_many(
@@ -187,6 +210,7 @@ def evaluate_many(
     data: ImageSet,
     *,
     teacher: Predict | Evaluation | None = None,
+    outputs: Sequence[Output] = (),
     batch_size: int = 100,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Evaluation]:
@@ -194,16 +218,17 @@ def evaluate_many(
 
     A teacher that was evaluated on the same data before is given as its `Evaluation`.
     """
-    counts = {name: _Counts() for name in predictors}
+    counts = {name: _Tallies(outputs) if outputs else _Counts() for name in predictors}
     done = 0
     with torch.no_grad():
         for batch in data.batches(batch_size):
             told = None
-            if isinstance(teacher, Evaluation):
+            if isinstance(teacher, Evaluation) and not outputs:
                 assert teacher.predictions is not None
                 told = torch.from_numpy(teacher.predictions[done : done + len(batch.labels)])
-            elif teacher is not None:
-                told = _logits("teacher", teacher, batch.images).argmax(1)
+            elif teacher is not None and not isinstance(teacher, Evaluation):
+                told = _logits("teacher", teacher, batch.images)
+                told = told if outputs else told.argmax(1)
             for name, predict in predictors.items():
                 counts[name].add(_logits(name, predict, batch.images), batch.labels.cpu(), told)
             done += len(batch.labels)
@@ -248,6 +273,37 @@ class _Counts:
             agreement_count=self.agreement,
             predictions=torch.cat(self.predictions).int().numpy(),
             labels=torch.cat(self.labels).int().numpy(),
+        )
+
+
+class _Tallies:
+    """What is counted where a network gives something else than one vector of logits.
+
+    Args:
+        outputs: what it gives.
+    """
+
+    def __init__(self, outputs: Sequence[Output]) -> None:
+        self.num_images, self.teacher, self.told = 0, TeacherTally(outputs), False
+        self.truth, self.known = TruthTally(outputs), True
+
+    def add(self, answers: Tensor, labels: Tensor, told: Tensor | None) -> None:
+        self.num_images += len(labels)
+        self.known = self.known and bool(labels.dim() > 1 or labels.is_floating_point() or (labels >= 0).all())
+        if self.known:
+            self.truth.add(answers, labels)
+        if told is not None:
+            self.told = True
+            self.teacher.add(answers, told)
+
+    def evaluation(self) -> Evaluation:
+        return Evaluation(
+            num_images=self.num_images,
+            top1_correct=None,
+            top5_correct=None,
+            agreement=mean_interval(torch.cat(self.teacher.agreements)) if self.told else None,
+            measures=self.teacher.measures() if self.told else (),
+            truths=self.truth.measures() if self.known else (),
         )
 
 

@@ -7,7 +7,7 @@ from onnx.checker import ValidationError
 from onnx.shape_inference import InferenceError
 
 from zsq.errors import ExportError
-from zsq.export.image_spec import KEY, to_json
+from zsq.export.image_spec import KEY, output_names, to_json
 from zsq.types import ImageSpec
 
 OLDEST_OPSET = 13
@@ -33,7 +33,7 @@ def canonical_onnx(model: onnx.ModelProto, spec: ImageSpec, kept: frozenset[str]
     strip_metadata(model)
     drop_defaults(model)
     own_zero_points(model)
-    names = {"": "", "images": "images", "logits": "logits"}
+    names = {name: name for name in ("", "images", *output_names(spec))}
     stored = {tensor.name: tensor for tensor in graph.initializer}
     counts: Counter[str] = Counter()
     for node in graph.node:
@@ -119,15 +119,14 @@ def _constant_name(node: onnx.NodeProto, slot: int, names: dict[str, str], count
 def _name_interface(model: onnx.ModelProto, spec: ImageSpec) -> None:
     """Declare input and output with the batch left open, and note the image spec in the metadata."""
     graph = model.graph
-    shapes: dict[str, list[str | int | None]] = {
-        "images": ["batch", spec.channels, spec.height, spec.width],
-        "logits": ["batch", spec.classes],
-    }
-    for field, name in ((graph.input, "images"), (graph.output, "logits")):
-        if [value.name for value in field] != [name]:
-            raise ExportError(f"the network must have one input and one output; it has {[v.name for v in field]}.")
+    given: dict[str, tuple[int, ...]] = {output.name: output.shape for output in spec.outputs}
+    taken = {"images": (spec.channels, spec.height, spec.width)}
+    for field, shapes in ((graph.input, taken), (graph.output, given or {"logits": (spec.classes,)})):
+        if [value.name for value in field] != list(shapes):
+            raise ExportError(f"the network must have {list(shapes)}; it has {[v.name for v in field]}.")
         del field[:]
-        field.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shapes[name]))
+        for name, shape in shapes.items():
+            field.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", *shape]))
     graph.name = "zsq"
     model.producer_name = "zsq"
     onnx.helper.set_model_props(model, {KEY: to_json(spec)})

@@ -1,7 +1,7 @@
 """What all runtimes share that run a file: what it takes by its metadata, the check of a shape, and pixels."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ class FileClassifier(ABC):
     def __call__(self, images: Tensor | np.ndarray) -> Tensor:
         """Return the logits, float [N, classes], of normalised images, float [N, C, H, W].
 
+        A file that gives something else gives all of it in one row an image, [N, K].
+
         A file that takes pixels is fed the nearest ones; one of a fixed batch gets as many as it takes at a time.
 
         Raises:
@@ -57,12 +59,16 @@ class FileClassifier(ABC):
             raise InputError(f"images are {list(images.shape)}; the file takes {self._shape}.")
         array = images.numpy() if self._layout is None else fed(images, self.spec, self._layout)
         if not isinstance(self._shape[0], int):
-            return torch.from_numpy(self._run(array))
-        return torch.from_numpy(_in_batches(self._run, array, self._shape[0]))
+            return torch.from_numpy(self._rows(array))
+        return torch.from_numpy(_in_batches(self._rows, array, self._shape[0]))
+
+    def _rows(self, array: np.ndarray) -> np.ndarray:
+        rows = [np.asarray(answer).reshape(len(array), -1) for answer in self._run(array)]
+        return rows[0] if len(rows) == 1 else np.concatenate(rows, axis=1)
 
     @abstractmethod
-    def _run(self, array: np.ndarray) -> np.ndarray:
-        """Return the logits of what the file takes."""
+    def _run(self, array: np.ndarray) -> Sequence[np.ndarray]:
+        """Return what the file gives for what it takes: each output, [N, ...], in order."""
 
 
 def _in_batches(run: Callable[[np.ndarray], np.ndarray], array: np.ndarray, size: int) -> np.ndarray:

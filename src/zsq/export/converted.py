@@ -7,31 +7,57 @@ are buffers behind ``dequantize_per_channel`` or ``dequantize_per_tensor``.
 
 import copy
 import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
-from torch import fx
+from torch import Tensor, fx
 
 from zsq.errors import ExportError
 from zsq.graph.activations import clamp_limits
-from zsq.types import ImageSpec
+from zsq.graph.edit import aten
+from zsq.graph.outputs import leaves, pack
+from zsq.types import ImageSpec, Output
 
 QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
 DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_tensor.default
 
+TO_ROWS = (aten.squeeze.dim, aten.squeeze.dims, aten.reshape.default, aten.view.default, aten.flatten.using_ints)
+"""What may stand behind the last dequantization: an output of one number an image loses its axis there."""
 
-def output_step(converted: fx.GraphModule) -> float:
-    """Return the quantization step of the logits: the scale of the dequantization that the graph ends in.
+
+def output_step(converted: fx.GraphModule, outputs: Sequence[Output] = ()) -> float | Tensor:
+    """Return the quantization step of what the network gives: the scale of the dequantization that it ends in.
+
+    Several outputs have one each: then that of each value is returned, [K], as they are packed.
 
     Raises:
-        ExportError: the graph's output is not a per-tensor dequantization.
+        ExportError: an output is not that of a per-tensor dequantization, perhaps moved.
     """
-    result = next(node for node in converted.graph.nodes if node.op == "output").args[0]
-    node = result[0] if isinstance(result, tuple | list) else result
-    if node.target != DEQUANTIZE:
-        raise ExportError(f"the converted graph ends in '{node.target}'; its logits must be quantized to 8 bits.")
-    return float(node.args[1])
+    steps = []
+    for result in converted_results(converted.graph):
+        node = result
+        while node.target in TO_ROWS:
+            node = node.all_input_nodes[0]
+        if node.target != DEQUANTIZE:
+            raise ExportError(f"the converted graph ends in '{node.target}'; its outputs must be quantized to 8 bits.")
+        steps.append(float(node.args[1]))  # type: ignore[arg-type]
+    if len(steps) == 1:
+        return steps[0]
+    return torch.cat([torch.full((output.size,), step) for step, output in zip(steps, outputs, strict=True)])
+
+
+def converted_results(graph: fx.Graph) -> list[fx.Node]:
+    """Return the nodes whose values a converted network gives, in order."""
+    found = graph.output_node().args[0]
+    return [node for node in (found if isinstance(found, tuple | list) else [found]) if isinstance(node, fx.Node)]
+
+
+def packed(converted: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
+    """Return a converted network that gives all its outputs in one row an image, [N, K]."""
+    return lambda images: pack(*leaves(converted(images)))
 
 
 def detached_copy(converted: fx.GraphModule) -> fx.GraphModule:

@@ -184,11 +184,10 @@ class _OfPixels(nn.Module):
         super().__init__()
         self.network, self.spec, self.layout = network, spec, layout
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Map uint8 pixels in the layout to logits."""
+    def forward(self, pixels: Tensor) -> Any:
+        """Map uint8 pixels in the layout to what the network gives."""
         planar = pixels.permute(0, 3, 1, 2) if self.layout == "nhwc" else pixels
-        logits: Tensor = self.network(self.spec.normalize(planar.to(torch.float32) / 255))
-        return logits
+        return self.network(self.spec.normalize(planar.to(torch.float32) / 255))
 
 
 def _first_line(error: Exception) -> str:
@@ -385,12 +384,12 @@ class ExecuTorchClassifier(FileClassifier):
         except (RuntimeError, KeyError) as error:
             raise InputError(f"{self._path}: ExecuTorch cannot load it: {_first_line(error)}") from error
 
-    def _run(self, array: np.ndarray) -> np.ndarray:
+    def _run(self, array: np.ndarray) -> list[np.ndarray]:
         with silent_stderr():
             changes = _Threads.use(self._pool, self._threads)
         if self._loaded_at != changes:
             self._load()
         try:
-            return np.asarray(self._forward.execute([torch.from_numpy(array)])[0].numpy())
+            return [answer.numpy() for answer in self._forward.execute([torch.from_numpy(array)])]
         except RuntimeError as error:
             raise InputError(f"{self._path}: ExecuTorch cannot run it: {_first_line(error)}") from error

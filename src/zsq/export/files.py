@@ -12,7 +12,7 @@ from zsq.export.classifier import FileClassifier
 from zsq.export.executorch import ExecuTorchClassifier, require_executorch, write_executorch
 from zsq.export.image_spec import notes_of
 from zsq.export.litert.runtime import LiteRtClassifier, require_litert
-from zsq.export.litert.write import FLOATS, write_litert
+from zsq.export.litert.write import IN_FLOAT, write_litert
 from zsq.export.onnx import write_onnx
 from zsq.export.onnx_runtime import OnnxClassifier
 from zsq.export.openvino import IR, OpenVinoClassifier, require_openvino
@@ -79,7 +79,7 @@ def require_runtime(target: Target) -> None:
 
 def float_operators(target: Target) -> Collection[Any]:
     """Return the operators that a target's file computes in float, though other runtimes have integers for them."""
-    return FLOATS if target.suffix == LITERT else ()
+    return IN_FLOAT if target.suffix == LITERT else ()
 
 
 def is_file_of_ours(path: Path) -> bool:

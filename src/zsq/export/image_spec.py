@@ -9,7 +9,7 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from zsq.errors import InputError
-from zsq.types import ImageSpec
+from zsq.types import ImageSpec, Output
 
 KEY = "image_spec"
 """Name of the metadata of an ONNX file that holds the note, and of the file in a pt2 archive but for its ending."""
@@ -29,9 +29,17 @@ def notes_of(path: Path) -> dict[str, str]:
         raise InputError(f"{path}: it is no ONNX file.") from error
 
 
+def output_names(spec: ImageSpec) -> list[str]:
+    """Return the names of a file's outputs, in order."""
+    return [output.name for output in spec.outputs] or ["logits"]
+
+
 def to_json(spec: ImageSpec) -> str:
     """Return the note."""
-    return json.dumps(asdict(spec), sort_keys=True)
+    values = asdict(spec)
+    if not spec.outputs:
+        del values["outputs"]
+    return json.dumps(values, sort_keys=True)
 
 
 def from_json(text: str) -> ImageSpec:
@@ -39,4 +47,5 @@ def from_json(text: str) -> ImageSpec:
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(text).items()
     }
+    values["outputs"] = tuple(Output(o["name"], o["kind"], tuple(o["shape"])) for o in values.get("outputs", ()))
     return ImageSpec(**values)

@@ -26,6 +26,7 @@ from zsq.errors import ExportError
 from zsq.export.canonical_onnx import canonical_onnx, stamp_oldest
 from zsq.export.converted import DEQUANTIZE, QUANTIZE, detached_copy, drop_implied_clamps, export_program
 from zsq.export.first_conv import pad_channels
+from zsq.export.image_spec import output_names
 from zsq.export.options import PLAIN, FileOptions
 from zsq.export.pixels import take_pixels
 from zsq.graph.edit import aten
@@ -47,6 +48,8 @@ def write_onnx(
     notes: Mapping[str, str] | None = None,
 ) -> None:
     """Write an ONNX file in QDQ form, with input ``images`` [batch, C, H, W] and output ``logits`` [batch, classes].
+
+    A network that gives something else has an output of that name and shape for each.
 
     Weights stay int8, and biases int32, or float where the target holds them so. The same network gives the same bytes,
     and no local path is in them.
@@ -76,7 +79,7 @@ def write_onnx(
                 opset_version=OPSET,
                 verbose=False,
                 input_names=["images"],
-                output_names=["logits"],
+                output_names=output_names(spec),
                 custom_translation_table={
                     QUANTIZE: _quantize_to_onnx,
                     aten.mean.dim: _mean_to_onnx,

@@ -1,6 +1,7 @@
 """Run an ONNX file in ONNX Runtime on the processor."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,9 +51,9 @@ class OnnxClassifier(FileClassifier):
         self._input = self._session.get_inputs()[0]
         super().__init__(path, self._session.get_modelmeta().custom_metadata_map, list(self._input.shape))
 
-    def _run(self, array: np.ndarray) -> np.ndarray:
+    def _run(self, array: np.ndarray) -> Sequence[np.ndarray]:
         try:
-            (logits,) = self._session.run(None, {self._input.name: array})
+            answers: list[np.ndarray] = self._session.run(None, {self._input.name: array})
         except _RUNTIME_ERRORS as error:
             raise InputError(f"{self._path}: ONNX Runtime cannot run it: {str(error).splitlines()[0]}") from error
-        return np.asarray(logits)
+        return answers

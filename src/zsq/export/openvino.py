@@ -96,5 +96,6 @@ class OpenVinoClassifier(FileClassifier):
         sizes = self._compiled.input(0).partial_shape
         super().__init__(path, notes, [size.get_length() if size.is_static else "batch" for size in sizes])
 
-    def _run(self, array: np.ndarray) -> np.ndarray:
-        return np.array(self._compiled([array])[0])
+    def _run(self, array: np.ndarray) -> list[np.ndarray]:
+        found = self._compiled([array])
+        return [np.array(found[index]) for index in range(len(found))]

@@ -1,7 +1,7 @@
 """Run a file and prove that it computes what was simulated."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,12 +17,17 @@ from zsq.export.saturation import saturating_layers
 from zsq.export.tensorrt_rules import broken_rules
 from zsq.runtime.gpu import full_float32
 from zsq.targets import TARGETS, Target
+from zsq.training.answers import Answers
+from zsq.types import Output
 
 MARGIN_STEPS = 2.0
 """Quantization steps between the two highest logits above which an image is decided, in a network without noise."""
 
 MARGIN_NOISES = 6.0
 """The same in units of the network's own noise: the difference of two logits that each have it, four times over."""
+
+MOST_VALUES = 2**24
+"""Values of the network's answers that are compared; a map has as many after a few images."""
 
 NOISE_IMAGES = 100
 """Images after which enough is known of the noise."""
@@ -50,12 +55,13 @@ class Verification:
     num_images: int
     """Images compared."""
     num_decided: int
-    """Images whose two highest simulated logits are more than `margin_steps` apart."""
+    """Images, or positions in them, whose two highest simulated logits are more than `margin_steps` apart."""
     decided_agreement: float
     """Percent of the decided images with the simulation's top-1 class, the runtime's optimisations off; 0 if none is
     decided. A file that is no ONNX file has one way to run, which stands for both."""
     agreement_literal: float
-    """Percent of all images with the simulation's top-1 class, the runtime's optimisations off."""
+    """Percent of all images (or positions) with the simulation's top-1 class, the runtime's optimisations off; where no
+    output is of classes, of the values within a step of the simulation's."""
     agreement_optimized: float
     """Percent of all images with the simulation's top-1 class, the runtime's optimisations on."""
     max_logit_difference_steps: float
@@ -85,6 +91,8 @@ class Verification:
     """Percent of the file's operators that the target's backend computes; None where it has none."""
     decided_agreement_target: float | None = None
     """The same, of the decided images."""
+    by_distance: bool = False
+    """Whether no output is of classes, so that the distance alone judges."""
     distance_target_steps: float | None = None
     """Distance of the logits of the target's own runtime from the simulated ones, root mean square, in steps."""
 
@@ -93,8 +101,9 @@ def verify_file(
     path: Path,
     simulate: Callable[[Tensor], Tensor],
     images: Iterable[Tensor],
-    output_step: float,
+    output_step: float | Tensor,
     *,
+    outputs: Sequence[Output] = (),
     threads: int | None = None,
     margin_steps: float = MARGIN_STEPS,
     enough: int | None = None,
@@ -108,10 +117,11 @@ def verify_file(
 
     Args:
         path: the file.
-        simulate: the simulation: float [N, C, H, W] -> logits [N, classes], two classes or more.
+        simulate: the simulation: float [N, C, H, W] -> what the network gives, [N, K].
         images: batches of normalised images, float [N, C, H, W].
-        output_step: quantization step of the logits (see `output_step`), above 0.
+        output_step: quantization step of these values (see `output_step`), above 0, or of each of them, [K].
         threads: threads of the runtime; None leaves the choice to it.
+        outputs: what the network gives; empty for one vector of logits.
         margin_steps: an image is decided where its two highest simulated logits are further apart than this many steps,
             and than six times the noise.
         enough: stop after so many decided images if all agree; None takes all images.
@@ -133,14 +143,16 @@ def verify_file(
         second, third = (first if way is literal else way(batch) if way else expected[:0] for way in (optimized, own))
         seen.append((expected, other, first, second, third))
         if enough is not None:
-            found = _compared(seen, output_step, margin_steps)
+            found = _compared(seen, output_step, margin_steps, outputs)
             ways = (found.decided_agreement, found.decided_agreement_optimized, found.decided_agreement_target)
             agreed = all(way in (100, None) for way in ways)
-            if found.num_decided >= enough and agreed:
+            if (found.num_images if found.by_distance else found.num_decided) >= enough and agreed:
                 break
+        if sum(rows.numel() for rows, *_ in seen) >= MOST_VALUES:
+            break
     if not seen:
         raise InputError("verification needs at least one image.")
-    found = found or _compared(seen, output_step, margin_steps)
+    found = found or _compared(seen, output_step, margin_steps, outputs)
     return replace(
         found,
         saturating_layers=saturating_layers(path) if target.keeps_pairs and target.suffix == ONNX else (),
@@ -171,42 +183,77 @@ def _reordered(batch: Tensor) -> Tensor:
     return batch.contiguous(memory_format=torch.channels_last)
 
 
-def _compared(batches: list[tuple[Tensor, ...]], step: float, least_margin: float) -> Verification:
-    """Compare logits [N, classes]: simulated, of reordered images, and the file's: literal, optimised, the target's."""
+def _compared(
+    batches: list[tuple[Tensor, ...]], step: float | Tensor, least_margin: float, outputs: Sequence[Output]
+) -> Verification:
+    """Compare answers [N, K]: simulated, of reordered images, and the file's: literal, optimised, the target's."""
     expected, other, literal, optimized, own = (torch.cat(parts) for parts in zip(*batches, strict=True))
 
-    def distance(logits: Tensor) -> float:
-        difference = logits - expected[: len(logits)]
-        return float(difference.square().mean().sqrt()) / step if len(logits) else 0.0
+    def distance(answers: Tensor) -> float:
+        difference = (answers - expected[: len(answers)]) / step
+        return float(difference.square().mean().sqrt()) if len(answers) else 0.0
 
     noise = distance(other)
     margin = max(least_margin, MARGIN_NOISES * noise)
-    top_two = expected.topk(2, dim=1).values
-    decided = top_two[:, 0] - top_two[:, 1] > margin * step
-    wanted, as_literal, as_optimized = (logits.argmax(1) for logits in (expected, literal, optimized))
-    everywhere, num_decided = torch.ones_like(decided), int(decided.sum())
-
-    def agreement(one: Tensor, two: Tensor, where: Tensor) -> float:
-        return 100 * int(((one == two) & where).sum()) / max(1, int(where.sum()))
+    places = _Places(expected, step, margin, outputs)
 
     return Verification(
         num_images=len(expected),
-        num_decided=num_decided,
-        decided_agreement=agreement(as_literal, wanted, decided),
-        agreement_literal=agreement(as_literal, wanted, everywhere),
-        agreement_optimized=agreement(as_optimized, wanted, everywhere),
-        max_logit_difference_steps=max(float((run - expected).abs().max()) for run in (literal, optimized)) / step,
-        decided_agreement_optimized=agreement(as_optimized, wanted, decided),
-        decided_self_agreement=agreement(as_literal, as_optimized, decided),
+        num_decided=int(places.decided.sum()),
+        decided_agreement=places.agreement(literal, decided=True),
+        agreement_literal=places.agreement(literal),
+        agreement_optimized=places.agreement(optimized),
+        max_logit_difference_steps=max(float(((run - expected) / step).abs().max()) for run in (literal, optimized)),
+        decided_agreement_optimized=places.agreement(optimized, decided=True),
+        decided_self_agreement=places.agreement(literal, optimized, decided=True),
         margin_steps=margin,
-        instability=100 * int((other.argmax(1) != wanted[: len(other)]).sum()) / max(1, len(other)),
+        instability=100 - places.agreement(other) if len(other) else 0.0,
         noise_steps=noise,
         distance_literal_steps=distance(literal),
         distance_optimized_steps=distance(optimized),
-        agreement_target=agreement(own.argmax(1), wanted, everywhere) if len(own) else None,
-        decided_agreement_target=agreement(own.argmax(1), wanted, decided) if len(own) else None,
+        agreement_target=places.agreement(own) if len(own) else None,
+        decided_agreement_target=places.agreement(own, decided=True) if len(own) else None,
         distance_target_steps=distance(own) if len(own) else None,
+        by_distance=places.by_distance,
     )
+
+
+class _Places:
+    """Where answers name a class: images, or positions in them; where none do, their values.
+
+    Args:
+        expected: the simulation's answers, [N, K].
+        step: of quantization, or of each of the K values.
+        margin: steps between the two highest logits above which a place is decided.
+        outputs: what the answers are; empty for one vector of logits.
+    """
+
+    def __init__(self, expected: Tensor, step: float | Tensor, margin: float, outputs: Sequence[Output]) -> None:
+        self.expected, self.step, self.answers = expected, step, Answers(outputs)
+        named = self.answers.class_columns()
+        self.by_distance = not named
+        decided = []
+        for logits, column in zip(self.answers.class_logits(expected), named, strict=True):
+            top_two = logits.topk(2, dim=1).values
+            own_step = step[column] if isinstance(step, Tensor) else step
+            decided.append((top_two[:, 0] - top_two[:, 1] > margin * own_step).reshape(len(expected), -1))
+        self.decided = torch.cat(decided, dim=1) if decided else torch.zeros(len(expected), 0, dtype=torch.bool)
+
+    def agreement(self, one: Tensor, other: Tensor | None = None, *, decided: bool = False) -> float:
+        """Return the percentage of the places with the same class in two answers, the second being the expected one.
+
+        Without classes it is that of the values that lie within a step of each other.
+        """
+        wanted = self.expected[: len(one)] if other is None else other
+        if self.by_distance:
+            return 100 * float((((one - wanted) / self.step).abs() <= 1).double().mean())
+        same = self._classes(one) == self._classes(wanted)
+        where = self.decided[: len(one)] if decided else torch.ones_like(same)
+        return 100 * int((same & where).sum()) / max(1, int(where.sum()))
+
+    def _classes(self, answers: Tensor) -> Tensor:
+        named = [logits.argmax(1).reshape(len(answers), -1) for logits in self.answers.class_logits(answers)]
+        return torch.cat(named, dim=1)
 
 
 def require(verification: Verification, minimum: float = LEAST_AGREEMENT) -> None:
@@ -217,7 +264,7 @@ def require(verification: Verification, minimum: float = LEAST_AGREEMENT) -> Non
     The logits may be no further from the simulated ones than `FAR_STEPS`, or than six times the order of additions
     takes those. A few more disagreements are accepted where chance explains them and the distance is at most twice that
     of the order, or a step. Where no image is decided, because that order changes more than their logits differ by, the
-    distance alone counts.
+    distance alone counts; where no output is of classes, only what lies beyond `FAR_STEPS` is refused.
 
     Raises:
         ExportError: it does not, or nothing shows that it does.
@@ -230,7 +277,7 @@ def require(verification: Verification, minimum: float = LEAST_AGREEMENT) -> Non
         )
     if found.broken_rules:
         raise ExportError(f"its target takes no such file: {'; '.join(found.broken_rules)}.")
-    if found.num_decided == 0 and found.noise_steps == 0:
+    if found.num_decided == 0 and found.noise_steps == 0 and not found.by_distance:
         raise ExportError(
             f"the file is not verified: on none of {found.num_images} images are the two highest logits more "
             "than the margin apart. Verify with images that the network tells apart."
@@ -242,7 +289,7 @@ def require(verification: Verification, minimum: float = LEAST_AGREEMENT) -> Non
     if found.decided_agreement_target is not None and found.distance_target_steps is not None:
         runs.insert(0, ("by its target", found.decided_agreement_target, found.distance_target_steps))
     for way, agreement, distance in runs:
-        near = distance <= max(SAME_STEPS, SAME_NOISES * found.noise_steps)
+        near = found.by_distance or distance <= max(SAME_STEPS, SAME_NOISES * found.noise_steps)
         wrong = round(found.num_decided * (100 - agreement) / 100)
         chance = at_least(wrong, found.num_decided, 1 - minimum / 100) >= CHANCE
         far = distance > max(FAR_STEPS, FAR_NOISES * found.noise_steps)

@@ -27,7 +27,7 @@ def plain_network(program: ExportedProgram) -> GraphModule:
     its kin, and what a context says of types becomes casts. What the network writes to its own buffers is left out.
 
     Returns:
-        A module whose output node returns the logits' node itself.
+        A module whose output node returns the node of the network's answer itself, or a tuple of nodes.
     """
     network = program.module(check_guards=False)
     _functionalize(network.graph)
@@ -37,7 +37,8 @@ def plain_network(program: ExportedProgram) -> GraphModule:
         _forget_writes(network.graph)
     graph = network.graph
     output = graph.output_node()
-    output.args = (output.all_input_nodes[0],)
+    results = [node for node in output.args[0] if isinstance(node, Node)]  # type: ignore[union-attr]
+    output.args = (results[0] if len(results) == 1 else tuple(results),)
     graph.set_codegen(fx.graph.CodeGen())
     for node in list(graph.nodes):
         if node.target in IDENTITIES or _is_whole_copy(node):

@@ -6,7 +6,9 @@ import logging
 import traceback
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,9 +17,12 @@ from zsq.errors import TeacherError
 from zsq.graph.canonicalize import name_activations, name_global_pools
 from zsq.graph.constants import fold_constants
 from zsq.graph.islands import cast_to_float32, narrowest_type
+from zsq.graph.outputs import has_unit_norm, leaves, outputs_of, pack, pack_outputs, recognised, results
 from zsq.graph.plain import plain_network
 from zsq.graph.products import name_products
 from zsq.types import ImageSpec
+
+log = logging.getLogger(__name__)
 
 FOREIGN_FAULTS = (
     ArithmeticError,
@@ -94,17 +99,17 @@ def trace(net: nn.Module, spec: ImageSpec, name: str) -> fx.GraphModule:
 
     Args:
         net: the network on the CPU, in eval mode; it stays as it is, but shares its weights with the graph.
-        spec: what it takes and gives.
+        spec: what it takes, and what is known of what it gives; see `recognised`.
         name: what errors call it.
     Returns:
-        A plain graph module: one placeholder, an output node that returns the logits' node, ATen operators without
-        in-place ones, any batch size, no dropout, frozen parameters under their original names. (The module that
-        `torch.export` itself returns refuses `train` and `eval` and warns when copied.)
+        A plain graph module: one placeholder, an output node that returns the logits' node or that of `pack`, ATen
+        operators without in-place ones, any batch size, no dropout, frozen parameters under their original names. (The
+        module that `torch.export` itself returns refuses `train` and `eval` and warns when copied.)
     Raises:
-        TeacherError: the forward fails, does not give [N, classes], cannot be exported, or the graph disagrees.
+        TeacherError: the forward fails, what it gives cannot be told, it cannot be exported, or the graph disagrees.
     """
     images = torch.randn(2, spec.channels, spec.height, spec.width, generator=torch.Generator().manual_seed(0))
-    _check_forward(net, images, spec, name)
+    spec = recognised(_answer(net, images, spec, name), spec, name)
     batch = torch.export.Dim("batch", min=1)
     try:
         with torch.no_grad(), _quiet_export():
@@ -116,7 +121,8 @@ def trace(net: nn.Module, spec: ImageSpec, name: str) -> fx.GraphModule:
         raise TeacherError(text) from error
     graph = exported.graph
     _remove_dropout(graph)
-    _check_logits(graph.output_node().all_input_nodes[0], name)
+    pack_outputs(exported, spec.outputs)
+    _check_logits(graph, spec, name)
     fold_constants(exported)
     _name_squeezes(graph)
     tolerance = CHECK_TOLERANCE
@@ -154,19 +160,31 @@ def _quiet_export() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _check_logits(node: fx.Node, name: str) -> None:
-    """Refuse a graph that gives probabilities.
+def full_spec(network: fx.GraphModule, spec: ImageSpec) -> ImageSpec:
+    """Return what a traced network takes and gives, where the spec of its trace left kinds or shapes open."""
+    outputs = outputs_of(network)
+    if outputs:
+        return replace(spec, outputs=outputs, classes=next((o.classes for o in outputs if o.classes), 0))
+    (logits,) = results(network.graph)
+    return replace(spec, outputs=(), classes=int(logits.meta["val"].shape[1]))
+
+
+def _check_logits(graph: fx.Graph, spec: ImageSpec, name: str) -> None:
+    """Refuse a graph that gives probabilities of classes.
 
     Raises:
-        TeacherError: its last operator, but for those of shape, is a softmax.
+        TeacherError: the last operator of an output of classes, but for those of shape, is a softmax.
     """
-    while node.target in RESHAPES:
-        node = node.all_input_nodes[0]
-    if node.target in SOFTMAX:
-        raise TeacherError(
-            f"teacher '{name}' ends in a softmax; zsq learns from logits: return what goes into it. The class is the "
-            "same."
-        )
+    kinds = [output.kind for output in spec.outputs] or ["classes"]
+    for result, kind in zip(results(graph), kinds, strict=True):
+        node = result
+        while node.target in RESHAPES:
+            node = node.all_input_nodes[0]
+        if kind == "classes" and node.target in SOFTMAX:
+            raise TeacherError(
+                f"teacher '{name}' ends in a softmax; zsq learns from logits: return what goes into it. The class is "
+                "the same."
+            )
 
 
 def _remove_dropout(graph: fx.Graph) -> None:
@@ -177,24 +195,17 @@ def _remove_dropout(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _check_forward(net: nn.Module, images: Tensor, spec: ImageSpec, name: str) -> None:
+def _answer(net: nn.Module, images: Tensor, spec: ImageSpec, name: str) -> Any:
+    """Return what a network gives, and ask where it looks like an embedding and is said to give classes."""
     size = f"{spec.channels}x{spec.height}x{spec.width}"
     try:
         with torch.no_grad():
-            logits = net(images)
+            answer = net(images)
     except FOREIGN_FAULTS as error:
         raise TeacherError(f"teacher '{name}' fails on images of {size}: {described(error)}") from error
-    if not isinstance(logits, Tensor):
-        raise TeacherError(
-            f"teacher '{name}' returns a {type(logits).__name__}; a classifier returns logits [N, classes]."
-        )
-    shape = tuple(logits.shape)
-    if len(shape) == 2 and shape[0] == 2 and shape[1] != spec.classes:
-        raise TeacherError(f"teacher '{name}' knows {shape[1]} classes; --classes says {spec.classes}.")
-    if shape != (2, spec.classes):
-        raise TeacherError(
-            f"teacher '{name}' gives {list(shape)} for 2 images of {size}; a classifier gives [2, {spec.classes}]."
-        )
+    if spec.classes and not spec.outputs and isinstance(answer, Tensor) and has_unit_norm(answer):
+        log.warning(f"the output of '{name}' has unit norm; is it an embedding? --outputs embedding takes it for one.")
+    return answer
 
 
 def _check_graph(net: nn.Module, network: fx.GraphModule, spec: ImageSpec, name: str, tolerance: float) -> None:
@@ -206,7 +217,7 @@ def _check_graph(net: nn.Module, network: fx.GraphModule, spec: ImageSpec, name:
     images = _other_images(spec)
     try:
         with torch.no_grad():
-            wanted, got = net(images), network(images)
+            wanted, got = pack(*leaves(net(images))), network(images)
     except FOREIGN_FAULTS as error:
         raise TeacherError(
             f"teacher '{name}' works on a batch of 2 and fails on one of {CHECK_BATCH}: {first_line(error)}"
@@ -233,9 +244,9 @@ def _check_alone(network: fx.GraphModule, spec: ImageSpec, name: str) -> None:
             together, alone = network(images)[:1], network(images[:1])
     except FOREIGN_FAULTS as error:
         raise TeacherError(f"teacher '{name}' fails on a batch of one: {first_line(error)}") from error
-    shape = tuple(alone.shape)
-    if shape != (1, spec.classes):
-        raise TeacherError(f"teacher '{name}' gives {list(shape)} for 1 image; a classifier gives [1, {spec.classes}].")
+    if alone.shape != together.shape:
+        shapes = f"{list(alone.shape)} for 1 image, and a row of {list(together.shape)} in a batch"
+        raise TeacherError(f"teacher '{name}' gives {shapes}.")
     difference = float((together - alone).abs().max())
     if difference > ALONE_TOLERANCE * max(1.0, float(together.abs().max())):
         raise TeacherError(

@@ -13,8 +13,9 @@ from zsq.models.teacher import Teacher
 from zsq.quantization.quantizers import straight_through
 from zsq.runtime import distributed
 from zsq.runtime.random_streams import stream
+from zsq.training.answers import Answers, as_rows
 from zsq.training.loop import Run
-from zsq.training.losses import batch_entropy, instance_entropy, kl_divergence
+from zsq.training.losses import batch_entropy, instance_entropy
 from zsq.types import Batch
 
 
@@ -60,7 +61,7 @@ class AdversarialSource(GeneratorSource):
         self.generators = nn.ModuleList(networks)
         super().__init__(settings, self.generators, teacher, run, distill_steps)
         self.noise_size, self.turns = networks[0].noise_size, len(networks)
-        default = max(1.0, teacher.spec.classes / 32)
+        default, self.answers = max(1.0, teacher.spec.classes / 32), Answers(teacher.spec.outputs)
         instance, batch = settings.instance_entropy_weight, settings.batch_entropy_weight
         self.weights = {
             "bns": settings.bns_weight,
@@ -81,15 +82,15 @@ class AdversarialSource(GeneratorSource):
         images = self._make(generator, distributed.share(noise))
         logits, moments = self.teacher(images)
         logits = distributed.whole(logits, len(noise))
-        losses = {
-            "bns": self.bns(moments),
-            "instance_entropy": instance_entropy(logits),
-            "batch_entropy": batch_entropy(logits),
-        }
+        losses = {"bns": self.bns(moments)}
+        for named in self.answers.class_logits(logits)[:1]:
+            rows = as_rows(named)
+            losses |= {"instance_entropy": instance_entropy(rows), "batch_entropy": batch_entropy(rows)}
         if student is not None:
             with straight_through(student):
-                losses["student_kl"] = kl_divergence(logits, distributed.whole(student(images), len(noise)))
-        return Batch(images, logits.detach().argmax(1), logits.detach(), losses)
+                answers = distributed.whole(student(images), len(noise))
+                losses["student_kl"] = self.answers.distance(logits, answers)
+        return Batch(images, self.answers.named_classes(logits.detach()), logits.detach(), losses)
 
     def draw(self, name: str, index: int, count: int) -> Batch:
         """Return `count` images, each by a generator drawn at random, with the teacher's answers as labels."""
@@ -103,7 +104,7 @@ class AdversarialSource(GeneratorSource):
             if rows.any():
                 images[rows] = self._make(generator, noise[rows])
         logits, _ = self.teacher(images)
-        return Batch(images, logits.argmax(1), logits)
+        return Batch(images, self.answers.named_classes(logits), logits)
 
     def _noise(self, random: torch.Generator, count: int) -> Tensor:
         return torch.randn(count, self.noise_size, generator=random, device=self.device)

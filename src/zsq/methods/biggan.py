@@ -176,6 +176,8 @@ def load_biggan(folder: Path, spec: ImageSpec, teacher: str) -> Any:
             network = library.BigGAN(config)
     except (ValueError, TypeError, LookupError, RuntimeError, AttributeError) as error:
         raise InputError(f"{folder / CONFIG} does not describe a BigGAN: {error}") from error
+    if spec.outputs:
+        raise InputError(f"biggan makes images of classes; teacher '{teacher}' does not give one vector of logits.")
     if config.num_classes != spec.classes:
         raise InputError(
             f"{folder} makes images of {config.num_classes} classes; teacher '{teacher}' knows {spec.classes}."

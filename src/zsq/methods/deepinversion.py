@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from zsq.checked import CountOrZero, Factor, Text
 from zsq.errors import InputError
 from zsq.methods.image_optimization import Inversion, InversionSource
+from zsq.methods.labels import label_terms
 from zsq.methods.noise_and_real import Noise, NoiseSource
 from zsq.models.teacher import Teacher
 from zsq.quantization.prepare import Bits, Student
@@ -17,8 +18,9 @@ from zsq.quantization.ptq import PTQ, quantize_ptq
 from zsq.quantization.quantizers import straight_through
 from zsq.runtime import distributed
 from zsq.runtime.random_streams import stream
+from zsq.training.answers import Answers, as_rows
 from zsq.training.loop import Run
-from zsq.training.losses import competition, feature_norm, image_norm, label_cross_entropy, total_variation
+from zsq.training.losses import competition, feature_norm, image_norm, total_variation
 from zsq.training.optim import cosine
 from zsq.types import ImageSpec
 
@@ -80,11 +82,13 @@ class DeepInversion(Inversion):
 class DeepInversionSource(InversionSource):
     """Images that are valid pixels at every step."""
 
-    asks_labels = True
     betas: ClassVar[tuple[float, float]] = (0.5, 0.9)
 
     def __init__(self, settings: DeepInversion, teacher: Teacher, run: Run) -> None:
         spec = teacher.spec
+        self.asks_labels, self.answers = spec.classes > 0, Answers(spec.outputs)
+        if settings.competition_weight and not self.asks_labels:
+            raise InputError("method.competition_weight compares classes, and this network names none; set it to 0.")
         ends = torch.tensor([0.0, 1.0], device=run.device).view(2, 1, 1, 1).expand(2, spec.channels, 1, 1)
         self.low, self.high = spec.normalize(ends).split(1)
         self.jitter, self.flip = int(settings.chosen("jitter", spec)), settings.flip
@@ -123,15 +127,15 @@ class DeepInversionSource(InversionSource):
     ) -> dict[str, Tensor]:
         """Return the label term, R_feature, R_TV, R_l2 and, with a student, R_compete."""
         found = {
-            "ce": label_cross_entropy(logits, labels),
             "feature": feature_norm(moments, self.teacher.target_mean, self.teacher.target_var),
             "tv": total_variation(images),
             "l2": image_norm(images),
-        }
+        } | label_terms(self.spec, logits, labels)
         if self.student is not None:
             with straight_through(self.student):
                 answers = distributed.whole(self.student(distributed.share(images)), len(images))
-            found["competition"] = competition(logits, answers)
+            pairs = zip(self.answers.class_logits(logits), self.answers.class_logits(answers), strict=True)
+            found["competition"] = torch.stack([competition(as_rows(t), as_rows(s)) for t, s in pairs]).sum()
         return found
 
     def rate(self, iteration: int) -> float:

@@ -220,10 +220,10 @@ class GeneratorSource(ABC):
             return False
         try:
             with torch.no_grad():
-                self.teacher(torch.zeros(2, teacher.spec.channels, *window, device=self.device))
+                answers, _ = self.teacher(torch.zeros(2, teacher.spec.channels, *window, device=self.device))
         except RuntimeError:  # a layer that reads a whole map, such as a linear one behind flatten
             return False
-        return True
+        return not teacher.spec.outputs or answers.shape[1] == sum(output.size for output in teacher.spec.outputs)
 
     def update(self, step: int, student: nn.Module | None) -> Batch:
         """Update the generator once and return its images and losses; the batch goes through in `parts`."""

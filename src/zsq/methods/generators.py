@@ -65,7 +65,10 @@ class ConditionalNorm(nn.Module):
         self.eps, self.momentum = 1e-5, 0.1
 
     def forward(self, x: Tensor, code: Tensor) -> Tensor:
-        """Normalise x [N, C, ...] by the statistics of the batch, else the running ones, and scale by code [N, E]."""
+        """Normalise x [N, C, ...] by the statistics of the batch, else the running ones, and scale by code.
+
+        The code is [N, E], or a map of codes [N, E, h, w] whose nearest cell counts.
+        """
         if self.training:
             mean, var = moments(x)
             with torch.no_grad():
@@ -73,10 +76,13 @@ class ConditionalNorm(nn.Module):
                 self.running_var.lerp_(var, self.momentum)
         else:
             mean, var = self.running_mean, self.running_var
-        gamma, beta = self.affine(code).chunk(2, dim=1)
-        scale = gamma * torch.rsqrt(var + self.eps)
-        shift = beta - mean * scale
-        shape = (*scale.shape, *[1] * (x.dim() - 2))
+        by_channel = (1, -1, *[1] * (code.dim() - 2))
+        gamma, beta = self.affine(code.movedim(1, -1)).movedim(-1, 1).chunk(2, dim=1)
+        scale = gamma * torch.rsqrt(var + self.eps).view(by_channel)
+        shift = beta - mean.view(by_channel) * scale
+        if code.dim() > 2:
+            scale, shift = (F.interpolate(values, x.shape[2:], mode="nearest") for values in (scale, shift))
+        shape = (*scale.shape, *[1] * (x.dim() - scale.dim()))
         return torch.addcmul(shift.to(x.dtype).view(shape), x, scale.to(x.dtype).view(shape))
 
 
@@ -172,14 +178,20 @@ class Generator(nn.Module, ABC):
         self.register_buffer("codes", codes.clone())
 
     def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
-        """Map noise [N, noise_size] and labels int64 [N] to images, [N, C, H, W], as the teacher takes them."""
+        """Map noise [N, noise_size] and labels to images, [N, C, H, W], as the teacher takes them.
+
+        Labels are int64 [N], or maps [N, h, w] that say what is where.
+        """
         style, detail = noise.split([self.style_size, self.noise_size - self.style_size], dim=1)
-        code = torch.cat([self.codes[labels], style], dim=1)
+        wanted = self.codes[labels].movedim(-1, 1)
+        code = torch.cat(
+            [wanted, style.view(*style.shape, *[1] * (wanted.dim() - 2)).expand(-1, -1, *wanted.shape[2:])], 1
+        )
         with torch.autocast(noise.device.type, torch.bfloat16, enabled=self.low_precision and self.training):
             x = self.synthesize(detail, code)
         x = x[..., : self.spec.height, : self.spec.width].float()
         if self.exposure is not None:
-            x = self.exposure(x, code)
+            x = self.exposure(x, code.flatten(2).mean(2) if code.dim() > 2 else code)
         return self.spec.normalize(torch.sigmoid(x))
 
     @property
@@ -291,11 +303,15 @@ class LightDecoder(Generator):
         """See `Generator.synthesize`."""
         drawn, detail = noise.split([2, noise.shape[1] - 2], dim=1)
         share = torch.special.ndtr(drawn)  # from 0 to 1, its ends included
-        layout = self.layout(code).unflatten(1, (self.widths[0], *self.start))
-        if not self.margin:
-            layout = shifted(layout, (share * self.sides).long())
+        if code.dim() > 2:  # the map says what is where, and its regions lie at random
+            local = self.layout.weight.view(self.widths[0], *self.start, self.code_size)
+            layout = torch.einsum("chwe,nehw->nchw", local, F.interpolate(code, self.start, mode="nearest"))
+        else:
+            layout = self.layout(code).unflatten(1, (self.widths[0], *self.start))
+            if not self.margin:
+                layout = shifted(layout, (share * self.sides).long())
         detail = detail.unflatten(1, self.noise_map)
-        if self.windowed and self.training:
+        if self.windowed and self.training and code.dim() == 2:
             height, width = self._window_cells
             layout, detail = layout[..., :height, :width], detail[..., :height, :width]
         x = layout + self.detail(detail)
@@ -306,6 +322,8 @@ class LightDecoder(Generator):
         pixels = F.pixel_shuffle(self.to_pixels(x).contiguous(), self.shuffle)
         if not self.margin:
             return blurred(pixels)
+        if code.dim() > 2:
+            return pixels[..., self.margin : -self.margin, self.margin : -self.margin]
         return shifted(pixels, -(share * (2 * self.margin + 1)).long().clamp(max=2 * self.margin))
 
 

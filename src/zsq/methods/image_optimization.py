@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from zsq.checked import BatchSize, Count, CountOrZero, Positive
 from zsq.methods.base import LearningMethod, Surrogate, restore
+from zsq.methods.labels import draw_labels, map_shape
 from zsq.methods.pool import PoolSource
 from zsq.models.teacher import Teacher
 from zsq.runtime import distributed
@@ -102,7 +103,10 @@ class InversionSource(PoolSource, ABC):
     def losses(
         self, images: Tensor, logits: Tensor, moments: list[tuple[Tensor, Tensor]], labels: Tensor
     ) -> dict[str, Tensor]:
-        """Return the scalars that `weights` names, for images [N, C, H, W] and what the teacher says of them."""
+        """Return the scalars that `weights` names, for images [N, C, H, W] and what the teacher says of them.
+
+        What else it returns is for the log.
+        """
 
     def start(self, random: torch.Generator) -> Tensor:
         """Return a batch's first pixels: standard normal, as the network takes them."""
@@ -147,12 +151,10 @@ class InversionSource(PoolSource, ABC):
         logits, moments = self.teacher(distributed.share(images))
         logits = distributed.whole(logits, len(images))
         losses = self.losses(images, logits, moments, labels)
-        total = torch.stack([self.weights[name] * value for name, value in losses.items()]).sum()
+        terms = [self.weights[name] * value for name, value in losses.items() if name in self.weights]
+        total = torch.stack(terms).sum()
         (gradient,) = torch.autograd.grad(total, images)
-        values = {name: value.detach() for name, value in losses.items()} | {"total": total.detach()}
-        if "ce" in values:
-            values["label_recognition"] = (logits.detach().argmax(1) == labels).float().mean() * 100
-        return (gradient,), values
+        return (gradient,), {name: value.detach() for name, value in losses.items()} | {"total": total.detach()}
 
     def _begin(self, index: int) -> None:
         """Put the first pixels of a batch into the pool, behind the last ones of the batch before."""
@@ -176,12 +178,15 @@ class InversionSource(PoolSource, ABC):
         self.optimizer = torch.optim.Adam([self.pixels], lr=rate, betas=self.betas, fused=True)
 
     def _take(self, pool: Tensor) -> None:
-        """Set the pool; its wanted labels are permutations of all classes, one after the other."""
+        """Set the pool; its wanted labels are permutations of all classes, one after the other, or drawn maps."""
         self.pool = pool
-        classes = self.spec.classes
-        rounds = range(-(-len(pool) // classes))
-        orders = [torch.randperm(classes, generator=stream(self.seed, "labels", number)) for number in rounds]
-        self.labels = torch.cat(orders)[: len(pool)]
+        classes = max(1, self.spec.classes)
+        if map_shape(self.spec):
+            self.labels = draw_labels(self.spec, len(pool), stream(self.seed, "labels", 0))
+        else:
+            rounds = range(-(-len(pool) // classes))
+            orders = [torch.randperm(classes, generator=stream(self.seed, "labels", number)) for number in rounds]
+            self.labels = torch.cat(orders)[: len(pool)]
         self.wanted = self.labels[-self.batch_size :].to(self.device)
 
     def images(self, rows: Tensor) -> Tensor:

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from zsq.checked import Factor
 from zsq.methods.image_optimization import Inversion, InversionSource
+from zsq.methods.labels import label_terms
 from zsq.models.teacher import Teacher
 from zsq.training.loop import Run
-from zsq.training.losses import label_cross_entropy, reversed_bns_loss, smoothness
+from zsq.training.losses import reversed_bns_loss, smoothness
 
 LEARNING_RATE = 0.1
 
@@ -40,7 +41,7 @@ class KnowledgeWithinSource(InversionSource):
     """Images of one of the schemes; without `inception` in it, labels are drawn and mean nothing."""
 
     def __init__(self, settings: KnowledgeWithin, teacher: Teacher, run: Run) -> None:
-        self.asks_labels = "inception" in settings.scheme
+        self.asks_labels = "inception" in settings.scheme and teacher.spec.classes > 0
         weights = {"bns": settings.bns_weight if "bns" in settings.scheme else 0.0}
         if self.asks_labels:
             weights |= {"ce": settings.ce_weight, "smoothness": settings.smoothness_weight}
@@ -53,5 +54,5 @@ class KnowledgeWithinSource(InversionSource):
         teacher = self.teacher
         found = {"bns": reversed_bns_loss(moments, teacher.target_mean, teacher.target_var, teacher.eps)}
         if self.asks_labels:
-            found |= {"ce": label_cross_entropy(logits, labels), "smoothness": smoothness(images)}
+            found |= label_terms(self.spec, logits, labels) | {"smoothness": smoothness(images)}
         return found

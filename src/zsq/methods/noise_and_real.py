@@ -12,6 +12,7 @@ from zsq.checked import Count, Text
 from zsq.data.datasets import open_dataset
 from zsq.errors import InputError
 from zsq.methods.base import Method, Surrogate
+from zsq.methods.labels import draw_labels
 from zsq.methods.natural_noise import natural_noise
 from zsq.methods.pool import PoolSource, Stateless
 from zsq.models.teacher import Teacher
@@ -48,14 +49,14 @@ class NoiseSource(Stateless):
 
     data_free = True
     true_labels = False
-    asks_labels = True
 
     def __init__(self, settings: Noise, spec: ImageSpec, run: Run) -> None:
         self.settings, self.spec, self.seed, self.device = settings, spec, run.seed, run.device
+        self.asks_labels = spec.classes > 0
 
     def _draw(self, name: str, step: int, count: int) -> Batch:
         random = stream(self.seed, name, step, self.device)
-        labels = torch.randint(0, self.spec.classes, (count,), generator=random, device=self.device)
+        labels = draw_labels(self.spec, count, random, self.device)
         if self.settings.distribution == "natural":
             return Batch(distributed.share(natural_noise(count, self.spec, random)), labels)
         shape = (count, self.spec.channels, self.spec.height, self.spec.width)
@@ -115,7 +116,7 @@ class Real(Method):
         if not self.data:
             raise InputError("method real needs images: --set method.data=SET (digits:train, an .npz or a folder).")
         source = RealSource(self, teacher.spec, run)
-        if not source.true_labels:
+        if not source.true_labels and not teacher.spec.outputs:
             source.labels = _named_by(teacher.network, source)
         return Surrogate(source, teacher.network)
 
@@ -161,11 +162,14 @@ class ImagePool(PoolSource, Stateless):
 
 
 class RealSource(ImagePool):
-    """Draws from a set whose labels are true, where it has any; else they are the teacher's."""
+    """Draws from a set whose labels are true, where it has any; else they are the teacher's.
+
+    A network that gives something else than one vector of logits learns from the teacher's answers alone.
+    """
 
     def __init__(self, settings: Real, spec: ImageSpec, run: Run) -> None:
         super().__init__(settings.data, settings.limit, settings.batch_size, spec, run, settings.class_names)
-        self.true_labels = self.asks_labels = self.labelled
+        self.true_labels = self.asks_labels = self.labelled and not spec.outputs
         self.augment = settings.augment
 
     def batch(self, step: int, student: nn.Module | None) -> Batch:

@@ -11,11 +11,12 @@ from zsq.errors import InputError
 from zsq.graph import edit
 from zsq.methods.generator_training import GeneratorSettings, GeneratorSource
 from zsq.methods.generators import label_codes
+from zsq.methods.labels import draw_labels, label_terms, maps_of
 from zsq.models.teacher import Teacher
 from zsq.runtime import distributed
 from zsq.runtime.random_streams import stream
+from zsq.training.answers import Answers
 from zsq.training.loop import Run
-from zsq.training.losses import label_cross_entropy
 from zsq.types import Batch
 
 
@@ -27,7 +28,10 @@ class ZSCGAN(GeneratorSettings):
     summary: ClassVar[str] = "conditional generator learnt from labels and batch-norm statistics (the paper's own)"
 
     ce_weight: Factor | None = None
-    """Factor of the label cross-entropy, eq. (2); 0: none; unset: 2 up to 64 classes and classes / 32 above."""
+    """Factor of the label cross-entropy, eq. (2); 0: none; unset: 2 up to 64 classes and classes / 32 above. A network
+    that names a class at each place gets maps of labels."""
+    spread_weight: Factor = 10.0
+    """Factor of the loss that lets embeddings and values differ between images; without effect on classes."""
     bns_weight: Factor = 1.0
     """Factor of the batch-norm statistics loss, eq. (2); 0 switches it off."""
     code_size: Count = 128
@@ -51,16 +55,16 @@ class ZSCGAN(GeneratorSettings):
 class ConditionalSource(GeneratorSource):
     """Samples of a conditional generator, learnt by eq. (2)."""
 
-    asks_labels = True
-
     def __init__(self, settings: ZSCGAN, teacher: Teacher, run: Run, distill_steps: int) -> None:
-        weight = edit.classifier_weight(teacher.network, teacher.spec.classes)
-        codes = label_codes(teacher.spec.classes, weight, settings.code_size, stream(run.seed, "codes", 0))
-        generator = settings.build(teacher.spec, codes, run.seed)
+        spec = teacher.spec
+        self.asks_labels, self.answers = spec.classes > 0, Answers(spec.outputs)
+        weight = edit.classifier_weight(teacher.network, spec.classes) if spec.classes else None
+        codes = label_codes(max(1, spec.classes), weight, settings.code_size, stream(run.seed, "codes", 0))
+        generator = settings.build(spec, codes, run.seed)
         super().__init__(settings, generator, teacher, run, distill_steps)
         self.noise_size = generator.noise_size
-        ce_weight = max(2.0, teacher.spec.classes / 32) if settings.ce_weight is None else settings.ce_weight
-        self.weights = {"ce": ce_weight, "bns": settings.bns_weight}
+        ce_weight = max(2.0, spec.classes / 32) if settings.ce_weight is None else settings.ce_weight
+        self.weights = {"ce": ce_weight, "bns": settings.bns_weight, "sameness": settings.spread_weight}
 
     def inputs(self, step: int) -> tuple[Tensor, ...]:
         """Return labels and noise."""
@@ -74,14 +78,15 @@ class ConditionalSource(GeneratorSource):
         images = self.generator(distributed.share(noise), distributed.share(labels))
         logits, moments = self.teacher(images)
         logits = distributed.whole(logits, len(labels))
-        losses = {"ce": label_cross_entropy(logits, labels)}
+        losses = label_terms(self.spec, logits, labels)
         if moments:
             losses["bns"] = self.bns(moments)
-        losses["label_recognition"] = (logits.detach().argmax(1) == labels).float().mean() * 100
+        if (sameness := self.answers.sameness(logits)) is not None:
+            losses["sameness"] = sameness
         return Batch(images, labels, logits.detach(), losses)
 
     def draw(self, name: str, index: int, count: int) -> Batch:
-        """Return `count` images, labels uniform."""
+        """Return `count` images, labels drawn by `draw_labels`."""
         labels, noise = self._inputs(name, index, count)
         return Batch(self.render(noise, labels), labels)
 
@@ -89,7 +94,7 @@ class ConditionalSource(GeneratorSource):
     def sample_labels(self, labels: Tensor) -> Tensor:
         """Return one image for each label [N]: [N, C, H, W]."""
         _, noise = self._inputs("grid", 0, len(labels))
-        return self.render(noise, labels.to(self.device))
+        return self.render(noise, maps_of(labels.to(self.device), self.spec))
 
     def render(self, noise: Tensor, labels: Tensor) -> Tensor:
         """Map noise and labels to images as when sampling."""
@@ -99,6 +104,6 @@ class ConditionalSource(GeneratorSource):
 
     def _inputs(self, name: str, step: int, count: int) -> tuple[Tensor, Tensor]:
         random = stream(self.seed, name, step, self.device)
-        labels = torch.randint(0, self.spec.classes, (count,), generator=random, device=self.device)
+        labels = draw_labels(self.spec, count, random, self.device)
         noise = torch.randn(count, self.noise_size, generator=random, device=self.device)
         return labels, noise

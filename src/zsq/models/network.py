@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from tyro.conf import Positional
 
 from zsq.errors import InputError, TeacherError
 from zsq.models.options import option, text
-from zsq.types import ImageSpec
+from zsq.types import ImageSpec, Output, OutputKind
 
 
 def parse_shape(value: str) -> tuple[int, int, int]:
@@ -55,6 +55,24 @@ def numbers(name: str) -> Callable[[str], tuple[float, ...]]:
     return parse
 
 
+def parse_outputs(value: str) -> tuple[Output, ...]:
+    """Read `embedding`, `classes,values` or `heat=values,size=values`.
+
+    Raises:
+        InputError: it is something else.
+    """
+    found = []
+    for part in value.split(","):
+        name, equals, kind = part.strip().rpartition("=")
+        if kind not in get_args(OutputKind) or (equals and not name):
+            raise InputError(
+                f"--outputs is '{value}'; a kind is expected ({', '.join(get_args(OutputKind))}), or one for each "
+                "output, in order or by name, such as heat=values,size=values."
+            )
+        found.append(Output(name, kind, ()))  # type: ignore[arg-type]
+    return tuple(found)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Network:
     """A network to quantize, by name; command line, recipe, run folder and Python say it in these words."""
@@ -66,7 +84,10 @@ class Network:
     input: Annotated[tuple[int, int, int] | None, text("CxHxW", parse_shape), option("CxHxW")] = None
     """Image shape such as 3x32x32; known for zoos."""
     classes: Annotated[int | None, option("N")] = None
-    """Number of classes; known for zoos."""
+    """Number of classes; known for zoos, and found out where --outputs says that there are any."""
+    outputs: Annotated[tuple[Output, ...] | None, text("KIND|NAME=KIND,...", parse_outputs), option("KIND,...")] = None
+    """What the network gives: classes (of an image or at every position), embedding or values; several in order or by
+    name. Unset, --classes tells."""
     mean: Annotated[tuple[float, ...] | None, text("A,B,C", numbers("mean")), option("A,B,C")] = None
     """Mean of each channel, pixels in [0, 1]."""
     std: Annotated[tuple[float, ...] | None, text("A,B,C", numbers("std")), option("A,B,C")] = None
@@ -76,6 +97,8 @@ class Network:
 
     def spec_over(self, default: ImageSpec) -> ImageSpec:
         """Return a model's image spec with what is said here; its resize grows or shrinks with the crop."""
+        if self.classes is not None and self.classes < 1:
+            raise InputError(f"--classes is {self.classes}; it must be at least 1. --outputs says what else there is.")
         channels, height, width = self.input or (default.channels, default.height, default.width)
         resize = None if self.resize == "none" else self.resize
         if self.resize is None and default.resize is not None:
@@ -84,7 +107,8 @@ class Network:
             channels=channels,
             height=height,
             width=width,
-            classes=self.classes or default.classes,
+            classes=self.classes or (0 if self.outputs else default.classes),
+            outputs=default.outputs if self.outputs is None else self.outputs,
             mean=tuple(self.mean or default.mean),
             std=tuple(self.std or default.std),
             resize=resize,
@@ -94,26 +118,21 @@ class Network:
         """Return the image spec of a model that brings none: pixels in [0, 1] unless mean and std are given.
 
         Raises:
-            TeacherError: shape or classes are not given, or one of mean and std without the other.
+            TeacherError: the shape is not given, or one of mean and std without the other.
         """
-        said = (("--input CxHxW", self.input), ("--classes N", self.classes))
-        missing = [flag for flag, value in said if value is None]
-        if missing:
+        if self.input is None:
             raise TeacherError(
-                f"'{self.model}' does not say what images it takes: give {' and '.join(missing)}, "
+                f"'{self.model}' does not say what images it takes: give --input CxHxW, "
                 "with --mean and --std if it was trained on normalised pixels."
             )
         if (self.mean is None) != (self.std is None):
             given, other = ("mean", "std") if self.std is None else ("std", "mean")
             raise TeacherError(f"'{self.model}' gets --{given} and no --{other}; give both, or neither.")
-        assert self.input is not None
-        assert self.classes is not None
         channels, height, width = self.input
         default = ImageSpec(
             channels=channels,
             height=height,
             width=width,
-            classes=self.classes,
             mean=(0.0,) * channels,
             std=(1.0,) * channels,
         )

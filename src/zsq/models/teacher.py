@@ -18,12 +18,12 @@ from torch import Tensor, fx, nn
 
 from zsq.data import digits
 from zsq.errors import InputError, TeacherError, unknown_name
-from zsq.graph.trace import FOREIGN_FAULTS, described, first_line, trace
+from zsq.graph.trace import FOREIGN_FAULTS, described, first_line, full_spec, trace
 from zsq.models import zoo
-from zsq.models.network import Network
+from zsq.models.network import Network, parse_outputs
 from zsq.models.weights import COUNTER, load_weights
 from zsq.models.zoo import IMPORT_FAULTS, ModelGroup, known_models
-from zsq.types import ImageSpec
+from zsq.types import ImageSpec, Output
 
 __all__ = ["ModelGroup", "Teacher", "known_models", "load_teacher", "teacher_from_module"]
 
@@ -42,13 +42,14 @@ class Teacher:
     name: str
     """The network as the user named it."""
     spec: ImageSpec
-    """What images it takes and how many classes it knows."""
+    """What images it takes and what it gives."""
     network: fx.GraphModule
-    """The `torch.export` graph in eval mode, called as `network(images)`: [N, C, H, W] to logits [N, classes].
+    """The `torch.export` graph in eval mode, called as `network(images)`: [N, C, H, W] to logits [N, classes], or to
+    all its outputs in one row an image, [N, K] (`zsq.graph.outputs`).
 
     ATen operators (none in place), any batch size, no dropout, parameters frozen under their original names, batch
     norms as `aten.batch_norm` nodes. It is a plain `fx.GraphModule`: one placeholder, and an output node that returns
-    the logits' node itself (not a tuple); `deepcopy`, `train` and `eval` work.
+    the node of the logits or of `pack` itself (not a tuple); `deepcopy`, `train` and `eval` work.
     """
     weights_source: str
     """`bundled`, the file's name, `zoo`, `factory`, `random` or `memory`."""
@@ -76,6 +77,7 @@ def load_teacher(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     resize: int | Literal["none"] | None = None,
+    outputs: str | tuple[Output, ...] | None = None,
 ) -> Teacher:
     """Return the teacher that MODEL names.
 
@@ -86,10 +88,12 @@ def load_teacher(
         weights: a safetensors file or a PyTorch checkpoint (a state dict, also under `state_dict`, `model` or
             `model_state_dict`, also with the prefix `module.`); `random` for seeded initial weights; None for those
             that the model brings: bundled, fetched by the zoo, or set by the factory.
-        input: channels, height and width. Required, like `classes`, where neither zoo nor factory knows them.
-        classes: number of classes.
+        input: channels, height and width. Required where neither zoo nor factory knows them.
+        classes: number of classes; a network that names classes needs it, or `outputs`.
         mean, std: one value a channel on the scale of pixels in [0, 1]; without zoo or factory, 0 and 1.
         resize: shorter side in pixels before the centre crop, "none" for none, None for what zoo or factory say.
+        outputs: what the network gives, as on the command line: "embedding", or "heat=values,size=values"; None where
+            `classes` tells.
 
     Raises:
         InputError: the name is unknown or the image spec does not fit together.
@@ -97,7 +101,19 @@ def load_teacher(
         TeacherError: network or weights cannot serve; the text says why and what would work.
     """
     weights = None if weights is None else str(weights)
-    return load(Network(model=model, weights=weights, input=input, classes=classes, mean=mean, std=std, resize=resize))
+    said = parse_outputs(outputs) if isinstance(outputs, str) else outputs
+    return load(
+        Network(
+            model=model,
+            weights=weights,
+            input=input,
+            classes=classes,
+            mean=mean,
+            std=std,
+            resize=resize,
+            outputs=said,
+        )
+    )
 
 
 def load(network: Network) -> Teacher:
@@ -136,8 +152,11 @@ def teacher_from_module(
 ) -> Teacher:
     """Return a network in memory as a teacher; the network itself is copied and stays as it is.
 
+    The spec's `outputs` say what it gives where that is not one vector of `classes` logits: kinds alone are enough, as
+    in `(Output("", "embedding"),)`, since shapes are found.
+
     Raises:
-        TeacherError: its forward fails on the spec's images, does not give [N, classes], or cannot be exported.
+        TeacherError: its forward fails on the spec's images, what it gives cannot be told, or it cannot be exported.
     """
     try:
         clone = copy.deepcopy(net)
@@ -272,5 +291,9 @@ def _teacher(net: nn.Module, spec: ImageSpec, name: str, source: str) -> Teacher
         parameter.requires_grad_(False)
     network = trace(net, spec, name)
     return Teacher(
-        name=name, spec=spec, network=network, weights_source=source, weights_sha256=state_sha256(net.state_dict())
+        name=name,
+        spec=full_spec(network, spec),
+        network=network,
+        weights_source=source,
+        weights_sha256=state_sha256(net.state_dict()),
     )

@@ -7,6 +7,7 @@ from torch.fx import GraphModule, Node
 
 from zsq.graph import edit
 from zsq.graph.edit import argument, tensor_of
+from zsq.graph.outputs import unpack_outputs
 from zsq.quantization.fake_quantize import bias_integers, grid_integers, keep_bias, quantize_bias, saturated
 from zsq.quantization.integer_ops import (
     HARD_REACH,
@@ -26,6 +27,8 @@ _ops = torch.ops.quantized_decomposed
 @torch.no_grad()
 def convert(student: Student) -> GraphModule:
     """Return the student's graph with integers stored and explicit quantize and dequantize operators, on the CPU.
+
+    It returns its outputs as they are: one tensor, or a tuple of them.
 
     Weights are int8 behind a dequantize operator, biases int32 at input scale x weight scale, activations pass through
     quantize and dequantize. An operator that only moves values gets the grid of its input again, which changes no value
@@ -54,6 +57,7 @@ def convert(student: Student) -> GraphModule:
                 grids[_round_behind(network, node, grid, list(node.users))] = grid
             else:
                 grids[node] = grid
+    unpack_outputs(network)
     return edit.finish(network)
 
 

@@ -11,6 +11,7 @@ from zsq.graph import edit
 from zsq.graph.batchnorm import batch_norms
 from zsq.graph.edit import aten
 from zsq.graph.equalize import Record, weight_name
+from zsq.graph.outputs import results
 from zsq.quantization.bias_correction import channel_dim, channel_mean
 from zsq.runtime.random_streams import stream
 from zsq.training.loop import Run
@@ -45,22 +46,33 @@ def implied_statistics(
         pixels: draws of each input channel as the network takes it and the ends of its range, [ROWS + 2, C].
         range_sigmas: standard deviations that a range spans on both sides.
         run: seed and device of the network.
-        output_sigmas: those of the last layer and of what follows, where they differ.
+        output_sigmas: those of the last layer in front of each output and of what follows, where they differ.
     """
     norms = {norm.node.name: (norm.std, norm.beta) for norm in batch_norms(network)}
     for layer in edit.layers(network):
         if weight_name(layer) in record:
             norms[layer.name] = record[weight_name(layer)]
-    nodes, (*_, last) = list(network.graph.nodes), edit.layers(network)
-    sigmas = dict.fromkeys((node.name for node in nodes), range_sigmas)
+    sigmas = dict.fromkeys((node.name for node in network.graph.nodes), range_sigmas)
     if output_sigmas is not None:
-        sigmas |= dict.fromkeys((node.name for node in nodes[nodes.index(last) :]), output_sigmas)
+        sigmas |= dict.fromkeys((node.name for node in _ends(network)), output_sigmas)
     sampler = _Sampler(network, norms, sigmas, run)
     pixels = torch.cat([sampler.permuted(pixels[:ROWS], "input"), pixels[ROWS:]])
     space = network.graph.find_nodes(op="placeholder")[0].meta["val"].shape[2:]
     with torch.no_grad():
         sampler.run(pixels.view(*pixels.shape, *[1] * len(space)).expand(*pixels.shape, *space))
     return Statistics(sampler.ranges, sampler.input_means, sampler.input_stds)
+
+
+def _ends(network: GraphModule) -> set[Node]:
+    """Return the last layer in front of each output, and what follows it."""
+    found: set[Node] = set()
+    waiting = results(network.graph)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += [] if node.target in edit.LAYERS else node.all_input_nodes
+    return found
 
 
 def uniform_pixels(spec: ImageSpec, run: Run) -> Tensor:

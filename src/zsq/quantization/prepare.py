@@ -15,14 +15,16 @@ from zsq.graph import edit
 from zsq.graph.activations import clamp_limits
 from zsq.graph.batchnorm import batch_norms
 from zsq.graph.edit import argument, aten, tensor_of
+from zsq.graph.outputs import outputs_of, pack, results
 from zsq.quantization.fake_quantize import keep_bias, quantize_bias
 from zsq.quantization.integer_ops import HARD_REACH, grid_hardsigmoid, grid_hardswish, grid_norm
 from zsq.quantization.pair_sums import pair_limit
 from zsq.quantization.quantizers import ActivationQuantizer, WeightQuantizer
 from zsq.targets import TARGETS, Target
+from zsq.types import OutputKind
 
 ENDS_BITS = 8
-"""Bits of the network's input and of its logits, always."""
+"""Bits of the network's input and of its outputs, always."""
 
 PADS = {aten.pad.default: 3, aten.constant_pad_nd.default: 2}
 """Paddings, and which argument holds the value that pads."""
@@ -130,18 +132,18 @@ class Student(nn.Module):
 
     Attributes:
         network: the graph; activations and weights pass through `ActivationQuantizer` and `WeightQuantizer` modules.
-        output_name: name of the quantizer of the logits.
+        ends: kind of each output, by the name of the quantizer that rounds it.
         num_calibration_images: images from which its grids were chosen.
         undone: whether a distillation made it worse, and it is again what calibration gave.
     """
 
-    def __init__(self, network: GraphModule, output_name: str) -> None:
+    def __init__(self, network: GraphModule, ends: dict[str, OutputKind]) -> None:
         super().__init__()
-        self.network, self.output_name, self.num_calibration_images = network, output_name, 0
+        self.network, self.ends, self.num_calibration_images = network, ends, 0
         self.undone = False
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images [N, C, H, W] to logits [N, classes]."""
+        """Map images [N, C, H, W] to logits [N, classes], or to all outputs in one row an image, [N, K]."""
         logits: Tensor = self.network(images)
         return logits
 
@@ -180,7 +182,7 @@ def prepare(folded: GraphModule, scheme: Scheme) -> Student:
     for layer in every_layer:
         placer.place_weight(layer)
     placer.put_hardsigmoid_on_grids()
-    return Student(edit.finish(network), placer.output_name)
+    return Student(edit.finish(network), placer.rounded_ends)
 
 
 def weight_name(layer: Node) -> str:
@@ -207,16 +209,17 @@ class _Placer:
 
     def __init__(self, network: GraphModule, scheme: Scheme, every_layer: list[Node]) -> None:
         self.network, self.scheme, self.layers = network, scheme, every_layer
-        self.output = network.graph.output_node()
-        self.logits = self.origin(self.output.args[0])
+        kinds = [output.kind for output in outputs_of(network)] or ["classes"]
+        given = zip(results(network.graph), kinds, strict=True)
+        self.ends: dict[Node, OutputKind] = {self.origin(node): kind for node, kind in given}
         self.inputs = [node for node in network.graph.nodes if node.op == "placeholder"]
         self.gates = [node for node in network.graph.nodes if self.is_gate(node)]
         self.placed: dict[Node, str] = {}
-        self.output_name = ""
+        self.rounded_ends: dict[str, OutputKind] = {}
 
     def bits_of(self, node: Node) -> int:
         """Width of an activation."""
-        if node in self.inputs or node is self.logits:
+        if node in self.inputs or node in self.ends:
             return ENDS_BITS
         ends = self.scheme.first_last_bits
         if ends and node is self.origin(self.layers[-1].args[0]):
@@ -233,9 +236,9 @@ class _Placer:
         if self.scheme.all_activations:
             chosen = [node for node in self.network.graph.nodes if self.rounds(node)]
         else:
-            chosen = list(dict.fromkeys([*self.inputs, *(self.origin(n.args[0]) for n in self.layers), self.logits]))
+            chosen = list(dict.fromkeys([*self.inputs, *(self.origin(n.args[0]) for n in self.layers), *self.ends]))
         for node in chosen:
-            if self.scheme.all_activations or node in self.inputs or node is self.logits:
+            if self.scheme.all_activations or node in self.inputs or node in self.ends:
                 self.insert(node, self.bits_of(node), only_layers=False)
                 continue
             for read in dict.fromkeys(n.args[0] for n in self.layers if self.origin(n.args[0]) is node):
@@ -285,9 +288,9 @@ class _Placer:
 
     def rounds(self, node: Node) -> bool:
         """Whether an integer-only device would store the node's value."""
-        if node.op not in ("placeholder", "call_function") or not is_float(node):
+        if node.op not in ("placeholder", "call_function") or node.target is pack or not is_float(node):
             return False
-        if node is self.logits:
+        if node in self.ends:
             return True
         if moves_values(node):
             return False
@@ -311,8 +314,8 @@ class _Placer:
         readers = set(self.layers) if only_layers else set(node.users) - {quantized}
         node.replace_all_uses_with(quantized, delete_user_cb=lambda user: user in readers)
         self.placed[quantized] = name
-        if node is self.logits:
-            self.output_name = name
+        if node in self.ends:
+            self.rounded_ends[name] = self.ends[node]
 
     def weight_bits_of(self, layer: Node) -> int:
         """Width of a layer's weight."""

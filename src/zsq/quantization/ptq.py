@@ -292,8 +292,9 @@ def calibrate(
             raise InputError("calibration was given no image.")
         student.num_calibration_images = seen
     for node, quantizer in activations.items():
-        is_logits = node.target == student.output_name  # the largest logit decides the class, so none may be cut off
-        low, high = minmax(quantizer) if is_logits else RULES[rule](quantizer)
+        end = student.ends.get(str(node.target))  # the largest logit decides the class, so none may be cut off
+        is_logits = end == "classes"
+        low, high = minmax(quantizer) if end else RULES[rule](quantizer)
         if not bool(torch.isfinite(torch.cat([low.view(1), high.view(1)])).all()):
             raise InputError(
                 f"calibration saw the range [{float(low)}, {float(high)}]; the images are not finite. Where a method "
@@ -328,5 +329,5 @@ def _implied_range(
 def take_ranges(student: Student, statistics: Statistics, settings: PTQ) -> None:
     """Set the range of every activation quantizer to that of the value it rounds."""
     for node, quantizer in activation_quantizers(student).items():
-        is_logits = node.target == student.output_name
+        is_logits = student.ends.get(str(node.target)) == "classes"
         quantizer.set_range(*_implied_range(statistics, node, settings, is_logits=is_logits))

@@ -13,6 +13,7 @@ from zsq.checked import Count, CountOrZero, Factor, Momentum, Positive, Share
 from zsq.errors import InputError
 from zsq.graph import edit
 from zsq.graph.fold import fold
+from zsq.graph.outputs import outputs_of
 from zsq.quantization.bias_centring import centre_biases, plain_biases
 from zsq.quantization.bias_correction import IMAGES, first_images
 from zsq.quantization.prepare import Student, prepared_layers, quantized_weight
@@ -21,14 +22,19 @@ from zsq.quantization.quantizers import ActivationQuantizer, WeightQuantizer, co
 from zsq.quantization.training_view import merged
 from zsq.runtime import distributed
 from zsq.runtime.cuda_graphs import Replays
+from zsq.training.answers import Answers
 from zsq.training.loop import Run
-from zsq.training.losses import distillation_loss, intermediate_loss, kl_divergence
+from zsq.training.losses import distillation_loss, intermediate_loss
 from zsq.training.optim import cosine, flatten_optimizer, rate_on, restore_optimizer, set_learning_rate
 from zsq.training.state import part, under
 from zsq.types import Batch, SampleSource, averaged
 
 JUDGED, JUDGED_AT_ONCE = 100, 20
 """Samples on which a distilled student is compared with the one that it began as."""
+
+START, NEAR = 1.0, 1e-4
+"""Where outputs are not one vector of logits: sum of their weighted distances before the first step, and the least
+distance that is weighed."""
 
 logger = logging.getLogger(__name__)
 
@@ -116,8 +122,11 @@ class Distiller:
         self.student, self.teacher, self.source, self.settings = student, teacher, source, settings
         self.device, self.parts = device, 1
         self.batch: Batch | None = None
-        self.kd_weight = settings.resolved_kd_weight(source)
-        centre_biases(student, first_images(source.sample(IMAGES), device))
+        self.kinds = Answers(outputs_of(teacher))
+        self.kd_weight = settings.resolved_kd_weight(source) if not self.kinds.outputs else settings.kd_weight or 1.0
+        images = first_images(source.sample(IMAGES), device)
+        centre_biases(student, images)
+        self.weights = self._output_weights(images) if self.kinds.outputs else torch.ones(1, device=device)
         self.folded: GraphModule | None = None
         self.merged = self.trained = merged(student.network)
         if settings.intermediate_weight:
@@ -176,18 +185,29 @@ class Distiller:
         """Add the gradient of a part of a batch of `whole` images; return its losses."""
         images, labels = batch.images, batch.labels
         answers, logits, distances = self._answers(images, batch.teacher_logits, len(labels))
-        loss = distillation_loss(
-            answers,
-            logits,
-            labels,
-            kd_weight=self.kd_weight,
-            temperature=self.settings.temperature,
-        )
+        loss = self._loss(answers, logits, labels)
         total = loss + self.settings.intermediate_weight * distances["intermediate"] if distances else loss
         (total * (len(labels) / whole)).backward()
-        agreement = (answers.detach().argmax(1) == logits.argmax(1)).float().mean() * 100
+        agreement = self.kinds.agreement(logits, answers)
         terms = {name: term.detach() for name, term in {"kd": loss, **distances}.items()}
         return terms | {"agreement": agreement}
+
+    def _loss(self, answers: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of eq. (3); of outputs that are not one vector of logits, the weighted sum of their own."""
+        kd_weight, temperature = self.kd_weight, self.settings.temperature
+        if not self.kinds.outputs:
+            return distillation_loss(answers, logits, labels, kd_weight=kd_weight, temperature=temperature)
+        soft = (self.weights * self.kinds.losses(logits, answers, temperature)).sum()
+        return soft if kd_weight == 1 else kd_weight * soft + (1 - kd_weight) * self.kinds.label_loss(answers, labels)
+
+    @torch.no_grad()
+    def _output_weights(self, images: Tensor) -> Tensor:
+        """Return the factor of each output's loss, such that all are equally far from the teacher at the start.
+
+        Together they are as far as `START` says, whatever their units.
+        """
+        distances = self.kinds.distances(self.teacher(images), self.student(images)).clamp(min=NEAR)
+        return (START / len(distances) / distances).float()
 
     def halve(self) -> bool:
         """Let the batch go through what cannot hold it in twice as many parts, where it has as many images."""
@@ -267,12 +287,12 @@ def _keep_the_better(
     student: Student, calibrated: GraphModule, teacher: nn.Module, source: SampleSource, run: Run
 ) -> None:
     """Undo a distillation whose student answers fresh samples less like the teacher than the calibrated one did."""
-    networks = (calibrated.eval(), student.network.eval())
+    networks, kinds = (calibrated.eval(), student.network.eval()), Answers(outputs_of(teacher))
     found, count = torch.zeros(2, dtype=torch.float64), 0
     for batch in source.sample(JUDGED, JUDGED_AT_ONCE, "judged"):
         images = batch.images.to(run.device)
         wanted = teacher(images)
-        found += len(images) * torch.stack([kl_divergence(wanted, network(images)).cpu() for network in networks])
+        found += len(images) * torch.stack([kinds.distance(wanted, network(images)).cpu() for network in networks])
         count += len(images)
     before, after = (found / count).tolist()
     student.undone = not after <= before

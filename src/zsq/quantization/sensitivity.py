@@ -11,13 +11,14 @@ from torch.fx import GraphModule
 from zsq.errors import InputError
 from zsq.graph import edit
 from zsq.graph.fold import fold
+from zsq.graph.outputs import outputs_of
 from zsq.quantization.pair_sums import pair_limit
 from zsq.quantization.prepare import weight_name
 from zsq.quantization.quantizers import WeightQuantizer
 from zsq.quantization.range_rules import weight_mse
 from zsq.targets import TARGETS, Target
+from zsq.training.answers import Answers
 from zsq.training.loop import Run
-from zsq.training.losses import kl_divergence
 
 BATCH = 64
 """Images of one forward pass."""
@@ -61,7 +62,7 @@ def sensitivities(
 
     Returns:
         ``{weight name: {width: KL in nats, averaged over the images}}``, in the order of the graph; activations and
-        biases stay float.
+        biases stay float. Outputs that name no class count by `Answers.distances`.
 
     Raises:
         InputError: there is no image.
@@ -72,7 +73,7 @@ def sensitivities(
         raise InputError("sensitivities were given no image.")
     folded, _ = fold(network)
     batches = images.split(BATCH)
-    answers = torch.cat([folded(batch) for batch in batches])
+    answers, kinds = torch.cat([folded(batch) for batch in batches]), Answers(outputs_of(folded))
     tried = list(widths)
     layers = {weight_name(layer): layer for layer in edit.layers(folded)}
     found: dict[str, dict[int, float]] = {}
@@ -85,7 +86,7 @@ def sensitivities(
             limit = pair_limit(bits, activation_bits) if paired else None
             quantizer = WeightQuantizer(weight, bits, per_channel=per_channel, learnable=False, pair_limit=limit)
             stored.copy_(_rounded(weight, quantizer.eval(), range_rule))
-            found[name][bits] = kl_divergence(answers, torch.cat([folded(batch) for batch in batches])).item()
+            found[name][bits] = kinds.distance(answers, torch.cat([folded(batch) for batch in batches])).item()
         stored.copy_(weight)
     return found
 

@@ -43,6 +43,8 @@ def rows_of_images(
         labels: of the rows, int64 [rows], each once; None takes those of `grid_labels`.
         columns: images a row.
     """
+    if spec.classes == 0:
+        return _any_images(source, spec, columns)
     labels = grid_labels(spec.classes) if labels is None else labels
     asked = source.sample_labels(labels.repeat_interleave(columns))
     if asked is not None:
@@ -51,7 +53,8 @@ def rows_of_images(
     filled = [0] * len(labels)
     row_of = {int(label): row for row, label in enumerate(labels)}
     for batch in source.sample(SEARCHED):
-        for pixels, label in zip(spec.to_pixels(batch.images.cpu()), batch.labels.tolist(), strict=True):
+        shown = batch.labels if batch.labels.dim() == 1 else batch.labels.flatten(1).mode(1).values
+        for pixels, label in zip(spec.to_pixels(batch.images.cpu()), shown.tolist(), strict=True):
             row = row_of.get(label)
             if row is not None and filled[row] < columns:
                 grid[row, filled[row]] = pixels
@@ -61,8 +64,17 @@ def rows_of_images(
     return grid
 
 
+def _any_images(source: _Sampler, spec: ImageSpec, columns: int) -> Tensor:
+    """Return images of a network without classes, uint8 [rows, columns, H, W, C], as they come."""
+    shown = columns * columns // 2
+    found = torch.cat([spec.to_pixels(batch.images.cpu()) for batch in source.sample(shown)])[:shown]
+    rows = max(1, len(found) // columns)
+    return found[: rows * columns].view(rows, -1, spec.height, spec.width, spec.channels)
+
+
 def save_grid(source: _Sampler, spec: ImageSpec, path: Path) -> None:
-    """Write a PNG with one row a class; more than ten classes show ten spread evenly."""
+    """Write a PNG with one row a class; more than ten classes show ten spread evenly, and without any they come as
+    they are drawn."""
     write_grid(rows_of_images(source, spec).numpy(), path)
 
 

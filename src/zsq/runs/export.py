@@ -13,7 +13,7 @@ from tyro.conf import Positional, Suppress
 
 from zsq.data.datasets import EvenSubset, open_dataset
 from zsq.errors import ExportError, InputError
-from zsq.export.converted import output_step
+from zsq.export.converted import output_step, packed
 from zsq.export.files import require_runtime, write_file
 from zsq.export.openvino import IR, write_ir
 from zsq.export.pt2 import read_pt2
@@ -117,9 +117,10 @@ def export_run_request(request: ExportRequest) -> Exported:
             batches = run.each("check", _images(request.data, spec, run), CHECK_IMAGES, len)
             found = verify_file(
                 part,
-                network,
+                packed(network),
                 batches,
-                output_step(network),
+                output_step(network, spec.outputs),
+                outputs=spec.outputs,
                 threads=torch.get_num_threads(),
                 enough=ENOUGH_DECIDED,
                 target=target,

@@ -9,6 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from zsq.errors import InputError
 from zsq.evaluation.accuracy import Evaluation
+from zsq.evaluation.measures import Measure
 from zsq.export.verify import Verification
 from zsq.quantization.coverage import Coverage
 from zsq.runtime.files import replacing
@@ -37,9 +38,11 @@ class SampleAgreement:
     num_images: int
     """Samples that both classified."""
     num_classes: int
-    """Classes that the float network sees in them."""
+    """Classes that the float network sees in them; 0 where it gives something else than one vector of logits."""
     teacher_agreement: float | None
     """Percent of them; None where they show too few classes to tell anything."""
+    measures: tuple[Measure, ...] = ()
+    """Agreement in the measures of each output, where the network gives something else."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

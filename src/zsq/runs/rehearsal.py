@@ -77,10 +77,11 @@ def _rehearse(teacher: Teacher, quantizer: PTQ, run: Run) -> Coverage:
             path,
             lambda images: student(images.to(run.device)),
             (noise[:1], noise[1:]),
-            output_step(converted),
+            output_step(converted, spec.outputs),
+            outputs=spec.outputs,
             threads=torch.get_num_threads(),
             target=target,
         )
-    if found.num_decided:  # else noise tells nothing, and the trained student's samples will
+    if found.num_decided or found.by_distance:  # else noise tells nothing, and the trained student's samples will
         require(found)
     return coverage(converted, spec, float_operators(target))

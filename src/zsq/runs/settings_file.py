@@ -1,5 +1,6 @@
 """`settings.toml` of a run's folder: network, method, quantizer and what the run was started with; a recipe, too."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from zsq.models.teacher import Teacher
 from zsq.runs.recipe_file import read_toml
 from zsq.runs.settings import Settings, to_tables
 from zsq.runtime.files import replacing
-from zsq.types import ImageSpec
+from zsq.types import ImageSpec, Output
 
 SETTINGS = "settings.toml"
 
@@ -40,7 +41,7 @@ def teacher_table(teacher: Teacher) -> dict[str, Any]:
         "mean": list(spec.mean),
         "std": list(spec.std),
         "resize": spec.resize,
-    }
+    } | ({"outputs": [asdict(output) for output in spec.outputs]} if spec.outputs else {})
 
 
 def stored_spec(folder: Path) -> ImageSpec:
@@ -58,7 +59,8 @@ def stored_spec(folder: Path) -> ImageSpec:
         raise InputError(f"{path} is cut short: its last table, [run], is missing.")
     sizes = {name: table.get(name, 0) for name in ("channels", "height", "width", "classes")}
     mean, std = tuple(table.get("mean", ())), tuple(table.get("std", ()))
-    return ImageSpec(**sizes, mean=mean, std=std, resize=table.get("resize"))
+    outputs = tuple(Output(o["name"], o["kind"], tuple(o["shape"])) for o in table.get("outputs", ()))
+    return ImageSpec(**sizes, mean=mean, std=std, resize=table.get("resize"), outputs=outputs)
 
 
 def stored_facts(folder: Path) -> dict[str, Any]:
@@ -69,4 +71,5 @@ def stored_facts(folder: Path) -> dict[str, Any]:
 def shape_of(spec: ImageSpec) -> str:
     """Say all of an image spec that a generator depends on; `resize` serves files only."""
     values = f"mean {list(spec.mean)}, std {list(spec.std)}"
-    return f"{spec.channels}x{spec.height}x{spec.width} in {spec.classes} classes, {values}"
+    given = f", {', '.join(f'{o.name} {o.kind} {list(o.shape)}' for o in spec.outputs)}" if spec.outputs else ""
+    return f"{spec.channels}x{spec.height}x{spec.width} in {spec.classes} classes, {values}{given}"

@@ -18,6 +18,7 @@ from zsq.export.files import float_operators, open_file, require_runtime, write_
 from zsq.export.pt2 import write_pt2
 from zsq.export.verify import Verification, verify_file
 from zsq.methods import Surrogate
+from zsq.methods.labels import label_terms
 from zsq.quantization import PTQ
 from zsq.quantization.convert import convert
 from zsq.quantization.coverage import Coverage, coverage
@@ -108,13 +109,14 @@ def measure_recognition(job: Job, surrogate: Surrogate) -> float | None:
     """
     if not surrogate.source.asks_labels:
         return None
-    hits = seen = 0
+    hits, seen = 0.0, 0
     count = measured_on(RECOGNITION_IMAGES, job.settings.quantizer)
     images = surrogate.source.sample(count, job.teacher.spec.images_at_once)
     for batch in job.run.each("recognise", images, count, lambda batch: len(batch.labels)):
-        hits += int((job.teacher.network(batch.images).argmax(1) == batch.labels).sum())
+        terms = label_terms(job.teacher.spec, job.teacher.network(batch.images), batch.labels)
+        hits += float(terms["label_recognition"]) * len(batch.labels)
         seen += len(batch.labels)
-    recognition = 100 * hits / seen
+    recognition = round(hits / seen, 4)
     if recognition < LOW_RECOGNITION:
         logger.warning(
             f"the teacher recognises {recognition:.1f} % of the labels that the samples were asked for; "
@@ -170,7 +172,8 @@ def write_and_check(job: Job, student: Student, surrogate: Surrogate) -> tuple[V
         job.file,
         simulate,
         (batch.images.cpu() for batch in batches),
-        output_step(converted),
+        output_step(converted, spec.outputs),
+        outputs=spec.outputs,
         threads=torch.get_num_threads(),
         enough=ENOUGH_DECIDED,
         target=job.target,
@@ -197,10 +200,13 @@ def evaluate_file(job: Job, student: Student) -> dict[str, Evaluation]:
         job.run.observer.update("evaluate", done, total, {})
 
     at_once = job.teacher.spec.images_at_once
-    found = evaluate_many(networks, job.data, teacher=teacher, batch_size=at_once, progress=show)
+    outputs = job.teacher.spec.outputs
+    if outputs and known is not None:
+        teacher = _asked_once(job)
+    found = evaluate_many(networks, job.data, teacher=teacher, outputs=outputs, batch_size=at_once, progress=show)
     if "float" in found:
         warn_of_chance(found["float"], job.teacher.spec, job.data)
-    if job.outputs.predictions:
+    if job.outputs.predictions and not outputs:
         _keep_predictions(job.folder / PREDICTIONS, found["quantized"])
     return found if known is None else {"float": known, **found}
 
@@ -271,10 +277,17 @@ def measure_agreement(job: Job, surrogate: Surrogate) -> SampleAgreement | None:
         job.run.observer.update("compare samples", done, total, {})
 
     at_once = job.teacher.spec.images_at_once
-    found = evaluate_many(networks, fresh, teacher=teacher, batch_size=at_once, progress=show)
+    outputs = job.teacher.spec.outputs
+    found = evaluate_many(networks, fresh, teacher=teacher, outputs=outputs, batch_size=at_once, progress=show)
     named, agreement = found["teacher"].predictions, found["file"].teacher_agreement
-    assert named is not None
     assert agreement is not None
+    if outputs:
+        _warn_of_agreement(job, agreement, 0, meaningful=True)
+        counted = found["file"]
+        return SampleAgreement(
+            num_images=counted.num_images, num_classes=0, teacher_agreement=agreement, measures=counted.measures
+        )
+    assert named is not None
     classes = len(np.unique(named))
     meaningful = classes >= min(job.teacher.spec.classes, MANY_CLASSES) / 2
     if job.data is None:

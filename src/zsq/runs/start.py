@@ -100,8 +100,6 @@ def _rehearse(teacher: Teacher, settings: Settings, run: Run) -> None:
 def _loaded(request: Request, device: torch.device) -> Teacher:
     """Return the float network on the run's device."""
     teacher = request.teacher()
-    if teacher.spec.classes < 2:
-        raise InputError(f"'{teacher.name}' knows {teacher.spec.classes} class; a classifier has at least 2.")
     return teacher.to(device) if device.type != "cpu" else teacher
 
 

@@ -2,10 +2,14 @@
 
 from collections.abc import Iterator
 
+from zsq.evaluation.measures import Measure
 from zsq.quantization.coverage import Coverage, listed
 from zsq.reports.text_tables import percent
 from zsq.runs.record import Record
 from zsq.targets import target_of
+
+SHARES = ("same class", "pixel accuracy", "top-1", "verification accuracy")
+"""Measures that are shown in percent."""
 
 
 def summary_rows(record: Record) -> Iterator[tuple[str, str]]:
@@ -21,11 +25,16 @@ def summary_rows(record: Record) -> Iterator[tuple[str, str]]:
         yield "in integers", _covered(covered)
     check, target = record.verification, target_of(record.target)
     optimized = f" ({percent(check.agreement_optimized)} % with the runtime's optimisations)"
+    clear = f"{percent(check.decided_agreement)} % of {check.num_decided} clear images, "
+    of_all = f"{percent(check.agreement_literal)} % of all {check.num_images}"
+    if check.by_distance:
+        clear, of_all = (
+            "",
+            f"{percent(check.agreement_literal)} % of the values of {check.num_images} images, to a step",
+        )
     yield (
         "file against simulation",
-        f"{percent(check.decided_agreement)} % of {check.num_decided} clear images, "
-        f"{percent(check.agreement_literal)} % of all {check.num_images}"
-        f"{optimized if target.suffix == '.onnx' and target.keeps_pairs else ''}",
+        f"{clear}{of_all}{optimized if target.suffix == '.onnx' and target.keeps_pairs else ''}",
     )
     if check.lowered_percent is not None:
         yield "lowered to XNNPACK", f"{check.lowered_percent:.0f} % of the operators"
@@ -35,10 +44,7 @@ def summary_rows(record: Record) -> Iterator[tuple[str, str]]:
             f"{percent(check.decided_agreement_target)} % of the clear images, "
             f"{percent(check.agreement_target)} % of all",
         )
-    if (samples := record.samples) is not None:
-        share, seen = samples.teacher_agreement, f"in which the float network sees {samples.num_classes} classes"
-        known = "not known" if share is None else f"{share:.1f} %"
-        yield "agreement on samples", f"{known} ({samples.num_images} samples, {seen})"
+    yield from _sample_rows(record)
     if record.distillation_undone:
         yield "distillation", "made it worse and is undone: the file is what calibration gave"
     if record.label_recognition is not None:
@@ -49,6 +55,31 @@ def summary_rows(record: Record) -> Iterator[tuple[str, str]]:
         whole, half = "widths below 8 bits are stored one value a byte", "weights of 4 bits or fewer lie two to a byte"
         yield "note", half if packed else whole
     yield "time", f"{record.seconds:.0f} s"
+
+
+def _sample_rows(record: Record) -> Iterator[tuple[str, str]]:
+    """Yield what samples say of the file, where the method makes any."""
+    if (samples := record.samples) is not None and samples.measures:
+        yield from measure_rows(samples.measures, f"{samples.num_images} samples")
+    elif samples is not None:
+        share, seen = samples.teacher_agreement, f"in which the float network sees {samples.num_classes} classes"
+        known = "not known" if share is None else f"{share:.1f} %"
+        yield "agreement on samples", f"{known} ({samples.num_images} samples, {seen})"
+
+
+def measure_rows(measures: tuple[Measure, ...], of: str) -> Iterator[tuple[str, str]]:
+    """Yield how near file and float network are in the measures of each output, `of` so many images."""
+    for found in measures:
+        yield f"{found.name}, {found.output}", f"{figure(found)}, against the float network on {of}"
+
+
+def figure(found: Measure) -> str:
+    """Return a figure with its interval: a share in percent, anything else as it is."""
+    scale, digits, unit = (100, 2, " %") if found.name in SHARES else (1, 4, "")
+    text = f"{scale * found.value:.{digits}f}{unit}"
+    if found.low is None or found.high is None:
+        return text
+    return f"{text} (95 % interval {scale * found.low:.{digits}f} to {scale * found.high:.{digits}f})"
 
 
 def _covered(found: Coverage) -> str:
@@ -69,6 +100,12 @@ def _accuracy_rows(record: Record) -> Iterator[tuple[str, str]]:
     if not record.num_eval_images:
         return
     found = record.evaluation["quantized"]
+    if found.measures:
+        for name in ("float", "quantized"):
+            for measure in record.evaluation[name].truths:
+                yield f"{name} {measure.name}", f"{figure(measure)} on {record.num_eval_images} images of {record.data}"
+        yield from measure_rows(found.measures, f"{record.num_eval_images} images of {record.data}")
+        return
     if found.top1_interval is None:
         assert found.agreement_interval is not None
         low, high = found.agreement_interval

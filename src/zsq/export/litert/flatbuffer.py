@@ -34,6 +34,7 @@ VERSIONS = {
     "PAD": 2,
     "PADV2": 2,
     "QUANTIZE": 2,
+    "RESIZE_NEAREST_NEIGHBOR": 2,
     "STRIDED_SLICE": 2,
     "SUB": 2,
     "TRANSPOSE": 2,

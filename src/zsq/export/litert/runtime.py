@@ -49,14 +49,14 @@ class LiteRtClassifier(FileClassifier):
                     experimental_op_resolver_type=kinds.AUTO if optimize else kinds.BUILTIN_REF,
                 )
             (self._input,) = self._interpreter.get_input_details()
-            (self._output,) = self._interpreter.get_output_details()
+            self._outputs = self._interpreter.get_output_details()
         except (RuntimeError, ValueError) as error:
             raise InputError(f"{path}: LiteRT cannot read it: {str(error).strip().splitlines()[0]}") from error
         sizes = [int(size) for size in self._input["shape"]]
         self._fed: tuple[int, ...] = ()
         super().__init__(path, notes, ["batch" if sizes[0] == 1 else sizes[0], sizes[3], *sizes[1:3]])
 
-    def _run(self, array: np.ndarray) -> np.ndarray:
+    def _run(self, array: np.ndarray) -> list[np.ndarray]:
         if self._layout is None:
             array = self._rounded(np.moveaxis(array, 1, -1))
         try:
@@ -69,9 +69,13 @@ class LiteRtClassifier(FileClassifier):
             self._interpreter.invoke()
         except (RuntimeError, ValueError) as error:
             raise InputError(f"{self._path}: LiteRT cannot run it: {str(error).strip().splitlines()[0]}") from error
-        scale, zero_point = self._output["quantization"]
-        logits: np.ndarray = self._interpreter.get_tensor(self._output["index"])
-        return np.asarray((logits.astype(np.float32) - zero_point) * np.float32(scale))
+        return [self._floats(output) for output in self._outputs]
+
+    def _floats(self, output: dict[str, Any]) -> np.ndarray:
+        """Return what the interpreter holds of an output, in floats."""
+        scale, zero_point = output["quantization"]
+        integers: np.ndarray = self._interpreter.get_tensor(output["index"])
+        return np.asarray((integers.astype(np.float32) - zero_point) * np.float32(scale))
 
     def _rounded(self, images: np.ndarray) -> np.ndarray:
         """Return normalised images as the integers of the file's input."""

@@ -20,8 +20,8 @@ from torch.fx import Node
 from torch.fx.passes.shape_prop import ShapeProp
 
 from zsq.errors import ExportError
-from zsq.export.converted import DEQUANTIZE, QUANTIZE, detached_copy
-from zsq.export.image_spec import KEY, to_json
+from zsq.export.converted import DEQUANTIZE, QUANTIZE, converted_results, detached_copy
+from zsq.export.image_spec import KEY, output_names, to_json
 from zsq.export.litert.flatbuffer import FileBuilder, Grid
 from zsq.export.options import PLAIN, FileOptions
 from zsq.export.pixels import NOTE
@@ -112,13 +112,13 @@ class _Writer:
 
     def file(self, notes: Mapping[str, str]) -> bytes:
         """Return the file."""
-        result = self.network.graph.output_node().args[0]
-        (result,) = result if isinstance(result, tuple | list) else (result,)
-        assert isinstance(result, Node)
-        logits = self.moved(self.integers(result), last=False)
-        self.builder.tensors[logits.index].name = b"logits"
+        found = []
+        for result, name in zip(converted_results(self.network.graph), output_names(self.spec), strict=True):
+            value = self.moved(self.integers(result), last=False)
+            self.builder.tensors[value.index].name = name.encode()
+            found.append(value.index)
         known = dict(notes) | {KEY: to_json(self.spec)} | ({NOTE: self.options.pixels} if self.options.pixels else {})
-        return self.builder.finish([self.input], [logits.index], known)
+        return self.builder.finish([self.input], found, known)
 
     # Values
 
@@ -782,6 +782,16 @@ def _max_pool(writer: _Writer, node: Node, x: Value) -> Value:
     return result
 
 
+def _nearest(writer: _Writer, node: Node, x: Value) -> Value:
+    """Translate upsampling by the nearest value: a place reads where it lies, rounded down, in both libraries."""
+    shape = _shape_of(node)
+    x = writer.moved(x, last=True)
+    size = writer.builder.constant(f"{node.name}_size", list(shape[2:]))
+    result = writer.new(node.name, shape, x.grid, last=True)
+    writer.builder.operator("RESIZE_NEAREST_NEIGHBOR", [x.index, size], result.index, "ResizeNearestNeighbor")
+    return result
+
+
 def _part(writer: _Writer, node: Node, x: Value) -> Value:
     """Translate `getitem` of a split: `x` is what is split."""
     split, place = node.args
@@ -812,6 +822,7 @@ MOVES: dict[Any, Callable[[_Writer, Node, Value], Value]] = {
     aten.select.int: _select,
     **dict.fromkeys((aten.pad.default, aten.constant_pad_nd.default), _constant_pad),
     aten.max_pool2d.default: _max_pool,
+    aten.upsample_nearest2d.vec: _nearest,
     operator.getitem: _part,
 }
 """What only moves or chooses integers: translation of an operation, given its source."""
@@ -847,6 +858,58 @@ def _softmax(writer: _Writer, node: Node) -> Value:
     return result
 
 
+def _length(writer: _Writer, node: Node) -> Value:
+    """Translate the Euclidean length of vectors along one dimension."""
+    x = writer.moved(writer.floats(node.args[0]), last=False)  # type: ignore[arg-type]
+    order, dims = argument(node, 1, 2), argument(node, 2)
+    if order != 2 or not dims or len(dims) != 1:
+        raise _no_form(node)
+    dim = int(dims[0]) % len(x.shape)
+    kept = [1 if place == dim else size for place, size in enumerate(x.shape)]
+    squares, sums = (
+        writer.new(f"{node.name}_{role}", shape, None, last=False)
+        for role, shape in (("squares", x.shape), ("sum", kept))
+    )
+    writer.builder.operator("MUL", [x.index, x.index], squares.index, "Mul")
+    axis = writer.builder.constant(f"{node.name}_axis", [dim])
+    writer.builder.operator("SUM", [squares.index, axis], sums.index, "Reducer", keepDims=True)
+    root = writer.new(f"{node.name}_root", kept, None, last=False)
+    writer.builder.operator("SQRT", [sums.index], root.index)
+    return (
+        root
+        if argument(node, 3, False)
+        else writer.reshaped(root, writer.new(node.name, _shape_of(node), None, last=False))
+    )
+
+
+def _at_least(writer: _Writer, node: Node) -> Value:
+    x = writer.floats(node.args[0])  # type: ignore[arg-type]
+    low, high = clamp_limits(node) or (-math.inf, math.inf)
+    for code, limit in (("MAXIMUM", low), ("MINIMUM", high)):
+        if math.isfinite(limit):
+            stored = writer.builder.tensor(
+                f"{node.name}_{code.lower()}_limit", (1,), data=np.array([limit], np.float32)
+            )
+            result = writer.new(f"{node.name}_{code.lower()}", x.shape, None, last=x.last)
+            writer.builder.operator(code, [x.index, stored], result.index, "MaximumMinimum")
+            x = result
+    return x
+
+
+def _expanded(writer: _Writer, node: Node) -> Value:
+    """Leave an expansion to the operator that reads it, which broadcasts."""
+    return writer.floats(node.args[0])  # type: ignore[arg-type]
+
+
+def _quotient(writer: _Writer, node: Node) -> Value:
+    values = [writer.moved(writer.floats(arg), last=False) for arg in node.args if isinstance(arg, Node)]
+    if len(values) != 2:
+        raise _no_form(node)
+    result = writer.new(node.name, _shape_of(node), None, last=False)
+    writer.builder.operator("DIV", [value.index for value in values], result.index, "Div")
+    return result
+
+
 FLOATS: dict[Any, Callable[[_Writer, Node], Value]] = {
     aten.sigmoid.default: _unary("LOGISTIC"),
     aten.tanh.default: _unary("TANH"),
@@ -854,5 +917,12 @@ FLOATS: dict[Any, Callable[[_Writer, Node], Value]] = {
     aten.silu.default: _silu,
     aten.softmax.int: _softmax,
     aten.elu.default: _unary("ELU"),
+    aten.linalg_vector_norm.default: _length,
+    aten.clamp_min.default: _at_least,
+    aten.expand_as.default: _expanded,
+    aten.div.Tensor: _quotient,
 }
 """What LiteRT has on floats: translation of an operation."""
+
+IN_FLOAT = frozenset(FLOATS) - {aten.clamp_min.default, aten.expand_as.default}
+"""Those that are computed in float wherever they stand; the others are so between these alone."""
