@@ -107,7 +107,7 @@ def place(tmp_path, monkeypatch) -> Path:
 
 
 def weights(**changed: torch.Tensor) -> dict[str, torch.Tensor]:
-    return load_file(digits.weights_path()) | {name.replace("__", "."): value for name, value in changed.items()}
+    return load_file(digits.NETWORK.weights) | {name.replace("__", "."): value for name, value in changed.items()}
 
 
 # Results

@@ -30,7 +30,7 @@ def test_bundled_weights_recognise_the_other_half() -> None:
     result = evaluate(teacher.network, open_dataset("digits", teacher.spec))
     assert result.num_images == 899
     assert result.top1_correct == pytest.approx(887, abs=2)
-    assert digits.weights_path().stat().st_size < 200_000
+    assert digits.NETWORK.weights.stat().st_size < 200_000
 
 
 def test_one_pixel_shifts() -> None:

@@ -168,7 +168,7 @@ def test_hash_depends_on_names_shapes_and_values_only() -> None:
 def test_digits() -> None:
     teacher = load_teacher("digits")
     assert (teacher.name, teacher.weights_source, teacher.spec) == ("digits", "bundled", digits.SPEC)
-    copied = load_teacher("digits", weights=digits.weights_path())
+    copied = load_teacher("digits", weights=digits.NETWORK.weights)
     assert (copied.weights_source, copied.weights_sha256) == ("weights.safetensors", teacher.weights_sha256)
     drawn = load_teacher("digits", weights="random", mean=(0.0,), std=(1.0,))
     assert drawn.weights_sha256 != teacher.weights_sha256

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from zsq.data import digits
+from zsq.data import digits, shapes
 from zsq.errors import InputError
 from zsq.types import Batch, ImageSpec
 
@@ -34,12 +34,16 @@ ZIP_FAULTS = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.
 """What reading a damaged npz raises."""
 
 KINDS = (
-    "'digits', 'digits:train', a .npz file (images uint8 [N,H,W,C], and labels where there are any), a folder with "
-    "metadata.csv (file_name,label), a folder with one folder a class, or a folder of images without labels"
+    "'digits', 'digits:train', 'shapes', 'shapes:train', a .npz file (images uint8 [N,H,W,C], and labels where there "
+    "are any), a folder with metadata.csv (file_name,label), a folder with one folder a class, or a folder of images "
+    "without labels"
 )
 
 UNKNOWN = -1
 """Label of an image whose class nobody has said."""
+
+SMALLEST_DRAWN = 16
+"""Side in pixels from which drawn shapes can be told apart."""
 
 SHOWN_CLASSES = 10
 """Class folders of which a notice names all; of more it names the first and the last."""
@@ -192,6 +196,26 @@ class _Array(DataSet):
         for start in range(0, self.num_images, batch_size):
             chunk = self._images[start : min(start + batch_size, self.num_images)]
             yield _fit_array(chunk, self._spec)
+
+
+class _Drawn(DataSet):
+    """Drawn shapes at the size that the network takes, of which one batch at a time is in memory."""
+
+    def __init__(self, name: str, spec: ImageSpec, limit: int | None, *, train: bool) -> None:
+        if spec.channels != 3 or spec.height != spec.width or spec.height < SMALLEST_DRAWN:
+            raise InputError(
+                f"data set '{name}' is of square color images from {SMALLEST_DRAWN} pixels on; the teacher takes "
+                f"{spec.channels}x{spec.height}x{spec.width}."
+            )
+        self._seed = shapes.TRAIN_SEED if train else shapes.TEST_SEED
+        count = shapes.TRAIN_IMAGES if train else shapes.TEST_IMAGES
+        labels = shapes.labels(count if limit is None else min(count, max(limit, 1)), seed=self._seed)
+        super().__init__(name, spec, labels, limit)
+
+    def _pixels(self, batch_size: int) -> Iterator[np.ndarray]:
+        for start in range(0, self.num_images, batch_size):
+            count = min(batch_size, self.num_images - start)
+            yield shapes.images(count, size=self._spec.height, seed=self._seed, start=start)[0]
 
 
 class _Npz(DataSet):
@@ -350,7 +374,8 @@ def open_dataset(
     are taken as they are.
 
     Args:
-        name: `digits` (test half), `digits:train` (training half), a `.npz` file with `images` uint8 [N, H, W, C] or
+        name: `digits` (test half), `digits:train` (training half), `shapes` and `shapes:train` (2,000 and 8,000 drawn
+            images at the size that the teacher takes), a `.npz` file with `images` uint8 [N, H, W, C] or
             [N, H, W] and perhaps `labels`, a folder with `metadata.csv` (`file_name,label`), a folder with one folder a
             class, whose sorted names stand for 0, 1, ... (in numeric order where all are numbers), or a folder of
             images, which have no labels then. A network that names a class at each place takes `masks` [N, H, W] beside
@@ -366,6 +391,8 @@ def open_dataset(
     if name in ("digits", "digits:train"):
         images, labels = digits.split(train=name == "digits:train")
         return _Array(name, spec, images, labels, limit)
+    if name in ("shapes", "shapes:train"):
+        return _Drawn(name, spec, limit, train=name == "shapes:train")
     path = Path(name)
     if path.is_file() and path.suffix == ".npz":
         return _Npz(name, path, spec, limit)

@@ -78,7 +78,7 @@ class Network:
     """A network to quantize, by name; command line, recipe, run folder and Python say it in these words."""
 
     model: Positional[str]
-    """digits, pytorchcv:NAME, timm:NAME, torchvision:NAME, FILE.py:FACTORY or PACKAGE.MODULE:FACTORY."""
+    """digits, shapes_mobilenet, pytorchcv:NAME, timm:NAME, torchvision:NAME, FILE.py:FACTORY or MODULE:FACTORY."""
     weights: Annotated[str | None, option("FILE")] = None
     """Weights file (safetensors or PyTorch checkpoint), or `random`; unset, those that MODEL brings."""
     input: Annotated[tuple[int, int, int] | None, text("CxHxW", parse_shape), option("CxHxW")] = None

@@ -16,7 +16,6 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from zsq.data import digits
 from zsq.errors import InputError, TeacherError, unknown_name
 from zsq.graph.trace import FOREIGN_FAULTS, described, first_line, full_spec, trace
 from zsq.models import zoo
@@ -82,9 +81,9 @@ def load_teacher(
     """Return the teacher that MODEL names.
 
     Args:
-        model: `digits`, `pytorchcv:NAME`, `torchvision:NAME`, `timm:NAME`, `path/to/file.py:FACTORY` or
-            `package.module:FACTORY`. A factory is called without arguments and returns an `nn.Module`; its attribute
-            `image_spec`, an `ImageSpec`, stands in for silent flags.
+        model: `digits`, `shapes_mobilenet`, `pytorchcv:NAME`, `torchvision:NAME`, `timm:NAME`,
+            `path/to/file.py:FACTORY` or `package.module:FACTORY`. A factory is called without arguments and returns an
+            `nn.Module`; its attribute `image_spec`, an `ImageSpec`, stands in for silent flags.
         weights: a safetensors file or a PyTorch checkpoint (a state dict, also under `state_dict`, `model` or
             `model_state_dict`, also with the prefix `module.`); `random` for seeded initial weights; None for those
             that the model brings: bundled, fetched by the zoo, or set by the factory.
@@ -122,10 +121,12 @@ def load(network: Network) -> Teacher:
     net: nn.Module
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_SEED)
-        if model == "digits":
-            net, spec, source = digits.network(), network.spec_over(digits.SPEC), "bundled"
+        if model in zoo.BUNDLED:
+            bundled = zoo.BUNDLED[model]
+            assert bundled.spec is not None  # of a classifier of images
+            net, spec, source = bundled.build(), network.spec_over(bundled.spec), "bundled"
             if weights is None:
-                load_weights(net, digits.weights_path(), digits.SPEC, {})
+                load_weights(net, bundled.weights, bundled.spec, {})
         elif model.partition(":")[0] in zoo.INSTALL:
             net, spec = _from_zoo(network)
             source = "zoo"
@@ -199,7 +200,7 @@ def _from_factory(network: Network) -> tuple[nn.Module, ImageSpec]:
     place, colon, name = model.rpartition(":")
     if not colon or not place or not name:
         near = [f"{library}:{model}" for library in ("pytorchcv",) if _has(library, model)]
-        forms = ["digits", *(f"{library}:NAME" for library in zoo.INSTALL), "FILE.py:FACTORY", "MODULE:FACTORY"]
+        forms = [*zoo.BUNDLED, *(f"{library}:NAME" for library in zoo.INSTALL), "FILE.py:FACTORY", "MODULE:FACTORY"]
         raise unknown_name("model", model, [*near, *forms])
     module = _file_module(Path(place)) if place.endswith(".py") else _named_module(place)
     factory = getattr(module, name, None)

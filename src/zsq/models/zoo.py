@@ -16,9 +16,16 @@ import numpy as np
 import torch
 from torch import nn
 
+from zsq.data import digits, shapes
+from zsq.data.bundled import Bundled
 from zsq.errors import MissingExtraError, TeacherError, unknown_name
 from zsq.graph.trace import FOREIGN_FAULTS, first_line
 from zsq.types import ImageSpec
+
+BUNDLED: dict[str, Bundled] = {
+    network.name: network for network in (digits.NETWORK, shapes.NETWORKS["shapes_mobilenet"])
+}
+"""The networks that zsq brings and can quantize, by name."""
 
 INSTALL = {
     "pytorchcv": "pip install 'zsq[zoo]'",
@@ -78,7 +85,7 @@ class ModelGroup:
 
 def known_models() -> list[ModelGroup]:
     """Return every way to name a teacher; a zoo that does not import here says why."""
-    groups = [ModelGroup("digits", True, "bundled: 8x8 digits, 10 classes", ("digits",))]
+    groups = [ModelGroup(each.name, True, f"bundled: {each.summary}", (each.name,)) for each in BUNDLED.values()]
     for zoo in INSTALL:
         try:
             names = zoo_names(zoo)

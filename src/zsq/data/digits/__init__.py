@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from zsq.data.bundled import Bundled
 from zsq.data.digits.network import DigitsNet
 from zsq.types import ImageSpec
 
@@ -18,14 +19,14 @@ SPEC = ImageSpec(channels=1, height=8, width=8, classes=10, mean=(0.3050,), std=
 SPLIT_SEED = 20190607
 
 
-def network() -> DigitsNet:
-    """Return the network with its initial, untrained weights; it takes float [N, 1, 8, 8] and gives logits [N, 10]."""
-    return DigitsNet()
-
-
-def weights_path() -> Path:
-    """Return the file that holds the trained weights."""
-    return Path(__file__).with_name("weights.safetensors")
+NETWORK = Bundled(
+    name="digits",
+    summary="8x8 digits, 10 classes",
+    build=DigitsNet,
+    weights=Path(__file__).with_name("weights.safetensors"),
+    spec=SPEC,
+)
+"""It takes float [N, 1, 8, 8] and gives logits [N, 10]."""
 
 
 def split(train: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -1,15 +1,14 @@
 """Train the bundled teacher and write its weights: `python -m zsq.data.digits.train [FILE]`, half a minute."""
 
 import argparse
-import os
 import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from zsq.data.digits import SPEC, network, split, weights_path
+from zsq.data.bundled import write_weights
+from zsq.data.digits import NETWORK, SPEC, split
 
 SEED = 0
 EPOCHS = 60
@@ -41,7 +40,7 @@ def train(epochs: int = EPOCHS) -> nn.Module:
     generator = torch.Generator().manual_seed(SEED)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        net = network()
+        net = NETWORK.build()
     optimizer = torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     steps = epochs * (len(images) // BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
@@ -66,24 +65,16 @@ def correct(net: nn.Module, train: bool) -> tuple[int, int]:
         return int((net(images).argmax(1) == labels).sum()), len(labels)
 
 
-def write(net: nn.Module, path: Path) -> None:
-    """Write the weights as safetensors, whole or not at all."""
-    state = {name: value.contiguous() for name, value in net.state_dict().items() if "num_batches" not in name}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(save(state))  # not save_file, which makes the file unreadable for other users
-    os.replace(temporary, path)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Train, print the accuracy on both halves and write the weights."""
     parser = argparse.ArgumentParser(description="Train the bundled digits teacher and write its weights.")
-    parser.add_argument("file", nargs="?", type=Path, default=weights_path(), help="where to write (safetensors)")
+    parser.add_argument("file", nargs="?", type=Path, default=NETWORK.weights, help="where to write (safetensors)")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     begin = time.perf_counter()
     net = train(options.epochs)
-    write(net, options.file)
+    write_weights(net, options.file)
     for name, is_train in (("train", True), ("test", False)):
         hits, count = correct(net, is_train)
         print(f"{name}: {hits} of {count} ({100 * hits / count:.2f} %)")
