@@ -45,16 +45,12 @@ def calibrated(teacher: Teacher, **settings) -> Student:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_file_for_each_target(tmp_path, name, target) -> None:
     teacher = teacher_from_module(NETWORKS[name](), spec_of(name))
-    student, spec = calibrated(teacher, target=target), teacher.spec
-    converted, path = convert(student), tmp_path / TARGETS[target].file
-    write_file(converted, spec, path, TARGETS[target])
+    student, spec, kind = calibrated(teacher, target=target), teacher.spec, TARGETS[target]
+    converted, path, images = convert(student), tmp_path / kind.file, noise(teacher, 20)
+    write_file(converted, spec, path, kind)
+    assert packed(converted)(images).shape == student(images).shape
     step = output_step(converted, spec.outputs)
-    with torch.no_grad():
-        far = (packed(converted)(noise(teacher, 8)) - student(noise(teacher, 8))).abs() / step
-    assert float(far.mean()) < 0.05
-    found = verify_file(
-        path, student, [noise(teacher, 20)], step, outputs=spec.outputs, threads=1, target=TARGETS[target]
-    )
+    found = verify_file(path, student, [images], step, outputs=spec.outputs, threads=1, target=kind)
     require(found)
     assert found.by_distance == (spec.classes == 0)
     assert open_file(path).spec == spec

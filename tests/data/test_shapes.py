@@ -112,7 +112,7 @@ def test_masks_boxes_and_labels_of_scenes_agree() -> None:
 
 
 def test_a_mask_is_where_the_shape_is_painted() -> None:
-    """Inside and outside of a mask, colours differ by more than within: on average, as some shapes are like the ground."""
+    """Inside and outside of a mask, colours differ, on average: some shapes are like the ground."""
     drawn = shapes.scenes(60, seed=8)
     inside = [image[mask > 0].mean(0) for image, mask in zip(drawn.images, drawn.masks, strict=True)]
     outside = [image[mask == 0].mean(0) for image, mask in zip(drawn.images, drawn.masks, strict=True)]
@@ -179,7 +179,9 @@ FLOORS = {
 def test_bundled_weights_reach_a_floor(name: str) -> None:
     bundled = shapes.NETWORKS[name]
     assert bundled.weights.stat().st_size < 400_000
-    found = train.score(name, trained(bundled.build, bundled.weights), 250 if name.endswith(("unet", "detector")) else 500)
+    found = train.score(
+        name, trained(bundled.build, bundled.weights), 250 if name.endswith(("unet", "detector")) else 500
+    )
     assert found.keys() == FLOORS[name].keys()
     for measure, value in found.items():
         assert FLOORS[name][measure] < value < 0.99, measure

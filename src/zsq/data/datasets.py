@@ -45,6 +45,9 @@ UNKNOWN = -1
 SMALLEST_DRAWN = 16
 """Side in pixels from which drawn shapes can be told apart."""
 
+VIEWS = 4
+"""Views of each drawn shape, for a network that gives embeddings."""
+
 SHOWN_CLASSES = 10
 """Class folders of which a notice names all; of more it names the first and the last."""
 
@@ -199,7 +202,11 @@ class _Array(DataSet):
 
 
 class _Drawn(DataSet):
-    """Drawn shapes at the size that the network takes, of which one batch at a time is in memory."""
+    """Drawn shapes at the size that the network takes, of which one batch at a time is in memory.
+
+    A classifier gets one shape an image, an embedding `VIEWS` views of each shape, and any other network several shapes
+    an image, with masks for one that names the class of each pixel.
+    """
 
     def __init__(self, name: str, spec: ImageSpec, limit: int | None, *, train: bool) -> None:
         if spec.channels != 3 or spec.height != spec.width or spec.height < SMALLEST_DRAWN:
@@ -209,13 +216,35 @@ class _Drawn(DataSet):
             )
         self._seed = shapes.TRAIN_SEED if train else shapes.TEST_SEED
         count = shapes.TRAIN_IMAGES if train else shapes.TEST_IMAGES
-        labels = shapes.labels(count if limit is None else min(count, max(limit, 1)), seed=self._seed)
-        super().__init__(name, spec, labels, limit)
+        count = count if limit is None else min(count, max(limit, 1))
+        self._kind = truth_of(spec)
+        labels = np.arange(count) // VIEWS
+        if self._kind == "labels":
+            labels = shapes.labels(count, seed=self._seed)
+        super().__init__(name, spec, labels, limit, labelled=self._kind != "values")
+        if self._kind == "values":
+            self._labels = np.full(count, UNKNOWN)
 
     def _pixels(self, batch_size: int) -> Iterator[np.ndarray]:
         for start in range(0, self.num_images, batch_size):
-            count = min(batch_size, self.num_images - start)
-            yield shapes.images(count, size=self._spec.height, seed=self._seed, start=start)[0]
+            yield self._drawn(start, min(batch_size, self.num_images - start))
+
+    def _drawn(self, start: int, count: int) -> np.ndarray:
+        size, seed = self._spec.height, self._seed
+        if self._kind == "labels":
+            return shapes.images(count, size=size, seed=seed, start=start)[0]
+        if self._kind == "identities":
+            first, end = start // VIEWS, -(-(start + count) // VIEWS)
+            views = shapes.views(end - first, VIEWS, size=size, seed=seed, start=first)
+            skipped = start - first * VIEWS
+            return views.reshape(-1, *views.shape[2:])[skipped : skipped + count]
+        return shapes.scenes(count, size=size, seed=seed, start=start).images
+
+    def _truth(self, start: int, end: int) -> np.ndarray:
+        if self._kind != "masks":
+            return super()._truth(start, end)
+        found = shapes.scenes(end - start, size=self._spec.height, seed=self._seed, start=start).masks
+        return _masks(found, self._spec, self.name, start)
 
 
 class _Npz(DataSet):

@@ -94,7 +94,7 @@ def recognised(answer: Any, spec: ImageSpec, name: str) -> ImageSpec:
     Raises:
         TeacherError: an output is no float tensor with an image a row, or what it means cannot be told.
     """
-    found = _named(answer, name)
+    found = _named_in_order(_named(answer, name), spec)
     kinds = _said(found, spec, name) if spec.outputs else _guessed(found, spec, name)
     alone = len(found) == 1
     outputs = tuple(
@@ -133,6 +133,15 @@ def _named(answer: Any, name: str) -> dict[str, Tensor]:
         found["" if not path else key] = leaf
     if not found:
         raise TeacherError(f"teacher '{name}' returns a {type(answer).__name__} without a tensor in it.")
+    return found
+
+
+def _named_in_order(found: dict[str, Tensor], spec: ImageSpec) -> dict[str, Tensor]:
+    """Give outputs without names of their own those that the spec has, in order."""
+    said = [output.name for output in spec.outputs]
+    nameless = all(key == f"output_{index}" for index, key in enumerate(found))
+    if nameless and len(said) == len(found) == len(set(said) - {""}):
+        return dict(zip(said, found.values(), strict=True))
     return found
 
 

@@ -23,7 +23,7 @@ from zsq.graph.trace import FOREIGN_FAULTS, first_line
 from zsq.types import ImageSpec
 
 BUNDLED: dict[str, Bundled] = {
-    network.name: network for network in (digits.NETWORK, shapes.NETWORKS["shapes_mobilenet"])
+    network.name: network for network in (digits.NETWORK, *shapes.NETWORKS.values()) if network.spec is not None
 }
 """The networks that zsq brings and can quantize, by name."""
 

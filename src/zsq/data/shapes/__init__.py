@@ -19,7 +19,7 @@ from zsq.data.shapes.world import (
     scenes,
     views,
 )
-from zsq.types import ImageSpec
+from zsq.types import ImageSpec, Output
 
 __all__ = [
     "CLASSES",
@@ -53,8 +53,8 @@ MEAN, STD = (0.389, 0.389, 0.389), (0.192, 0.192, 0.192)
 WEIGHTS = Path(__file__).with_name("weights")
 
 
-def _spec(size: int, classes: int) -> ImageSpec:
-    return ImageSpec(channels=3, height=size, width=size, classes=classes, mean=MEAN, std=STD)
+def _spec(size: int, classes: int = 0, outputs: tuple[Output, ...] = ()) -> ImageSpec:
+    return ImageSpec(channels=3, height=size, width=size, classes=classes, mean=MEAN, std=STD, outputs=outputs)
 
 
 NETWORKS = {
@@ -81,15 +81,14 @@ NETWORKS = {
             summary="embeddings of 32x32 drawn shapes, 64 numbers",
             build=networks.ShapesEmbedder,
             weights=WEIGHTS / "embedder.safetensors",
-            spec=_spec(32, networks.EMBEDDING),
+            spec=_spec(32, outputs=(Output("embedding", "embedding"),)),
         ),
         Bundled(
             name="shapes_detector",
             summary="heat, size and offset of 64x64 drawn shapes, 16x16 cells; a CenterNet",
             build=networks.ShapesDetector,
             weights=WEIGHTS / "detector.safetensors",
-            spec=_spec(64, len(CLASSES)),
-            class_names=CLASSES,
+            spec=_spec(64, outputs=tuple(Output(name, "values") for name in ("heat", "size", "offset"))),
         ),
         Bundled(
             name="signals_net",

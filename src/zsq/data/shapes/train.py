@@ -28,6 +28,9 @@ VIEWS = 6
 TEMPERATURE = 0.1
 """Of the cosines of its loss."""
 
+GROUND_WEIGHT = 0.2
+"""Of a pixel of the ground, where one of a shape counts 1."""
+
 Rows = tuple[Tensor, ...]
 """What is known of each training example: first its input, then what the loss needs."""
 
@@ -168,6 +171,14 @@ def cross_entropy(net: nn.Module, rows: Rows) -> Tensor:
     return nn.functional.cross_entropy(net(rows[0]), rows[1].long())
 
 
+def balanced_cross_entropy(net: nn.Module, rows: Rows) -> Tensor:
+    """Return the cross-entropy of the classes of pixels, of which the ground, most of them, counts for less."""
+    logits = net(rows[0])
+    weights = torch.ones(logits.shape[1])
+    weights[0] = GROUND_WEIGHT
+    return nn.functional.cross_entropy(logits, rows[1].long(), weights)
+
+
 def contrastive(net: nn.Module, rows: Rows) -> Tensor:
     """Return the cross-entropy of finding each shape's other view among all views of the batch, by cosine.
 
@@ -251,7 +262,13 @@ RECIPES = {
         weight_decay=1e-3,
     ),
     "shapes_unet": Recipe(
-        draw=draw_scenes, augment=turned, loss=cross_entropy, score=mean_iou, examples=5000, epochs=10, batch_size=32
+        draw=draw_scenes,
+        augment=turned,
+        loss=balanced_cross_entropy,
+        score=mean_iou,
+        examples=8000,
+        epochs=16,
+        batch_size=32,
     ),
     "shapes_embedder": Recipe(
         draw=draw_views, augment=two_views, loss=contrastive, score=verified, examples=4000, epochs=16

@@ -1,0 +1,111 @@
+"""How good are files of networks that give classes of pixels, embeddings or boxes, with and without real images?
+
+    python benchmarks/heads.py                                   # all bundled networks, seed 0
+    python benchmarks/heads.py shapes_unet --seeds 0 1 2 --bits 4
+
+Each network is quantized with zscgan, Gaussian noise and real images, with PTQ and QAT; files answer images of another
+seed than the network was trained on. Appends a line a file to benchmarks/results/heads.jsonl. The detector's maps are
+decoded by `zsq.data.shapes.decode`, and its figure is the average precision at an overlap of 0.5.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from machine import processor
+from records import append
+
+import zsq
+from zsq.data import shapes
+from zsq.data.datasets import open_dataset
+from zsq.evaluation.accuracy import evaluate
+from zsq.export.files import open_file
+from zsq.models.teacher import Teacher, load_teacher
+from zsq.training.answers import Answers
+
+NETWORKS = ("shapes_mobilenet", "shapes_unet", "shapes_embedder", "shapes_detector")
+METHODS = ("zscgan", "noise", "real")
+TESTED = 1000
+SETTINGS = {"quantizer.num_samples": 256, "method.batch_size": 32}
+STEPS, DISTILLED = 400, 200
+
+
+def figures(teacher: Teacher, predict: Any) -> dict[str, float]:
+    """Return what is true of a network's answers to the test images, and how near they are to the teacher's."""
+    spec = teacher.spec
+    data = open_dataset("shapes", spec, limit=TESTED)
+    found = evaluate(predict, data, teacher=teacher.network, outputs=spec.outputs)
+    values = {measure.name: measure.value for measure in found.truths}
+    if found.top1 is not None:
+        values["top-1"] = found.top1 / 100
+    if teacher.name == "shapes_detector":
+        values["AP"] = precision(teacher, predict)
+    return {name: round(value, 5) for name, value in values.items()} | {
+        "agreement": round((found.teacher_agreement or 0) / 100, 5)
+    }
+
+
+@torch.no_grad()
+def precision(teacher: Teacher, predict: Any) -> float:
+    """Return the average precision of the decoded boxes."""
+    boxes: list[np.ndarray] = []
+    for batch in open_dataset("shapes", teacher.spec, limit=TESTED).batches():
+        heat, size, offset = (part.numpy() for part in Answers(teacher.spec.outputs).parts(predict(batch.images)))
+        boxes += shapes.decode(heat, size, offset)
+    there = shapes.scenes(TESTED, size=teacher.spec.height, seed=shapes.TEST_SEED)
+    return shapes.average_precision(boxes, there.boxes, there.labels)
+
+
+def rows(name: str, bits: list[str], quantizers: list[str], seed: int, methods: list[str], folder: Path) -> None:
+    """Quantize one network in every way."""
+    teacher = load_teacher(name)
+    base = {"network": name, "seed": seed, "processor": processor()}
+    append("heads", base | {"method": "float", **figures(teacher, teacher.network)})
+    for method in methods:
+        first: Path | None = None
+        for width in bits:
+            for quantizer in quantizers:
+                out = folder / f"{name}-{method}-{width}-{quantizer}"
+                settings: dict[str, Any] = dict(SETTINGS) if first is None or method != "zscgan" else {}
+                settings |= {"quantizer.steps": DISTILLED} if quantizer == "qat" else {}
+                settings["quantizer.num_samples"] = SETTINGS["quantizer.num_samples"]
+                settings |= {"method.steps": STEPS} if method == "zscgan" and first is None else {}
+                settings |= {"method.data": "shapes:train", "method.limit": 1024} if method == "real" else {}
+                result = zsq.quantize(
+                    teacher,
+                    method=method,
+                    quantizer=quantizer,
+                    bits=width,
+                    settings=settings,
+                    seed=seed,
+                    from_run=first if method == "zscgan" else None,
+                    out=out,
+                    quiet=True,
+                )
+                first = first or out
+                found = figures(teacher, open_file(out / result.record.file, threads=1))
+                line = {"method": method, "bits": width, "quantizer": quantizer, **found}
+                append("heads", base | line | {"seconds": round(result.record.seconds)})
+
+
+def main() -> None:
+    """Quantize each network in every way."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("networks", nargs="*", default=NETWORKS)
+    parser.add_argument("--bits", nargs="+", default=["8", "4"])
+    parser.add_argument("--quantizers", nargs="+", default=["ptq", "qat"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in given.seeds:
+            for name in given.networks:
+                rows(name, given.bits, given.quantizers, seed, given.methods, Path(folder) / str(seed))
+
+
+if __name__ == "__main__":
+    main()
