@@ -115,10 +115,14 @@ class ImageSpec:
         mean, std = self._statistics(pixels)
         return (pixels - mean) / std
 
+    def denormalize(self, images: Tensor) -> Tensor:
+        """Map network inputs [N, C, H, W] back to pixels, in [0, 1] where they are those of an image."""
+        mean, std = self._statistics(images)
+        return images * std + mean
+
     def to_pixels(self, images: Tensor) -> Tensor:
         """Map network inputs [N, C, H, W] back to pixels, uint8 [N, H, W, C]."""
-        mean, std = self._statistics(images)
-        pixels = (images * std + mean).clamp(0, 1)
+        pixels = self.denormalize(images).clamp(0, 1)
         return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
     def _statistics(self, images: Tensor) -> tuple[Tensor, Tensor]:

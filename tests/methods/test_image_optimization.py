@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from toys import SPEC, Plain, settle
 
 from zsq.errors import InputError
-from zsq.methods import DeepInversion, KnowledgeWithin, ZeroQ
+from zsq.methods import DeepInversion, KnowledgeWithin, Spectral, ZeroQ
 from zsq.methods.deepinversion import noise_student
 from zsq.methods.image_optimization import Inversion, InversionSource
 from zsq.methods.zeroq import plateau
@@ -30,7 +30,7 @@ from zsq.training.losses import (
 )
 from zsq.types import ImageSpec
 
-INVERSIONS = (ZeroQ, DeepInversion, KnowledgeWithin)
+INVERSIONS = (ZeroQ, DeepInversion, KnowledgeWithin, Spectral)
 every_inversion = pytest.mark.parametrize("kind", INVERSIONS)
 TWO_LAYERS = [(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 1.0])), (torch.tensor([0.0]), torch.tensor([4.0]))]
 ZERO, ONE = torch.zeros(3), torch.ones(3)

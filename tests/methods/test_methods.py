@@ -29,7 +29,9 @@ from zsq.types import Batch, ImageSpec
 SMALL = {"steps": 3, "batch_size": 8, "width": 8, "data": "digits:train", "limit": 200}
 """Settings of every method in these tests, as far as it has them."""
 
-OVERRIDES = {name: {"steps": 20, "iterations": 1} for name in ("zeroq", "deepinversion", "knowledge-within")}
+OVERRIDES = {
+    name: {"steps": 20, "iterations": 1} for name in ("zeroq", "deepinversion", "knowledge-within", "spectral")
+}
 """Settings of single methods: these make one batch an iteration, and so 160 images."""
 
 every_method = pytest.mark.parametrize("name", METHODS)

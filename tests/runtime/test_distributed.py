@@ -20,7 +20,7 @@ from zsq.cli.launcher import LOST, run_workers, watch_starter
 from zsq.errors import InputError, LostProcessError, NumericsError
 from zsq.export.content_hash import canonical_sha256
 from zsq.graph.moments import moments
-from zsq.methods import ZSCGAN, Adversarial, DeepInversion, Method, Noise, Real, ZeroQ
+from zsq.methods import ZSCGAN, Adversarial, DeepInversion, Method, Noise, Real, Spectral, ZeroQ
 from zsq.models.teacher import load_teacher
 from zsq.quantization import QAT
 from zsq.quantization.ptq import quantize_ptq
@@ -43,6 +43,7 @@ METHODS: dict[str, Method] = {
     "fresh adversarial": Adversarial(steps=0, batch_size=COUNT, width=8),
     "zeroq": ZeroQ(steps=6, iterations=3, batch_size=COUNT),
     "deepinversion": DeepInversion(steps=4, iterations=2, batch_size=COUNT, competition_weight=0.2),
+    "spectral": Spectral(steps=4, iterations=2, batch_size=COUNT),
     "noise": Noise(batch_size=COUNT, distribution="uniform"),
     "real": Real(data="digits:train", limit=200, batch_size=COUNT, augment="crop-flip"),
 }
@@ -179,7 +180,7 @@ def seen(folder: Path, name: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["zscgan", "adversarial", "zeroq", "deepinversion", *DISTILLED])
+@pytest.mark.parametrize("name", ["zscgan", "adversarial", "zeroq", "deepinversion", "spectral", *DISTILLED])
 def test_two_processes_have_the_losses_of_one(two, alone, name):
     one, both = metrics(alone / name), metrics(two / name)
     assert len(one) > 1
@@ -195,7 +196,7 @@ def test_two_processes_have_the_losses_of_one(two, alone, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["zscgan", "adversarial", "zeroq", "deepinversion", *DISTILLED])
+@pytest.mark.parametrize("name", ["zscgan", "adversarial", "zeroq", "deepinversion", "spectral", *DISTILLED])
 def test_two_processes_learn_what_one_does(two, alone, name):
     for path in sorted((alone / name / "checkpoints").iterdir()):
         expected, found = load_tensors(path)[0], load_tensors(two / name / "checkpoints" / path.name)[0]
@@ -221,7 +222,7 @@ def test_samples_of_the_processes_are_disjoint_and_make_up_the_batch(two, alone,
         {image.numpy().tobytes() for image in expected[f"{name}.images"]}
     )  # pools draw with replacement
     assert len(rows[0] & rows[1]) <= twice
-    assert twice == 0 or name in ("zeroq", "deepinversion", "real")
+    assert twice == 0 or name in ("zeroq", "deepinversion", "spectral", "real")
     for rank in ("0", "1"):  # every process knows all labels
         assert torch.equal(seen(two, rank)[f"{name}.labels"], expected[f"{name}.labels"])
 

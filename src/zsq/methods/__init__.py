@@ -7,6 +7,7 @@ from zsq.methods.deepinversion import DeepInversion
 from zsq.methods.dfq import DFQ
 from zsq.methods.knowledge_within import KnowledgeWithin
 from zsq.methods.noise_and_real import Noise, Real
+from zsq.methods.spectral import Spectral
 from zsq.methods.zeroq import ZeroQ
 from zsq.methods.zscgan import ZSCGAN
 from zsq.runtime.plugins import Registry
@@ -15,7 +16,7 @@ METHODS = Registry(
     "zsq.methods",
     kind="method",
     base=Method,
-    own=(ZSCGAN, Adversarial, BigGAN, ZeroQ, DeepInversion, KnowledgeWithin, DFQ, Noise, Real),
+    own=(ZSCGAN, Adversarial, BigGAN, ZeroQ, DeepInversion, KnowledgeWithin, Spectral, DFQ, Noise, Real),
 )
 """Every method by its name on the command line: zsq's own, and those that installed packages register."""
 
@@ -30,6 +31,7 @@ __all__ = [
     "Method",
     "Noise",
     "Real",
+    "Spectral",
     "Surrogate",
     "ZeroQ",
 ]

@@ -117,3 +117,17 @@ class LearningMethod(Method, ABC):
             if tensor.dim() == 4:
                 tensor.data = tensor.data.to(memory_format=torch.channels_last)
         return observed
+
+
+def takes_size(teacher: Teacher, height: int, width: int, device: torch.device) -> bool:
+    """Whether a teacher takes images of another size than its own, and answers in the same shape.
+
+    It does not where a layer reads a whole map, or where there is an answer for each place.
+    """
+    try:
+        with torch.no_grad():
+            answers = teacher.network(torch.zeros(2, teacher.spec.channels, height, width, device=device))
+    except RuntimeError:  # such as a linear layer behind flatten
+        return False
+    outputs = teacher.spec.outputs
+    return not outputs or answers.shape[1] == sum(output.size for output in outputs)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zsq.checked import BatchSize, Count, CountOrZero, Momentum, Positive
-from zsq.methods.base import LearningMethod, Surrogate, restore
+from zsq.methods.base import LearningMethod, Surrogate, restore, takes_size
 from zsq.methods.generators import Generator, make_generator
 from zsq.models.teacher import Teacher
 from zsq.quantization.ptq import PTQ, activation_quantizers, quantize_ptq
@@ -216,14 +216,7 @@ class GeneratorSource(ABC):
     def _takes_windows(self, teacher: Teacher) -> bool:
         """Whether the generators can make windows, and the teacher takes images of their size."""
         window = self.networks[0].window
-        if self.whole_every == 1 or window is None:
-            return False
-        try:
-            with torch.no_grad():
-                answers, _ = self.teacher(torch.zeros(2, teacher.spec.channels, *window, device=self.device))
-        except RuntimeError:  # a layer that reads a whole map, such as a linear one behind flatten
-            return False
-        return not teacher.spec.outputs or answers.shape[1] == sum(output.size for output in teacher.spec.outputs)
+        return self.whole_every > 1 and window is not None and takes_size(teacher, *window, self.device)
 
     def update(self, step: int, student: nn.Module | None) -> Batch:
         """Update the generator once and return its images and losses; the batch goes through in `parts`."""

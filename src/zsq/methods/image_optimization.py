@@ -1,4 +1,4 @@
-"""Images found by optimising their pixels: what ZeroQ, DeepInversion and The Knowledge Within share."""
+"""Images found by optimising their pixels: what the methods that do so share."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -75,7 +75,7 @@ class InversionSource(PoolSource, ABC):
     Attributes:
         pool: images as the network takes them, float16 [N, C, H, W], on the CPU; those of `pixels` as they were when
             it was last read.
-        pixels: what Adam changes, the pool's last `batch_size` images in float32.
+        pixels: what Adam changes, in float32: the pool's last `batch_size` images, or what `render` makes them of.
         changed: whether the pixels have changed since the pool was last read.
         wanted: labels of `pixels`, on their device.
         history: weighted sum of the losses at each iteration of this batch so far.
@@ -112,10 +112,18 @@ class InversionSource(PoolSource, ABC):
         """Return a batch's first pixels: standard normal, as the network takes them."""
         return torch.randn(self.batch_size, *self.pool.shape[1:], generator=random)
 
-    def images_of(self, step: int) -> Tensor:
-        """Return what the teacher is shown of the pixels at a step."""
-        del step
+    def encode(self, images: Tensor) -> Tensor:
+        """Return what Adam is to change in place of these images [N, C, H, W]: the images themselves."""
+        return images
+
+    def render(self) -> Tensor:
+        """Return the images [N, C, H, W] of what Adam changes."""
         return self.pixels
+
+    def images_of(self, step: int) -> Tensor:
+        """Return what the teacher is shown of the images at a step."""
+        del step
+        return self.render()
 
     def rate(self, iteration: int) -> float:
         """Return the learning rate of an iteration."""
@@ -132,7 +140,7 @@ class InversionSource(PoolSource, ABC):
             self._begin(index)
         iteration = step % self.iterations
         shown = self.images_of(step)
-        (gradient,), losses = self.replays.call("learn", self._gradient, shown, self.wanted)
+        (gradient,), losses = self.replays.call(shown.shape, self._gradient, shown, self.wanted)
         self.optimizer.zero_grad(set_to_none=True)
         shown.backward(gradient)
         distributed.reduce_gradients([self.pixels])
@@ -159,20 +167,25 @@ class InversionSource(PoolSource, ABC):
     def _begin(self, index: int) -> None:
         """Put the first pixels of a batch into the pool, behind the last ones of the batch before."""
         self._keep()
-        self._optimise(self.start(stream(self.seed, "initial", index)))
+        self._optimise(self.encode(self.start(stream(self.seed, "initial", index))))
         self.history = torch.zeros(self.iterations, device=self.device)
-        self._take(torch.cat([self.pool, self.pixels.detach().cpu().half()]))
+        self._take(torch.cat([self.pool, self._rendered().half()]))
 
     def _keep(self) -> Tensor:
         """Return the pool with the pixels as they are now; reading them waits for the device, so no step does."""
         if self.changed:
-            self.pool[-self.batch_size :] = self.pixels.detach().cpu()
+            self.pool[-self.batch_size :] = self._rendered()
             self.changed = False
         return self.pool
 
+    @torch.no_grad()
+    def _rendered(self) -> Tensor:
+        return self.render().detach().cpu()
+
     def _optimise(self, pixels: Tensor) -> None:
         """Make these pixels those that a fresh Adam changes; its rate is set at each step."""
-        placed = pixels.to(self.device, memory_format=torch.channels_last, copy=True)
+        order = torch.channels_last if pixels.dim() == 4 else torch.contiguous_format
+        placed = pixels.to(self.device, memory_format=order, copy=True)
         self.pixels, self.changed = nn.Parameter(placed), False
         rate = rate_on(self.device, 1.0)
         self.optimizer = torch.optim.Adam([self.pixels], lr=rate, betas=self.betas, fused=True)

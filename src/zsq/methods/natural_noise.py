@@ -34,9 +34,7 @@ def natural_noise(count: int, spec: ImageSpec, random: torch.Generator) -> Tenso
         Images as the network takes them, float [N, C, H, W].
     """
     height, width, device = spec.height, spec.width, random.device
-    rows = torch.fft.fftfreq(height, device=device)[:, None]
-    columns = torch.fft.rfftfreq(width, device=device)
-    frequency = torch.hypot(rows, columns)
+    frequency = frequencies(height, width, device)
     frequency[0, 0] = math.inf  # the mean is drawn apart
     white = torch.randn(count, 1 + spec.channels, height, width, generator=random, device=device)
     smooth = torch.fft.irfft2(torch.fft.rfft2(white) / frequency, s=(height, width))
@@ -47,3 +45,8 @@ def natural_noise(count: int, spec: ImageSpec, random: torch.Generator) -> Tenso
     brightness = BRIGHTNESS + BRIGHTNESS_SPREAD * drawn[0]
     contrast = CONTRAST * torch.exp(CONTRAST_SPREAD * drawn[1])
     return spec.normalize((brightness + contrast * mixed).clamp(0, 1))
+
+
+def frequencies(height: int, width: int, device: torch.device) -> Tensor:
+    """Return the frequency, in cycles a pixel, of each coefficient of a real image: [height, width // 2 + 1]."""
+    return torch.hypot(torch.fft.fftfreq(height, device=device)[:, None], torch.fft.rfftfreq(width, device=device))
