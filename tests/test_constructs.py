@@ -221,6 +221,23 @@ class DynamicFilter(Net):
         return F.conv2d(x.reshape(1, -1, 6, 6), weight, groups=weight.shape[0]).view(-1, 8, 4, 4)
 
 
+class LinearAttention(Net):
+    """Values divided by sums that are small, which a grid would round to 0."""
+
+    def inside(self, x: Tensor) -> Tensor:
+        x = x.flatten(2)
+        keys = F.pad(x, (0, 0, 0, 1), value=1.0) @ x.transpose(1, 2)
+        y = keys @ (x * 1e-3)
+        return y[:, :-1] / (y[:, -1:] + 1e-6)
+
+
+class Rooted(Net):
+    """Square roots of what is 0 at times, where their slope is infinite."""
+
+    def inside(self, x: Tensor) -> Tensor:
+        return (x.square().mean((2, 3), keepdim=True) * 1e-3 + 1e-6).sqrt() * x
+
+
 class MaxPooled(Net):
     def inside(self, x: Tensor) -> Tensor:
         return F.adaptive_max_pool2d(x, 4)
@@ -294,6 +311,8 @@ NETWORKS: dict[Callable[[], nn.Module], Expected] = {
     Volume: INTEGERS,
     Embedded: Expected(("position", "norm2.weight", "norm2.bias"), ("add", "layer_norm in norm2", "gelu")),
     TopK: INTEGERS,
+    LinearAttention: Expected((), ("add", "div")),
+    Rooted: Expected((), ("square", "mul", "add", "sqrt")),
     Octave: INTEGERS,
     **{COMPUTED[name]: INTEGERS for name in COMPUTED if name not in ("cosine", OLD)},
     COMPUTED["cosine"]: Expected((), ("linalg_vector_norm in head", "div in head")),
@@ -316,6 +335,18 @@ def test_the_file_computes_what_was_simulated_and_what_stays_float_is_named(make
     assert sorted(found.float_operations) == sorted(expected.operators)
     if expected == INTEGERS:
         assert not {"Conv", "ConvTranspose", "MatMul", "Gemm", "Einsum", "FusedConv"} & {*fused_operators(path)}
+
+
+@pytest.mark.parametrize(("make", "kept"), [(LinearAttention, {"matmul_1", "add"}), (Rooted, {"mean", "mul", "add"})])
+def test_what_divides_or_is_rooted_is_not_rounded_to_0(make, kept) -> None:
+    student = quantized(graph(make), PTQ(), learnable=True)
+    logits = student(images(16, seed=5))
+    logits.square().mean().backward()
+    gradients = [p.grad for p in student.parameters() if p.grad is not None]
+    assert gradients
+    assert all(bool(value.isfinite().all()) for value in [logits, *gradients])
+    rounded = {n.args[0].name for n in student.network.graph.nodes if n.op == "call_module"}
+    assert kept <= {n.name for n in student.network.graph.nodes} - rounded
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from toys import fused_operators, quantized
 from toys import images as images_of
 
 from zsq.errors import ExportError
+from zsq.export.canonical_onnx import own_zero_points
 from zsq.export.converted import output_step
 from zsq.export.onnx import write_onnx
 from zsq.export.onnx_runtime import OnnxClassifier
@@ -137,6 +138,21 @@ def test_every_stored_tensor_has_a_zero_point_of_its_own(files: Path) -> None:
 
 
 @pytest.mark.slow
+def test_integers_that_the_exporter_rounded_itself_keep_their_zero_point() -> None:
+    zero = onnx.numpy_helper.from_array(np.array(3, np.int8), "zero")
+    nodes = [
+        onnx.helper.make_node("Constant", [], ["zero"], value=zero),
+        onnx.helper.make_node("DequantizeLinear", ["values", "scale", "zero"], ["logits"]),
+    ]
+    stored = [
+        onnx.numpy_helper.from_array(np.zeros((1, 5), np.int8), "values"),
+        onnx.numpy_helper.from_array(np.array(0.5, np.float32), "scale"),
+    ]
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [], [], initializer=stored))
+    own_zero_points(model)
+    assert model.graph.node[1].input[2] == "zero"
+
+
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 def test_gelu_needs_no_new_operator_set(approximate: str, tmp_path: Path) -> None:
     layers = [nn.Flatten(), nn.Linear(192, 8), nn.GELU(approximate), nn.Linear(8, 5)]

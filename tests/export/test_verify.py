@@ -137,6 +137,32 @@ def test_images_within_the_noise_are_not_decided(runner, images: Tensor) -> None
     assert noisy.distance_literal_steps == noisy.distance_optimized_steps == 0
 
 
+class Moved(Order):
+    """Logits that lie elsewhere, whatever the order."""
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        return Order(0.0)(batch) + self.size * torch.tensor([-1.0, 1, 1, 1, 1])
+
+
+def test_where_the_order_explains_nothing_the_roundings_are_asked(runner, images: Tensor) -> None:
+    asked = []
+
+    def shaken(batch: Tensor) -> Tensor:
+        asked.append(len(batch))
+        return Moved(3.0)(batch)
+
+    still = verify_file(Path("a.onnx"), Order(0.0), [images], 1.0, shaken=shaken)
+    assert (asked, still.noise_steps) == ([], 0.0)
+    with pytest.raises(ExportError, match=r"5\.0 quantization steps .* by 0\.0"):
+        require(verify_file(Path("a.onnx"), Moved(5.0), [images], 1.0))
+    explained = verify_file(Path("a.onnx"), Moved(5.0), [images], 1.0, shaken=shaken)
+    assert asked == [len(images)]
+    assert explained.noise_steps == pytest.approx(2.0)
+    require(explained)
+    with pytest.raises(ExportError, match=r"16\.0 quantization steps .* by 2\.0"):
+        require(verify_file(Path("a.onnx"), Moved(16.0), [images], 1.0, shaken=Moved(14.0)))
+
+
 def test_the_check_ends_when_enough_images_agree(runner, images: Tensor) -> None:
     found = verify_file(Path("a.onnx"), Order(0.0), images.split(20), 1.0, enough=50)
     assert (found.num_images, found.num_decided) == (60, 54)  # two of each batch of 20 are not

@@ -181,8 +181,8 @@ def test_the_rate_rises_and_falls(digits: Teacher) -> None:
 
 
 def test_labels_are_recognised_in_pictures_with_the_stored_statistics(digits: Teacher) -> None:
-    source = Spectral(steps=60, iterations=60, batch_size=32, learning_rate=0.2, flip=False).source(digits, Run())
-    losses = [source.step(step) for step in range(60)]
+    source = Spectral(steps=200, iterations=200, batch_size=32, learning_rate=0.2, flip=False).source(digits, Run())
+    losses = [source.step(step) for step in range(200)]
     with torch.no_grad():
         images = source.images(torch.arange(32))
         assert (digits.network(images).argmax(1) == source.labels).float().mean() > 0.9

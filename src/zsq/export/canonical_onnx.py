@@ -98,6 +98,8 @@ def own_zero_points(model: onnx.ModelProto) -> None:
     for node in model.graph.node:
         if node.op_type != "DequantizeLinear" or node.input[0] not in stored or len(node.input) < 3:
             continue
+        if node.input[2] not in stored:
+            continue  # what the exporter has rounded itself: its zero point is a node's value
         own = f"{node.input[0]}.zero_point"
         value = onnx.numpy_helper.to_array(stored[node.input[2]])
         model.graph.initializer.append(onnx.numpy_helper.from_array(value, own))

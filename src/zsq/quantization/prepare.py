@@ -5,6 +5,7 @@ import operator
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,24 @@ MOVES = {
     aten.pixel_unshuffle.default,
 }
 """Operators that only move or choose values."""
+
+
+POLES: dict[Any, int] = {
+    aten.div.Tensor: 1,
+    aten.div.Tensor_mode: 1,
+    aten.reciprocal.default: 0,
+    aten.rsqrt.default: 0,
+    aten.sqrt.default: 0,
+    aten.log.default: 0,
+    aten.log2.default: 0,
+    aten.log10.default: 0,
+    aten.log1p.default: 0,
+    aten.pow.Tensor_Scalar: 0,
+}
+"""Operators whose value or slope has a pole, at 0 mostly, and which argument has it there."""
+
+ONE_VALUE = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.clamp_min.default)
+"""Operators that, with a number, change each value by itself."""
 
 
 def moves_values(node: Node) -> bool:
@@ -156,6 +175,31 @@ def is_fused(node: Node) -> bool:
     return clamp_limits(node) is not None or node.target is aten.clamp.Tensor
 
 
+def near_poles(network: GraphModule) -> set[Node]:
+    """Return the values that divide others, are rooted or the like: rounded to 0, they would give no number.
+
+    With them come the values that they are made of by a number or a move, one by one.
+    """
+    found: set[Node] = set()
+    todo = [argument(node, POLES[node.target]) for node in network.graph.nodes if _has_pole(node)]
+    while todo:
+        node = todo.pop()
+        if not isinstance(node, Node) or node in found or node.op != "call_function":
+            continue
+        found.add(node)
+        alone = node.target in ONE_VALUE and len(node.all_input_nodes) == 1
+        if alone or moves_values(node) or is_fused(node) or _has_pole(node):
+            todo.append(node.args[0])
+    return found
+
+
+def _has_pole(node: Node) -> bool:
+    if node.target is aten.pow.Tensor_Scalar:
+        exponent = argument(node, 1)
+        return isinstance(exponent, (int, float)) and exponent < 1
+    return node.target in POLES
+
+
 def is_float(node: Node) -> bool:
     """Whether the node's value is one float tensor with a batch dimension."""
     value = node.meta.get("val")
@@ -213,6 +257,7 @@ class _Placer:
         given = zip(results(network.graph), kinds, strict=True)
         self.ends: dict[Node, OutputKind] = {self.origin(node): kind for node, kind in given}
         self.inputs = [node for node in network.graph.nodes if node.op == "placeholder"]
+        self.near_poles = near_poles(network)
         self.gates = [node for node in network.graph.nodes if self.is_gate(node)]
         self.placed: dict[Node, str] = {}
         self.rounded_ends: dict[str, OutputKind] = {}
@@ -292,7 +337,7 @@ class _Placer:
             return False
         if node in self.ends:
             return True
-        if moves_values(node):
+        if moves_values(node) or node in self.near_poles:
             return False
         if len(node.users) != 1 or node.op != "call_function":
             return True

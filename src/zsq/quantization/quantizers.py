@@ -21,6 +21,9 @@ from zsq.quantization.pair_sums import ROUNDING, neighbour_sums
 from zsq.runtime import distributed
 from zsq.runtime.gpu import kernels
 
+SHAKE = 1 - 2.0**-22
+"""What `answered_shaken` multiplies by: two roundings of a float32."""
+
 Mode = Literal["off", "observe", "histogram", "quantize"]
 
 HISTOGRAM_BINS = 2048
@@ -45,6 +48,7 @@ class ActivationQuantizer(nn.Module):
         scale, zero_point: the grid, each [1]; scale is 0 until a range is set.
         low, high: the range seen, each [1].
         reach: what the range holds at least, at most 0; `grid_hardswish` needs its input's to hold -3.
+        shrink: factor of the value before it is rounded; see `answered_shaken`.
         low_factor, high_factor: what calibration made of the range seen, each [1]; moving averages keep it.
     """
 
@@ -65,6 +69,7 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("smallest", torch.full((1,), SMALLEST_SCALE), persistent=False)
         self.average_ranges = False
         self.reach = 0.0
+        self.shrink = 1.0
         self.scale = nn.Parameter(torch.zeros(1), requires_grad=learnable)
         self.zero_point = nn.Parameter(torch.zeros(1), requires_grad=learnable and not symmetric)
         self.register_buffer("low", torch.full((1,), math.inf))
@@ -122,6 +127,7 @@ class ActivationQuantizer(nn.Module):
             else:
                 self._observe(x, self.averaging, clip)
                 self.set_range(self.low * self.low_factor, self.high * self.high_factor)
+        x = x if self.shrink == 1 else x * self.shrink
         factor = 1 / math.sqrt(max(1, x[0].numel()) * self.quant_max)
         return fake_quantize(x, self.scale, self.zero_point, self.quant_min, self.quant_max, factor, clip)
 
@@ -225,6 +231,23 @@ def set_mode(network: nn.Module, mode: Mode) -> None:
     """Switch the quantizers: weights are rounded in `quantize` only."""
     for quantizer in quantizers(network):
         quantizer.mode = mode
+
+
+def answered_shaken(student: nn.Module, images: Tensor) -> Tensor:
+    """Return a student's logits where every activation is two float32 roundings smaller before its grid rounds it.
+
+    Runtimes round a sum or a product more or less often than the simulation does; so much of their logits' distance is
+    no fault of a file, however far a deep network carries it.
+    """
+    found = [q for q in quantizers(student) if isinstance(q, ActivationQuantizer)]
+    try:
+        for quantizer in found:
+            quantizer.shrink = SHAKE
+        logits: Tensor = student(images)
+        return logits
+    finally:
+        for quantizer in found:
+            quantizer.shrink = 1.0
 
 
 @contextmanager

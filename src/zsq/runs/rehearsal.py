@@ -17,6 +17,7 @@ from zsq.quantization import PTQ
 from zsq.quantization.convert import convert
 from zsq.quantization.coverage import Coverage, coverage
 from zsq.quantization.ptq import quantize_ptq
+from zsq.quantization.quantizers import answered_shaken
 from zsq.runs.job import file_options
 from zsq.targets import target_of
 from zsq.training.loop import Run
@@ -81,6 +82,7 @@ def _rehearse(teacher: Teacher, quantizer: PTQ, run: Run) -> Coverage:
             outputs=spec.outputs,
             threads=torch.get_num_threads(),
             target=target,
+            shaken=lambda images: answered_shaken(student, images.to(run.device)),
         )
     if found.num_decided or found.by_distance:  # else noise tells nothing, and the trained student's samples will
         require(found)

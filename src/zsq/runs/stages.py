@@ -24,6 +24,7 @@ from zsq.quantization.convert import convert
 from zsq.quantization.coverage import Coverage, coverage
 from zsq.quantization.prepare import Bits, Student, mean_weight_bits
 from zsq.quantization.ptq import quantize_ptq
+from zsq.quantization.quantizers import answered_shaken
 from zsq.reports.pictures import save_grid
 from zsq.runs.fitted import GENERATOR
 from zsq.runs.job import Job
@@ -177,6 +178,7 @@ def write_and_check(job: Job, student: Student, surrogate: Surrogate) -> tuple[V
         threads=torch.get_num_threads(),
         enough=ENOUGH_DECIDED,
         target=job.target,
+        shaken=lambda images: answered_shaken(student, images.to(job.run.device)),
     )
     return replace(found, lowered_percent=lowered), coverage(converted, spec, float_operators(job.target))
 

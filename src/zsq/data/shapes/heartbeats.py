@@ -61,7 +61,7 @@ def _signal(draws: Stream, name: str) -> np.ndarray:
         values += draws.between(0.08, 0.16) * saw
     drift = draws.between(0.0, 0.25) * wave(time / draws.between(150.0, 400.0) + draws.between(0, 1))
     hum = draws.between(0.0, 0.05) * wave(time * draws.between(0.3, 0.45))
-    noise = draws.between(0.1, 0.6) * draws.bell(LEADS, SAMPLES)
+    noise = draws.between(0.01, 0.1) * draws.bell(LEADS, SAMPLES)
     return draws.between(0.7, 1.3) * (values + drift + hum + noise)
 
 

@@ -888,7 +888,7 @@ def _at_least(writer: _Writer, node: Node) -> Value:
     for code, limit in (("MAXIMUM", low), ("MINIMUM", high)):
         if math.isfinite(limit):
             stored = writer.builder.tensor(
-                f"{node.name}_{code.lower()}_limit", (1,), data=np.array([limit], np.float32)
+                f"{node.name}_{code.lower()}_limit", (1,), "FLOAT32", data=np.array([limit], np.float32)
             )
             result = writer.new(f"{node.name}_{code.lower()}", x.shape, None, last=x.last)
             writer.builder.operator(code, [x.index, stored], result.index, "MaximumMinimum")
