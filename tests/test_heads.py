@@ -88,7 +88,7 @@ def test_a_file_with_a_changed_output_is_refused(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", ["zscgan", "adversarial", "zeroq", "deepinversion", "knowledge-within", "noise", "dfq"]
+    "method", ["zscgan", "adversarial", "zeroq", "deepinversion", "knowledge-within", "spectral", "noise", "dfq"]
 )
 @pytest.mark.parametrize("name", ["segmenter", "embedder", "detector"])
 @pytest.mark.slow

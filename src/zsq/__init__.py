@@ -11,7 +11,18 @@ from zsq.comparison.result import Comparison
 from zsq.errors import ExportError, InputError, MissingExtraError, NumericsError, TeacherError, ZsqError
 from zsq.evaluation.accuracy import Evaluation, evaluate
 from zsq.export.onnx_runtime import OnnxClassifier
-from zsq.methods import METHODS, ZSCGAN, Adversarial, BigGAN, DeepInversion, KnowledgeWithin, Noise, Real, ZeroQ
+from zsq.methods import (
+    METHODS,
+    ZSCGAN,
+    Adversarial,
+    BigGAN,
+    DeepInversion,
+    KnowledgeWithin,
+    Noise,
+    Real,
+    Spectral,
+    ZeroQ,
+)
 from zsq.methods.dfq import DFQ
 from zsq.models.network import Network
 from zsq.models.teacher import Teacher, load_teacher, teacher_from_module
@@ -54,6 +65,7 @@ __all__ = [
     "Real",
     "Record",
     "Result",
+    "Spectral",
     "Teacher",
     "TeacherError",
     "ZeroQ",

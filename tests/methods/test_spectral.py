@@ -161,14 +161,26 @@ def test_losses_are_those_of_the_paper(digits: Teacher) -> None:
     assert source.history[0].item() == pytest.approx(3 * ce + 0.5 * bns, rel=1e-5)
 
 
-def test_the_label_counts_more_where_there_are_many() -> None:
-    def weight(classes: int) -> float:
-        spec = dataclasses.replace(WIDE, classes=classes)
-        net = settle(nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(6 * 7 * 10, classes)))
-        return Spectral(steps=1, batch_size=2).source(teacher_from_module(net, spec), Run()).weights["ce"]
+def test_large_images_take_settings_of_their_own(digits: Teacher) -> None:
+    small = Spectral(steps=1, batch_size=2).source(digits, Run())
+    large = Spectral(steps=1, batch_size=2).source(teacher_of(Pooling, LARGE), Run())
+    assert (small.learning_rate, small.weights["ce"]) == (0.1, 20)
+    assert (large.learning_rate, large.weights["ce"]) == (0.05, 300)
+    without = Spectral(steps=1, batch_size=2, ce_weight=0.0, learning_rate=0.3).source(digits, Run())
+    assert (without.learning_rate, without.weights["ce"]) == (0.3, 0)
 
-    assert weight(10) == 2
-    assert weight(320) == 10
+
+def test_a_map_of_classes_is_shown_whole_and_not_mirrored() -> None:
+    network = load_teacher("shapes_unet")
+    source = Spectral(steps=1, batch_size=2).source(network, Run())
+    assert (source.whole_every, source.flip, source.asks_labels) == (1, False, True)
+
+
+def test_a_network_without_classes_needs_the_statistics() -> None:
+    network = load_teacher("shapes_embedder")
+    assert set(Spectral(steps=1, batch_size=2).source(network, Run()).step(0)) == {"bns"}
+    with pytest.raises(InputError, match=r"method\.bns_weight is 0, and this network names no class"):
+        Spectral(steps=1, batch_size=2, bns_weight=0.0).source(network, Run())
 
 
 def test_the_rate_rises_and_falls(digits: Teacher) -> None:
@@ -181,12 +193,12 @@ def test_the_rate_rises_and_falls(digits: Teacher) -> None:
 
 
 def test_labels_are_recognised_in_pictures_with_the_stored_statistics(digits: Teacher) -> None:
-    source = Spectral(steps=200, iterations=200, batch_size=32, learning_rate=0.2, flip=False).source(digits, Run())
-    losses = [source.step(step) for step in range(200)]
+    source = Spectral(steps=60, iterations=60, batch_size=32, flip=False).source(digits, Run())
+    losses = [source.step(step) for step in range(60)]
     with torch.no_grad():
         images = source.images(torch.arange(32))
         assert (digits.network(images).argmax(1) == source.labels).float().mean() > 0.9
-    assert losses[-1]["bns"] < 0.3 * losses[0]["bns"]
+    assert losses[-1]["bns"] < 0.4 * losses[0]["bns"]
     pixels = digits.spec.denormalize(images)
     assert -1e-3 <= pixels.min() <= pixels.max() <= 1 + 1e-3
 

@@ -20,6 +20,9 @@ from zsq.training.losses import bns_loss
 from zsq.training.optim import cosine
 from zsq.types import ImageSpec
 
+SMALL_RATE, LARGE_RATE = 0.1, 0.05
+SMALL_CE_WEIGHT, LARGE_CE_WEIGHT = 20.0, 300.0
+
 LEAST_AREA = 0.3
 """Least share of an image's area that a crop shows."""
 
@@ -39,10 +42,10 @@ class Spectral(Inversion):
 
     iterations: Count = 100
     """Most steps of one batch of images: there are steps / iterations batches, rounded up."""
-    learning_rate: Positive = 0.05
-    """Adam's step size, for coefficients in units of a natural spectrum."""
+    learning_rate: Positive | None = None
+    """Adam's step size, for coefficients in units of a natural spectrum; unset, 0.1, and 0.05 from 96 pixels on."""
     ce_weight: Factor | None = None
-    """Factor of the label cross-entropy; unset: 2 up to 64 classes and classes / 32 above."""
+    """Factor of the label cross-entropy; unset, 20, and 300 from 96 pixels on, where batch norms have more channels."""
     bns_weight: Factor = 1.0
     """Factor of the batch-norm statistics loss."""
     whole_every: Count = 4
@@ -113,9 +116,10 @@ class SpectralSource(InversionSource):
         crops = crops and takes_size(teacher, *self.crop, run.device)
         self.whole_every = settings.whole_every if crops else 1
         self.flip = settings.flip and not in_place
-        ce_weight = max(2.0, spec.classes / 32) if settings.ce_weight is None else settings.ce_weight
-        weights = {"ce": ce_weight, "bns": settings.bns_weight}
-        super().__init__(settings, teacher, run, learning_rate=settings.learning_rate, weights=weights)
+        rate = settings.learning_rate or (LARGE_RATE if spec.is_large else SMALL_RATE)
+        usual = LARGE_CE_WEIGHT if spec.is_large else SMALL_CE_WEIGHT
+        weights = {"ce": usual if settings.ce_weight is None else settings.ce_weight, "bns": settings.bns_weight}
+        super().__init__(settings, teacher, run, learning_rate=rate, weights=weights)
 
     def start(self, random: torch.Generator) -> Tensor:
         """Return natural noise."""
