@@ -208,8 +208,11 @@ class SampleSource(Protocol):
     """Whether no real image was used."""
     true_labels: bool
     """Whether somebody has looked at the images to label them, so that a student may learn from the labels."""
-    asks_labels: bool
-    """Whether images are asked for by label, so that it means something how many the teacher recognises."""
+
+    @property
+    def asks_labels(self) -> bool:
+        """Whether images are asked for by label, so that it means something how many the teacher recognises."""
+        ...
 
     def sample(self, count: int, batch_size: int = 100, name: str = "sample") -> Iterator[Batch]:
         """Stream `count` images for calibration; two calls give the same images, unless `name` is another."""

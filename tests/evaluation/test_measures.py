@@ -41,8 +41,8 @@ class Few:
 
     num_images = 2
 
-    def __init__(self, labels: torch.Tensor) -> None:
-        self.labels = labels
+    def __init__(self, labels: torch.Tensor, *, labelled: bool = True) -> None:
+        self.labels, self.labelled = labels, labelled
 
     def batches(self, batch_size: int = 100):
         yield Batch(torch.zeros(2, 1, 2, 2), self.labels)
@@ -57,6 +57,8 @@ def test_values_are_measured_against_the_truth_and_the_teacher() -> None:
     )
     assert [measure.value for measure in found.measures] == [0.0]
     assert found.teacher_agreement == 100.0
-    unlabelled = evaluate(lambda images: truth, Few(torch.full((2,), -1)), teacher=lambda _: truth, outputs=outputs)
+    unlabelled = evaluate(
+        lambda images: truth, Few(torch.full((2,), -1), labelled=False), teacher=lambda _: truth, outputs=outputs
+    )
     assert unlabelled.truths == ()
     assert unlabelled.as_dict()["measures"][0]["name"] == "relative error"

@@ -30,6 +30,11 @@ class ImageSet(Protocol):
         """Images that `batches` yields; for the progress that is shown."""
         ...
 
+    @property
+    def labelled(self) -> bool:
+        """Whether the labels are what is true of the images."""
+        ...
+
     def batches(self, batch_size: int = 100) -> Iterator[Batch]:
         """Yield all of them, the same ones at each call."""
         ...
@@ -218,7 +223,7 @@ def evaluate_many(
 
     A teacher that was evaluated on the same data before is given as its `Evaluation`.
     """
-    counts = {name: _Tallies(outputs) if outputs else _Counts() for name in predictors}
+    counts = {name: _Tallies(outputs, known=data.labelled) if outputs else _Counts() for name in predictors}
     done = 0
     with torch.no_grad():
         for batch in data.batches(batch_size):
@@ -281,15 +286,15 @@ class _Tallies:
 
     Args:
         outputs: what it gives.
+        known: whether labels are what is true of the images.
     """
 
-    def __init__(self, outputs: Sequence[Output]) -> None:
+    def __init__(self, outputs: Sequence[Output], *, known: bool) -> None:
         self.num_images, self.teacher, self.told = 0, TeacherTally(outputs), False
-        self.truth, self.known = TruthTally(outputs), True
+        self.truth, self.known = TruthTally(outputs), known
 
     def add(self, answers: Tensor, labels: Tensor, told: Tensor | None) -> None:
         self.num_images += len(labels)
-        self.known = self.known and bool(labels.dim() > 1 or labels.is_floating_point() or (labels >= 0).all())
         if self.known:
             self.truth.add(answers, labels)
         if told is not None:

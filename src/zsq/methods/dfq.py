@@ -68,4 +68,7 @@ class DFQ(Method):
 class CheckSource(NoiseSource):
     """Noise pixels on which the file is checked against the simulation; nothing is learnt from them."""
 
-    asks_labels = False
+    @property
+    def asks_labels(self) -> bool:
+        """No: its pixels mean nothing."""
+        return False

@@ -50,9 +50,13 @@ class NoiseSource(Stateless):
     data_free = True
     true_labels = False
 
+    @property
+    def asks_labels(self) -> bool:
+        """Whether there are classes to ask for."""
+        return self.spec.classes > 0
+
     def __init__(self, settings: Noise, spec: ImageSpec, run: Run) -> None:
         self.settings, self.spec, self.seed, self.device = settings, spec, run.seed, run.device
-        self.asks_labels = spec.classes > 0
 
     def _draw(self, name: str, step: int, count: int) -> Batch:
         random = stream(self.seed, name, step, self.device)

@@ -81,6 +81,8 @@ class ConditionalSource(GeneratorSource):
         losses = label_terms(self.spec, logits, labels)
         if moments:
             losses["bns"] = self.bns(moments)
+        if "label_recognition" in losses:
+            losses["label_recognition"] = losses.pop("label_recognition")  # told last
         if (sameness := self.answers.sameness(logits)) is not None:
             losses["sameness"] = sameness
         return Batch(images, labels, logits.detach(), losses)

@@ -64,6 +64,7 @@ class FreshSamples:
 
     source: SampleSource
     num_images: int
+    labelled: bool = False
 
     def batches(self, batch_size: int = 100) -> Iterator[Batch]:
         """Yield them; a source that holds fewer gives what it has."""
