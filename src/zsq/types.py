@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,14 @@ from zsq.errors import InputError
 
 LARGE_IMAGE = 96
 """Shorter side in pixels from which images count as large."""
+
+SIDES = {1: ("width",), 2: ("height", "width"), 3: ("depth", "height", "width")}
+"""Names of the sizes beside the channels, by their number."""
+
+SHAPES = "[C, L] (signals), [C, H, W] (images) and [C, D, H, W] (volumes)"
+
+REACH = 8.0
+"""Standard deviations within which the numbers of a synthetic signal or volume stay."""
 
 PIXELS_AT_ONCE = 2**20
 """Pixels of the images that go through a network together."""
@@ -48,48 +56,109 @@ class Output:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageSpec:
-    """What a network takes and gives: image shape, normalisation, number of classes, and outputs.
+    """What a network takes and gives: shape, normalisation, number of classes, and outputs.
+
+    It takes images, [C, H, W], whose pixels are in [0, 1]; or signals, [C, L], or volumes, [C, D, H, W], which hold any
+    numbers. What is normalised is standardised: ``mean`` and ``std`` are those of the training data.
 
     Raises:
-        InputError: a size is below 1, or ``mean``/``std`` do not hold one value a channel on the scale of [0, 1].
+        InputError: a size is below 1, or ``mean``/``std`` do not hold one value a channel, for images on the scale of
+            [0, 1].
     """
 
     channels: int
-    """Image channels: 1, 3, 4 or any number."""
-    height: int
-    """Image height in pixels."""
+    """Channels: 1, 3, 4 or any number."""
+    height: int = 1
+    """Image height in pixels; 1 for signals."""
     width: int
-    """Image width in pixels."""
+    """Image width in pixels, or length of a signal."""
+    depth: int = 1
+    """Slices of a volume; 1 for images and signals."""
+    axes: Literal[1, 2, 3] = 2
+    """Axes beside the channels: 1 for signals, 2 for images, 3 for volumes."""
     classes: int = 0
     """Number of classes that labels tell apart: the length of the logits, of an image or at every position; 0 where no
     output is of classes."""
     mean: tuple[float, ...]
-    """Per-channel mean, on the scale of pixels in [0, 1]."""
+    """Per-channel mean, of images on the scale of pixels in [0, 1]."""
     std: tuple[float, ...]
-    """Per-channel standard deviation, on the scale of pixels in [0, 1]."""
+    """Per-channel standard deviation, of images on the scale of pixels in [0, 1]."""
     resize: int | None = None
     """Shorter side in pixels to which a file is resized before the centre crop; None crops only."""
     outputs: tuple[Output, ...] = ()
     """What the network gives, in order; empty for a classifier, which gives one vector of `classes` logits."""
 
+    @classmethod
+    def of_shape(cls, shape: Sequence[int], **others: Any) -> "ImageSpec":
+        """Return the spec of inputs of this shape: [C, L], [C, H, W] or [C, D, H, W].
+
+        Raises:
+            InputError: it has other axes, or see `ImageSpec`.
+        """
+        axes = len(shape) - 1
+        if axes not in SIDES:
+            raise InputError(f"a network's input is {list(shape)}; {SHAPES} are taken.")
+        sides: dict[str, Any] = dict(zip(SIDES[axes], shape[1:], strict=True))
+        return cls(channels=shape[0], axes=cast("Literal[1, 2, 3]", axes), **sides, **others)
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Sizes beside the channels: [L], [H, W] or [D, H, W]."""
+        return tuple(getattr(self, name) for name in SIDES[self.axes])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one input, [C, ...]."""
+        return self.channels, *self.sides
+
+    @property
+    def is_image(self) -> bool:
+        """Whether inputs are images, of pixels in [0, 1]; else signals or volumes of any numbers."""
+        return self.axes == 2
+
+    @property
+    def shape_text(self) -> str:
+        """The shape as the command line takes it, such as `3x224x224`."""
+        return "x".join(map(str, self.shape))
+
     @property
     def is_large(self) -> bool:
-        """Whether images count as large: fewer of them tell as much, and cost as much."""
-        return min(self.height, self.width) >= LARGE_IMAGE
+        """Whether inputs count as large: fewer of them tell as much, and cost as much."""
+        if self.is_image:
+            return min(self.sides) >= LARGE_IMAGE
+        return math.prod(self.sides) >= LARGE_IMAGE**2
 
     @property
     def images_at_once(self) -> int:
-        """Images that go through a network together where nothing is learnt; the maps of many large ones are slow."""
-        return max(1, min(100, PIXELS_AT_ONCE // (self.height * self.width)))
+        """Inputs that go through a network together where nothing is learnt; the maps of many large ones are slow."""
+        return max(1, min(100, PIXELS_AT_ONCE // math.prod(self.sides)))
 
     def __post_init__(self) -> None:
-        for name in ("channels", "height", "width"):
-            if getattr(self, name) < 1:
-                raise InputError(f"image spec: {name} is {getattr(self, name)}; it must be at least 1.")
+        self._check_shape()
         if self.classes < 0:
             raise InputError(
                 f"image spec: classes is {self.classes}; it must be at least 1, or 0 where there are none."
             )
+        self._check_statistics()
+
+    def _check_shape(self) -> None:
+        for name in ("channels", *SIDES[self.axes]):
+            if getattr(self, name) < 1:
+                raise InputError(f"image spec: {name} is {getattr(self, name)}; it must be at least 1.")
+        for name in set(SIDES[3]) - set(SIDES[self.axes]):
+            if getattr(self, name) != 1:
+                raise InputError(
+                    f"image spec: {name} is {getattr(self, name)}; inputs of {self.axes} axes have none, so it is 1."
+                )
+        if self.resize is not None and not self.is_image:
+            raise InputError(f"image spec: resize is {self.resize}; only images are resized. Say none.")
+        if self.resize is not None and self.resize < min(self.height, self.width):
+            raise InputError(
+                f"image spec: resize is {self.resize}, below the crop of {self.height}x{self.width}; "
+                "resize to at least the crop, or say none."
+            )
+
+    def _check_statistics(self) -> None:
         for name in ("mean", "std"):
             if len(getattr(self, name)) != self.channels:
                 raise InputError(
@@ -97,50 +166,79 @@ class ImageSpec:
                     f"give one value a channel, such as {','.join(['0.5'] * self.channels)}."
                 )
         for name, most in (("mean", 1), ("std", 10)):
-            if not all(math.isfinite(value) and value <= most for value in getattr(self, name)):
+            limit = most if self.is_image else math.inf
+            if not all(math.isfinite(value) and value <= limit for value in getattr(self, name)):
                 raise InputError(
                     f"image spec: {name} is {getattr(self, name)}, but pixels are in [0, 1]; "
                     "divide what is on the scale of [0, 255] by 255."
                 )
         if min(self.std) <= 0:
             raise InputError(f"image spec: std is {self.std}; every value must be above 0.")
-        if self.resize is not None and self.resize < min(self.height, self.width):
-            raise InputError(
-                f"image spec: resize is {self.resize}, below the crop of {self.height}x{self.width}; "
-                "resize to at least the crop, or say none."
-            )
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """Map pixels in [0, 1], [N, C, H, W], to what the network takes, of the same shape."""
+        """Map pixels in [0, 1], or a signal's or volume's numbers, [N, C, ...], to what the network takes."""
         mean, std = self._statistics(pixels)
         return (pixels - mean) / std
 
     def denormalize(self, images: Tensor) -> Tensor:
-        """Map network inputs [N, C, H, W] back to pixels, in [0, 1] where they are those of an image."""
+        """Map network inputs [N, C, ...] back to pixels, in [0, 1] where they are those of an image, or to numbers."""
         mean, std = self._statistics(images)
         return images * std + mean
+
+    def bounded(self, values: Tensor) -> Tensor:
+        """Map any numbers [N, C, ...] to valid inputs: pixels by a sigmoid, others to within `REACH` deviations."""
+        if self.is_image:
+            return self.normalize(torch.sigmoid(values))
+        return REACH * torch.tanh(values / REACH)
+
+    def unbounded(self, images: Tensor, margin: float) -> Tensor:
+        """Map valid inputs to the numbers of which `bounded` makes them, after bringing them into its range.
+
+        Args:
+            images: [N, C, ...].
+            margin: least distance from the ends of the range, as a share of it.
+        """
+        if self.is_image:
+            return self.denormalize(images).clamp(margin, 1 - margin).logit()
+        return REACH * torch.atanh((images / REACH).clamp(2 * margin - 1, 1 - 2 * margin))
+
+    @property
+    def ends(self) -> Tensor:
+        """Least and largest value of each channel of a valid input, float [2, C]."""
+        if self.is_image:
+            levels = torch.tensor([0.0, 1.0]).view(2, *[1] * (1 + self.axes)).expand(2, *self.shape)
+            return self.normalize(levels).flatten(2)[..., 0]
+        return torch.tensor([-REACH, REACH])[:, None].expand(2, self.channels)
 
     def to_pixels(self, images: Tensor) -> Tensor:
         """Map network inputs [N, C, H, W] back to pixels, uint8 [N, H, W, C]."""
         pixels = self.denormalize(images).clamp(0, 1)
         return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
+    def to_raw(self, images: Tensor) -> Tensor:
+        """Map network inputs to what a data set holds: pixels, uint8 [N, H, W, C], or numbers, float [N, C, ...]."""
+        return self.to_pixels(images) if self.is_image else self.denormalize(images)
+
+    def from_raw(self, raw: Tensor) -> Tensor:
+        """Map what a data set holds to network inputs, float [N, C, ...]."""
+        return self.normalize(raw.permute(0, 3, 1, 2).float() / 255 if self.is_image else raw.float())
+
     def _statistics(self, images: Tensor) -> tuple[Tensor, Tensor]:
         make = _kept_by_channel if images.is_cuda else _by_channel
-        mean, std = (make(tuple(values), images.dtype, images.device) for values in (self.mean, self.std))
+        mean, std = (make(tuple(values), self.axes, images.dtype, images.device) for values in (self.mean, self.std))
         return mean, std
 
 
-def _by_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return values as [1, C, 1, 1]."""
-    return torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1)
+def _by_channel(values: tuple[float, ...], axes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return values as [1, C, 1, ...]."""
+    return torch.tensor(values, dtype=dtype, device=device).view(1, -1, *[1] * axes)
 
 
 @cache
-def _kept_by_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _kept_by_channel(values: tuple[float, ...], axes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the same tensor each time, since bringing values to a GPU waits for it."""
     with torch.inference_mode(False):  # usable in training, whoever asks first
-        return _by_channel(values, dtype, device)
+        return _by_channel(values, axes, dtype, device)
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,7 +69,7 @@ def save_figure(source: SampleSource, spec: ImageSpec, figure: Figure, names: li
     """Write a PNG: `figure.rows` samples of each shown class below its name, `figure.columns` classes a line."""
     labels = shown_labels(figure, names)
     images = rows_of_images(source, spec, torch.tensor(labels), figure.rows).numpy()
-    if spec.channels != 3:
+    if images.shape[-1] != 3:
         images = images[..., :1].repeat(3, axis=-1)
     write_figure(images, [names[label] for label in labels], figure.columns, path)
 

@@ -23,8 +23,8 @@ class Bundled:
     """Returns it with its initial, untrained weights."""
     weights: Path
     """The trained weights, safetensors."""
-    spec: ImageSpec | None
-    """What images it takes, None for signals; its classes are the length of the first output's axis 1."""
+    spec: ImageSpec
+    """What it takes and gives."""
     class_names: tuple[str, ...] = ()
     """Names of its classes in the order of its outputs; empty where they are numbers, or none."""
 

@@ -8,7 +8,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
@@ -34,9 +34,9 @@ ZIP_FAULTS = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.
 """What reading a damaged npz raises."""
 
 KINDS = (
-    "'digits', 'digits:train', 'shapes', 'shapes:train', a .npz file (images uint8 [N,H,W,C], and labels where there "
-    "are any), a folder with metadata.csv (file_name,label), a folder with one folder a class, or a folder of images "
-    "without labels"
+    "'digits', 'digits:train', 'shapes', 'shapes:train', 'heartbeats', 'heartbeats:train', a .npz file (images uint8 "
+    "[N,H,W,C], or inputs [N,C,...] of signals and volumes, and labels where there are any), a folder with "
+    "metadata.csv (file_name,label), a folder with one folder a class, or a folder of images without labels"
 )
 
 UNKNOWN = -1
@@ -51,9 +51,6 @@ VIEWS = 4
 SHOWN_CLASSES = 10
 """Class folders of which a notice names all; of more it names the first and the last."""
 
-
-MASK_AXES = 3
-"""Axes of masks: [N, H, W]."""
 
 IGNORED = 255
 """Class in a mask of what nobody has said, and which no measure counts."""
@@ -140,21 +137,23 @@ class DataSet(ABC):
         """
         start = 0
         for pixels in self._pixels(batch_size):
-            images = torch.from_numpy(np.array(pixels.transpose(0, 3, 1, 2), dtype=np.float32)) / 255
+            images = self._spec.from_raw(torch.from_numpy(np.array(pixels))).contiguous()
             labels = self._truth(start, start + len(pixels))
             start += len(pixels)
-            yield Batch(self._spec.normalize(images), torch.from_numpy(labels))
+            yield Batch(images, torch.from_numpy(labels))
 
     def _truth(self, start: int, end: int) -> np.ndarray:
         """Return what is true of images from one to another: int64 [n], masks int64 [n, H, W] or values [n, ...]."""
         found: np.ndarray = self._labels[start:end]
-        if found.ndim == MASK_AXES and truth_of(self._spec) == "masks":
-            return _masks(_fit_masks(found, self._spec), self._spec, self.name, start)
+        if found.ndim > 1 and truth_of(self._spec) == "masks":
+            fitted = _fit_masks(found, self._spec) if self._spec.is_image else found
+            return _masks(fitted, self._spec, self.name, start)
         return found
 
     @abstractmethod
     def _pixels(self, batch_size: int) -> Iterator[np.ndarray]:
-        """Yield uint8 [n, height, width, channels] of the spec's size, `num_images` in all."""
+        """Yield uint8 [n, height, width, channels] of the spec's size, or the numbers of signals and volumes, float32
+        [n, channels, ...]; `num_images` in all."""
 
 
 class EvenSubset:
@@ -247,15 +246,34 @@ class _Drawn(DataSet):
         return _masks(found, self._spec, self.name, start)
 
 
+class _Signals(DataSet):
+    """Drawn heartbeats, of which one batch at a time is in memory."""
+
+    def __init__(self, name: str, spec: ImageSpec, limit: int | None, *, train: bool) -> None:
+        drawn = (shapes.LEADS, shapes.SAMPLES)
+        if spec.shape != drawn:
+            raise InputError(
+                f"data set '{name}' is of signals {drawn[0]}x{drawn[1]}; the teacher takes {spec.shape_text}."
+            )
+        self._seed = shapes.TRAIN_SEED if train else shapes.TEST_SEED
+        count = shapes.TRAIN_IMAGES if train else shapes.TEST_IMAGES
+        count = count if limit is None else min(count, max(limit, 1))
+        super().__init__(name, spec, shapes.signal_labels(count, seed=self._seed), limit)
+
+    def _pixels(self, batch_size: int) -> Iterator[np.ndarray]:
+        for start in range(0, self.num_images, batch_size):
+            yield shapes.signals(min(batch_size, self.num_images - start), seed=self._seed, start=start)[0]
+
+
 class _Npz(DataSet):
     """An npz file, of which one batch at a time is in memory, compressed or not."""
 
     def __init__(self, name: str, path: Path, spec: ImageSpec, limit: int | None) -> None:
         try:
             with zipfile.ZipFile(path) as archive:
-                _check_keys(name, archive)
-                with archive.open("images.npy") as stream:
-                    shape = _image_header(name, stream)
+                _check_keys(name, archive, spec)
+                with archive.open(f"{raw_key(spec)}.npy") as stream:
+                    shape, self._type = _raw_header(name, stream, spec)
                 truth = truth_of(spec)
                 key = "labels" if truth == "identities" else truth
                 labels, labelled = np.full(shape[:1], UNKNOWN), f"{key}.npy" in archive.namelist()
@@ -268,33 +286,51 @@ class _Npz(DataSet):
             raise InputError(f"data set '{name}' is not a readable npz file: {error}") from error
         _check_truth(name, labels, shape, truth if labelled else "labels", spec)
         self._path = path
-        self._shape = shape[1:] if len(shape) == 4 else (*shape[1:], 1)
-        _check_array(name, self._shape, spec)
         super().__init__(name, spec, labels, limit, labelled=labelled)
-        self._note_crop(*self._shape[:2])
+        if spec.is_image:
+            self._shape = shape[1:] if len(shape) == 4 else (*shape[1:], 1)
+            _check_array(name, self._shape, spec)
+            self._note_crop(*self._shape[:2])
+        else:
+            self._shape = shape[1:] if len(shape) == 2 + spec.axes else (1, *shape[1:])
+            if self._shape != spec.shape:
+                raise InputError(
+                    f"data set '{name}' has inputs of {'x'.join(map(str, self._shape))}; the teacher takes "
+                    f"{spec.shape_text}."
+                )
 
     def _pixels(self, batch_size: int) -> Iterator[np.ndarray]:
-        size = int(np.prod(self._shape))
+        size = int(np.prod(self._shape)) * self._type.itemsize
         try:
-            with zipfile.ZipFile(self._path) as archive, archive.open("images.npy") as stream:
-                _image_header(self.name, stream)
+            with zipfile.ZipFile(self._path) as archive, archive.open(f"{raw_key(self._spec)}.npy") as stream:
+                _raw_header(self.name, stream, self._spec)
                 for start in range(0, self.num_images, batch_size):
                     count = min(batch_size, self.num_images - start)
                     data = stream.read(count * size)
                     if len(data) < count * size:
                         raise InputError(f"data set '{self.name}' ends within image {start + len(data) // size}.")
-                    yield _fit_array(np.frombuffer(data, np.uint8).reshape(count, *self._shape), self._spec)
+                    yield self._fit(np.frombuffer(data, self._type).reshape(count, *self._shape), start)
         except InputError:
             raise
         except ZIP_FAULTS as error:
             raise InputError(f"data set '{self.name}' cannot be read: {error}") from error
+
+    def _fit(self, raw: np.ndarray, start: int) -> np.ndarray:
+        """Bring what is read to the spec's size and type; `start` counts what is before it."""
+        if self._spec.is_image:
+            return _fit_array(raw, self._spec)
+        numbers = raw.astype(np.float32)
+        wrong = np.flatnonzero(~np.isfinite(numbers).reshape(len(numbers), -1).all(1))
+        if len(wrong):
+            raise InputError(f"data set '{self.name}': input {start + wrong[0]} holds a value that is not finite.")
+        return numbers
 
 
 def _check_truth(name: str, found: np.ndarray, shape: tuple[int, ...], truth: Truth, spec: ImageSpec) -> None:
     """Check form and type of what an npz says of its images, whose array has this shape."""
     wanted, kinds, what = [*shape[:1]], "iu", "integers"
     if truth == "masks":
-        wanted = [*shape[:3]]
+        wanted = [*shape[:3]] if spec.is_image else [*shape[:1], *spec.sides]
     elif truth == "values":
         wanted, kinds, what = [*shape[:1], *spec.outputs[0].shape], "fiu", "numbers"
     if list(found.shape) != wanted or found.dtype.kind not in kinds:
@@ -404,12 +440,14 @@ def open_dataset(
 
     Args:
         name: `digits` (test half), `digits:train` (training half), `shapes` and `shapes:train` (2,000 and 8,000 drawn
-            images at the size that the teacher takes), a `.npz` file with `images` uint8 [N, H, W, C] or
-            [N, H, W] and perhaps `labels`, a folder with `metadata.csv` (`file_name,label`), a folder with one folder a
-            class, whose sorted names stand for 0, 1, ... (in numeric order where all are numbers), or a folder of
-            images, which have no labels then. A network that names a class at each place takes `masks` [N, H, W] beside
-            `images`, or folders `images/` and `masks/` with files of the same names (255: left out); one that gives an
-            embedding, labels or folders that say who is the same; one that gives values, `values` [N, ...].
+            images at the size that the teacher takes), `heartbeats` and `heartbeats:train` (as many drawn signals of 2
+            channels and 256 samples), a `.npz` file with `images` uint8 [N, H, W, C] or [N, H, W], or `inputs`
+            [N, C, ...] of signals and volumes, and perhaps `labels`, a folder with `metadata.csv` (`file_name,label`),
+            a folder with one folder a class, whose sorted names stand for 0, 1, ... (in numeric order where all are
+            numbers), or a folder of images, which have no labels then. A network that names a class at each place takes
+            `masks` [N, H, W] beside `images`, or folders `images/` and `masks/` with files of the same names (255: left
+            out); one that gives an embedding, labels or folders that say who is the same; one that gives values,
+            `values` [N, ...].
         spec: what the teacher takes.
         limit: use the first so many images only.
         class_names: a file with the name of one class a line, in the network's order: which class a folder is.
@@ -422,9 +460,16 @@ def open_dataset(
         return _Array(name, spec, images, labels, limit)
     if name in ("shapes", "shapes:train"):
         return _Drawn(name, spec, limit, train=name == "shapes:train")
+    if name in ("heartbeats", "heartbeats:train"):
+        return _Signals(name, spec, limit, train=name == "heartbeats:train")
     path = Path(name)
     if path.is_file() and path.suffix == ".npz":
         return _Npz(name, path, spec, limit)
+    if path.is_dir() and not spec.is_image:
+        raise InputError(
+            f"data set '{name}' is a folder, and the teacher takes {spec.shape_text}; give a .npz file with inputs "
+            f"{['N', *spec.shape]}."
+        )
     if path.is_dir() and truth_of(spec) == "masks" and (path / "masks").is_dir() and (path / "images").is_dir():
         return _Masked(name, spec, _pairs_in(path, name), limit)
     if path.is_dir():
@@ -548,26 +593,32 @@ def read_class_names(path: str | Path, classes: int) -> list[str]:
     return names
 
 
-def _check_keys(name: str, archive: zipfile.ZipFile) -> None:
+def raw_key(spec: ImageSpec) -> str:
+    """Return the name under which an npz holds what a network takes: pixels of images, or other numbers."""
+    return "images" if spec.is_image else "inputs"
+
+
+def _check_keys(name: str, archive: zipfile.ZipFile, spec: ImageSpec) -> None:
     keys = [entry.removesuffix(".npy") for entry in archive.namelist()]
-    if "images" not in keys:
-        raise InputError(f"data set '{name}' lacks images; it holds: {', '.join(keys) or 'nothing'}.")
+    if raw_key(spec) not in keys:
+        raise InputError(f"data set '{name}' lacks {raw_key(spec)}; it holds: {', '.join(keys) or 'nothing'}.")
 
 
-def _image_header(name: str, stream: IO[bytes]) -> tuple[int, ...]:
-    """Read the header of images.npy and return its shape; the stream then stands at the first pixel."""
+def _raw_header(name: str, stream: IO[bytes], spec: ImageSpec) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Read the header of what a network takes, return its shape and type; the stream then stands at the first value."""
     version = np.lib.format.read_magic(stream)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, is_fortran, dtype = read(stream)
-    if dtype != np.uint8 or len(shape) not in (3, 4):
-        raise InputError(
-            f"data set '{name}': images are {dtype} {list(shape)}; uint8 [N, height, width, channels] is needed."
-        )
+    key = raw_key(spec)
+    fits = dtype == np.uint8 if spec.is_image else dtype.kind in "fiu"
+    if not fits or len(shape) not in (1 + spec.axes, 2 + spec.axes):
+        needed = f"numbers {['N', *spec.shape]} are"
+        if spec.is_image:
+            needed = "uint8 [N, height, width, channels] is"
+        raise InputError(f"data set '{name}': {key} are {dtype} {list(shape)}; {needed} needed.")
     if is_fortran and len(shape) > 1:
-        raise InputError(
-            f"data set '{name}': images are stored column by column; save numpy.ascontiguousarray(images)."
-        )
-    return shape
+        raise InputError(f"data set '{name}': {key} are stored column by column; save numpy.ascontiguousarray({key}).")
+    return shape, dtype
 
 
 def _check_array(name: str, shape: tuple[int, ...], spec: ImageSpec) -> None:

@@ -122,7 +122,7 @@ def _name_interface(model: onnx.ModelProto, spec: ImageSpec) -> None:
     """Declare input and output with the batch left open, and note the image spec in the metadata."""
     graph = model.graph
     given: dict[str, tuple[int, ...]] = {output.name: output.shape for output in spec.outputs}
-    taken = {"images": (spec.channels, spec.height, spec.width)}
+    taken = {"images": spec.shape}
     for field, shapes in ((graph.input, taken), (graph.output, given or {"logits": (spec.classes,)})):
         if [value.name for value in field] != list(shapes):
             raise ExportError(f"the network must have {list(shapes)}; it has {[v.name for v in field]}.")

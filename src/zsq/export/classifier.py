@@ -27,7 +27,7 @@ class FileClassifier(ABC):
     def __init__(self, path: Path, notes: Mapping[str, str], shape: list[Any]) -> None:
         self._path, self._notes, self._shape, self._layout = path, notes, shape, layout_in(notes)
         if self._layout is not None:
-            self._shape = [shape[0], self.spec.channels, self.spec.height, self.spec.width]
+            self._shape = [shape[0], *self.spec.shape]
 
     @property
     def spec(self) -> ImageSpec:

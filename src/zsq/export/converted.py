@@ -89,7 +89,7 @@ def drop_implied_clamps(graph: fx.Graph) -> None:
 
 def export_program(network: fx.GraphModule, spec: ImageSpec) -> torch.export.ExportedProgram:
     """Export with a dynamic batch; the program holds no example images and no metadata but shapes."""
-    images = torch.zeros(2, spec.channels, spec.height, spec.width)
+    images = torch.zeros(2, *spec.shape)
     exported = torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     for node in exported.graph.nodes:
         node.meta = {key: value for key, value in node.meta.items() if key == "val"}

@@ -160,7 +160,7 @@ def _program(
     """Return the content of a file, and how much of it XNNPACK computes."""
     used, notes = require_executorch(), {KEY: to_json(spec), **notes}
     module: nn.Module = network
-    image = torch.zeros(options.batch or 1, spec.channels, spec.height, spec.width)
+    image = torch.zeros(options.batch or 1, *spec.shape)
     if options.pixels is not None:
         notes[NOTE] = options.pixels
         module = _OfPixels(network, spec, options.pixels)

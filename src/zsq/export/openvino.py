@@ -52,7 +52,7 @@ def write_ir(source: Path, path: Path) -> None:
         openvino.save_model(model, str(part), compress_to_fp16=False)
         one, other = OpenVinoClassifier(part, threads=1), OpenVinoClassifier(source, threads=1)
         spec = one.spec
-        images = torch.randn(2, spec.channels, spec.height, spec.width, generator=torch.Generator().manual_seed(0))
+        images = torch.randn(2, *spec.shape, generator=torch.Generator().manual_seed(0))
         if not torch.equal(one(images), other(images)):
             raise ExportError("OpenVINO computes something else from the IR than from the ONNX file.")
         part.with_suffix(".bin").replace(path.with_suffix(".bin"))

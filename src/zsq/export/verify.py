@@ -191,7 +191,12 @@ def _ways(
 
 
 def _reordered(batch: Tensor) -> Tensor:
-    """Return images in the other memory order: the same values, which a convolution adds in another order."""
+    """Return images in the other memory order: the same values, which a convolution adds in another order.
+
+    Signals and volumes have one order.
+    """
+    if batch.dim() != 4:
+        return batch
     if batch.is_contiguous(memory_format=torch.channels_last):
         return batch.contiguous()
     return batch.contiguous(memory_format=torch.channels_last)

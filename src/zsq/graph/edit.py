@@ -11,7 +11,14 @@ from torch.fx.node import map_arg
 
 aten = torch.ops.aten
 
-CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv2d.padding)
+CONVOLUTIONS = (
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.conv1d.padding,
+    aten.conv2d.padding,
+    aten.conv3d.padding,
+)
 LAYERS = (*CONVOLUTIONS, aten.linear.default)
 """Operators with a weight (second argument, output channels first) and a bias (third argument)."""
 

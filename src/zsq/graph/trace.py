@@ -108,7 +108,7 @@ def trace(net: nn.Module, spec: ImageSpec, name: str) -> fx.GraphModule:
     Raises:
         TeacherError: the forward fails, what it gives cannot be told, it cannot be exported, or the graph disagrees.
     """
-    images = torch.randn(2, spec.channels, spec.height, spec.width, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, *spec.shape, generator=torch.Generator().manual_seed(0))
     spec = recognised(_answer(net, images, spec, name), spec, name)
     batch = torch.export.Dim("batch", min=1)
     try:
@@ -197,7 +197,7 @@ def _remove_dropout(graph: fx.Graph) -> None:
 
 def _answer(net: nn.Module, images: Tensor, spec: ImageSpec, name: str) -> Any:
     """Return what a network gives, and ask where it looks like an embedding and is said to give classes."""
-    size = f"{spec.channels}x{spec.height}x{spec.width}"
+    size = spec.shape_text
     try:
         with torch.no_grad():
             answer = net(images)
@@ -257,9 +257,9 @@ def _check_alone(network: fx.GraphModule, spec: ImageSpec, name: str) -> None:
 
 
 def _other_images(spec: ImageSpec) -> Tensor:
-    """Return Gaussian noise that the graph was not traced with, [CHECK_BATCH, C, H, W]."""
+    """Return Gaussian noise that the graph was not traced with, [CHECK_BATCH, C, ...]."""
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(CHECK_BATCH, spec.channels, spec.height, spec.width, generator=generator)
+    return torch.randn(CHECK_BATCH, *spec.shape, generator=generator)
 
 
 def _name_squeezes(graph: fx.Graph) -> None:

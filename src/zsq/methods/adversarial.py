@@ -97,8 +97,7 @@ class AdversarialSource(GeneratorSource):
         random = stream(self.seed, name, index, self.device)
         noise = self._noise(random, count)
         author = torch.randint(0, len(self.generators), (count,), generator=random, device=self.device)
-        size = (count, self.spec.channels, self.spec.height, self.spec.width)
-        images = torch.empty(size, device=self.device)
+        images = torch.empty(count, *self.spec.shape, device=self.device)
         for number, generator in enumerate(self.generators.eval()):
             rows = author == number
             if rows.any():

@@ -1,12 +1,12 @@
 """What every method gives: something to quantize, and images to do it with."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from zsq.checked import Checked
@@ -15,6 +15,8 @@ from zsq.graph.observe import ObservedTeacher
 from zsq.models.teacher import Teacher
 from zsq.training.loop import Run
 from zsq.types import SampleSource, Statistics
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,21 +114,25 @@ class LearningMethod(Method, ABC):
         """
         low = self.precision == "bfloat16"
         observed = ObservedTeacher(teacher.network, teacher.name, low_precision=low, required=required)
-        observed.to(device)
-        for tensor in (*observed.parameters(), *observed.buffers()):
-            if tensor.dim() == 4:
-                tensor.data = tensor.data.to(memory_format=torch.channels_last)
-        return observed
+        return in_channels_last(observed.to(device))
 
 
-def takes_size(teacher: Teacher, height: int, width: int, device: torch.device) -> bool:
+def in_channels_last(network: Network) -> Network:
+    """Return a network with the filters of its 2-D convolutions in channels-last order, in place."""
+    for tensor in (*network.parameters(), *network.buffers()):
+        if tensor.dim() == 4:
+            tensor.data = tensor.data.to(memory_format=torch.channels_last)
+    return network
+
+
+def takes_size(teacher: Teacher, sides: Sequence[int], device: torch.device) -> bool:
     """Whether a teacher takes images of another size than its own, and answers in the same shape.
 
     It does not where a layer reads a whole map, or where there is an answer for each place.
     """
     try:
         with torch.no_grad():
-            answers = teacher.network(torch.zeros(2, teacher.spec.channels, height, width, device=device))
+            answers = teacher.network(torch.zeros(2, teacher.spec.channels, *sides, device=device))
     except RuntimeError:  # such as a linear layer behind flatten
         return False
     outputs = teacher.spec.outputs

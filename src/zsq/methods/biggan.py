@@ -164,8 +164,8 @@ def load_biggan(folder: Path, spec: ImageSpec, teacher: str) -> Any:
         InputError: the folder lacks a file, a file does not fit, or the generator does not fit the teacher.
         MissingExtraError: the library is not installed.
     """
-    if spec.channels != 3:
-        raise InputError(f"BigGAN makes images of 3 channels; teacher '{teacher}' takes {spec.channels}.")
+    if spec.channels != 3 or not spec.is_image:
+        raise InputError(f"BigGAN makes images of 3 channels; teacher '{teacher}' takes {spec.shape_text}.")
     lacking = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if lacking:
         raise InputError(f"{folder} lacks {' and '.join(lacking)}; {LIBRARY} makes checkpoints of both.")

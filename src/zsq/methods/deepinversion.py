@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from zsq.checked import CountOrZero, Factor, Text
 from zsq.errors import InputError
+from zsq.methods.generators import LINEAR
 from zsq.methods.image_optimization import Inversion, InversionSource
 from zsq.methods.labels import label_terms
 from zsq.methods.noise_and_real import Noise, NoiseSource
@@ -54,7 +55,7 @@ class DeepInversion(Inversion):
     jitter: CountOrZero | None = None
     """Most pixels by which the images are rolled at a step, each way; unset, 2, and 30 from 96 pixels on."""
     flip: bool = True
-    """Mirror the whole batch at every other step, drawn at random."""
+    """Mirror the whole batch at every other step, drawn at random; images only."""
     two_resolutions: bool | None = None
     """Optimise at half resolution for the first two thirds of the iterations; unset: from 96 pixels on."""
     competition_weight: Factor = 0.0
@@ -89,9 +90,8 @@ class DeepInversionSource(InversionSource):
         self.asks_labels, self.answers = spec.classes > 0, Answers(spec.outputs)
         if settings.competition_weight and not self.asks_labels:
             raise InputError("method.competition_weight compares classes, and this network names none; set it to 0.")
-        ends = torch.tensor([0.0, 1.0], device=run.device).view(2, 1, 1, 1).expand(2, spec.channels, 1, 1)
-        self.low, self.high = spec.normalize(ends).split(1)
-        self.jitter, self.flip = int(settings.chosen("jitter", spec)), settings.flip
+        self.low, self.high = spec.ends.view(2, spec.channels, *[1] * spec.axes).to(run.device).split(1)
+        self.jitter, self.flip = int(settings.chosen("jitter", spec)), settings.flip and spec.is_image
         self.student = None
         weights = {
             "ce": 1.0,
@@ -114,13 +114,14 @@ class DeepInversionSource(InversionSource):
         """Return the pixels rolled and mirrored at random; in the first phase at half resolution, enlarged again."""
         images: Tensor = self.pixels
         if step % self.iterations < self.low_iterations:
-            small = F.avg_pool2d(images, 2)
-            images = F.interpolate(small, images.shape[2:], mode="bilinear", align_corners=False)
+            small = F.interpolate(images, [max(1, side // 2) for side in images.shape[2:]], mode="area")
+            images = F.interpolate(small, images.shape[2:], mode=LINEAR[self.spec.axes], align_corners=False)
         random = stream(self.seed, "jitter", step)
-        shifts = torch.randint(-self.jitter, self.jitter + 1, (2,), generator=random).tolist()
+        axes = self.spec.axes
+        shifts = torch.randint(-self.jitter, self.jitter + 1, (axes,), generator=random).tolist()
         mirrored = bool(torch.randint(0, 2, (1,), generator=random)) and self.flip
-        images = torch.roll(images, shifts, (2, 3))
-        return images.flip(3) if mirrored else images
+        images = torch.roll(images, shifts, tuple(range(2, 2 + axes)))
+        return images.flip(-1) if mirrored else images
 
     def losses(
         self, images: Tensor, logits: Tensor, moments: list[tuple[Tensor, Tensor]], labels: Tensor

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zsq.checked import BatchSize, Count, CountOrZero, Momentum, Positive
-from zsq.methods.base import LearningMethod, Surrogate, restore, takes_size
+from zsq.methods.base import LearningMethod, Surrogate, in_channels_last, restore, takes_size
 from zsq.methods.generators import Generator, make_generator
 from zsq.models.teacher import Teacher
 from zsq.quantization.ptq import PTQ, activation_quantizers, quantize_ptq
@@ -183,7 +183,7 @@ class GeneratorSource(ABC):
         self.parts = 1
         self.whole_every = settings.whole_every
         self.teacher = settings.observed(teacher, self.device, required=settings.needs_statistics)
-        self.generator = generator.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.generator = in_channels_last(generator.to(self.device))
         self.networks = [network for network in self.generator.modules() if isinstance(network, Generator)]
         for network in self.networks:
             network.low_precision = settings.precision == "bfloat16"
@@ -216,7 +216,7 @@ class GeneratorSource(ABC):
     def _takes_windows(self, teacher: Teacher) -> bool:
         """Whether the generators can make windows, and the teacher takes images of their size."""
         window = self.networks[0].window
-        return self.whole_every > 1 and window is not None and takes_size(teacher, *window, self.device)
+        return self.whole_every > 1 and window is not None and takes_size(teacher, window, self.device)
 
     def update(self, step: int, student: nn.Module | None) -> Batch:
         """Update the generator once and return its images and losses; the batch goes through in `parts`."""

@@ -3,8 +3,7 @@
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,13 @@ from torch.nn import functional as F
 from zsq.errors import unknown_name
 from zsq.graph.moments import moments
 from zsq.training.losses import blurred
-from zsq.types import ImageSpec
+from zsq.types import LARGE_IMAGE, ImageSpec
+
+CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+"""Convolutions by their axes."""
+
+LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+"""Linear interpolation by the number of axes."""
 
 LEAK = 0.2
 
@@ -86,13 +91,20 @@ class ConditionalNorm(nn.Module):
         return torch.addcmul(shift.to(x.dtype).view(shape), x, scale.to(x.dtype).view(shape))
 
 
+def _convolution(axes: int, inputs: int, outputs: int, kernel: int, stride: int = 1, *, bias: bool = True) -> nn.Module:
+    """Return a convolution of so many axes that keeps the size but for its stride, edges reflected."""
+    mode = "reflect" if kernel > 1 else "zeros"
+    return CONVOLUTIONS[axes](inputs, outputs, kernel, stride, kernel // 2, padding_mode=mode, bias=bias)
+
+
 class _Block(nn.Module):
     """Convolution, conditional batch norm, LeakyReLU."""
 
-    def __init__(self, inputs: int, outputs: int, code_size: int, *, kernel: int = 3, stride: int = 1) -> None:
+    def __init__(
+        self, axes: int, inputs: int, outputs: int, code_size: int, *, kernel: int = 3, stride: int = 1
+    ) -> None:
         super().__init__()
-        mode: Literal["reflect", "zeros"] = "reflect" if kernel > 1 else "zeros"
-        self.convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, padding_mode=mode, bias=False)
+        self.convolution = _convolution(axes, inputs, outputs, kernel, stride, bias=False)
         self.norm = ConditionalNorm(outputs, code_size)
 
     def forward(self, x: Tensor, code: Tensor) -> Tensor:
@@ -102,21 +114,22 @@ class _Block(nn.Module):
 class _Level(nn.Module):
     """One level of the U-Net: skip past, or go down, through the deeper levels and up again."""
 
-    def __init__(self, inputs: int, width: int, skip: int, code_size: int, deeper: nn.Module | None) -> None:
+    def __init__(self, axes: int, inputs: int, width: int, skip: int, code_size: int, deeper: nn.Module | None) -> None:
         super().__init__()
-        self.skip = _Block(inputs, skip, code_size, kernel=1)
-        self.down = _Block(inputs, width, code_size, stride=2)
-        self.refine = _Block(width, width, code_size)
+        self.mode = LINEAR[axes]
+        self.skip = _Block(axes, inputs, skip, code_size, kernel=1)
+        self.down = _Block(axes, inputs, width, code_size, stride=2)
+        self.refine = _Block(axes, width, width, code_size)
         self.deeper = deeper
         self.norm = ConditionalNorm(skip + width, code_size)
-        self.up = _Block(skip + width, width, code_size)
-        self.mix = _Block(width, width, code_size, kernel=1)
+        self.up = _Block(axes, skip + width, width, code_size)
+        self.mix = _Block(axes, width, width, code_size, kernel=1)
 
     def forward(self, x: Tensor, code: Tensor) -> Tensor:
         low = self.refine(self.down(x, code), code)
         if self.deeper is not None:
             low = self.deeper(low, code)
-        high = F.interpolate(low, scale_factor=2.0, mode="bilinear", align_corners=False)
+        high = F.interpolate(low, scale_factor=2.0, mode=self.mode, align_corners=False)
         x = self.norm(torch.cat([self.skip(x, code), high], dim=1), code)
         mixed: Tensor = self.mix(self.up(x, code), code)
         return mixed
@@ -129,23 +142,23 @@ class Exposure(nn.Module):
     patterns of twice the contrast of real images, and others flat colours.
 
     Args:
-        mean: of the pixels to start from, in (0, 1).
+        start: brightness to start from, before `ImageSpec.bounded`.
         code_size: length of a label's code with its style.
     """
 
-    def __init__(self, mean: float, code_size: int) -> None:
+    def __init__(self, start: Tensor, code_size: int) -> None:
         super().__init__()
-        self.brightness = nn.Parameter(torch.tensor(mean).logit())
+        self.brightness = nn.Parameter(start)
         self.log_contrast = nn.Parameter(torch.tensor(0.0))
         self.variation = nn.Linear(code_size, 2, bias=False)
         nn.init.zeros_(self.variation.weight)
 
     def forward(self, x: Tensor, code: Tensor) -> Tensor:
-        """Give images before the sigmoid, [N, C, H, W], mean and deviation as codes [N, E] ask for, within bounds."""
-        brighter, sharper = torch.tanh(self.variation(code)).unsqueeze(2).unsqueeze(3).unbind(1)
+        """Give images before the sigmoid, [N, C, ...], mean and deviation as codes [N, E] ask for, within bounds."""
+        brighter, sharper = torch.tanh(self.variation(code)).view(-1, 2, *[1] * (x.dim() - 1)).unbind(1)
         brightness = self.brightness + BRIGHTNESS_BOUND * brighter
         contrast = torch.exp(self.log_contrast + CONTRAST_BOUND * sharper)
-        return torch.addcmul(brightness[..., None], F.group_norm(x, 1, eps=LEAST_VARIANCE), contrast[..., None])
+        return torch.addcmul(brightness, F.group_norm(x, 1, eps=LEAST_VARIANCE), contrast)
 
 
 class Generator(nn.Module, ABC):
@@ -174,13 +187,14 @@ class Generator(nn.Module, ABC):
         self.spec, self.style_size, self.low_precision, self.windowed = spec, style_size, False, False
         self.code_size = codes.shape[1] + style_size
         mean = min(max(sum(spec.mean) / len(spec.mean), 0.05), 0.95)
-        self.exposure = Exposure(mean, self.code_size) if bound_contrast else None
+        start = torch.tensor(mean).logit() if spec.is_image else torch.tensor(0.0)
+        self.exposure = Exposure(start, self.code_size) if bound_contrast else None
         self.register_buffer("codes", codes.clone())
 
     def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
-        """Map noise [N, noise_size] and labels to images, [N, C, H, W], as the teacher takes them.
+        """Map noise [N, noise_size] and labels to images, [N, C, ...], as the teacher takes them.
 
-        Labels are int64 [N], or maps [N, h, w] that say what is where.
+        Labels are int64 [N], or maps [N, ...] that say what is where.
         """
         style, detail = noise.split([self.style_size, self.noise_size - self.style_size], dim=1)
         wanted = self.codes[labels].movedim(-1, 1)
@@ -189,19 +203,19 @@ class Generator(nn.Module, ABC):
         )
         with torch.autocast(noise.device.type, torch.bfloat16, enabled=self.low_precision and self.training):
             x = self.synthesize(detail, code)
-        x = x[..., : self.spec.height, : self.spec.width].float()
+        x = cut(x, self.spec.sides).float()
         if self.exposure is not None:
             x = self.exposure(x, code.flatten(2).mean(2) if code.dim() > 2 else code)
-        return self.spec.normalize(torch.sigmoid(x))
+        return self.spec.bounded(x)
 
     @property
-    def window(self) -> tuple[int, int] | None:
-        """Height and width of a part of an image that can be made for a part of the work; None where none can."""
+    def window(self) -> tuple[int, ...] | None:
+        """Sides of a part of an image that can be made for a part of the work; None where none can."""
         return None
 
     @abstractmethod
     def synthesize(self, noise: Tensor, code: Tensor) -> Tensor:
-        """Map the noise without the style, and codes with it, to the image before the sigmoid, at least H x W large."""
+        """Map the noise without the style, and codes with it, to the image before it is bounded, at least as large."""
 
 
 class UNet(Generator):
@@ -226,16 +240,16 @@ class UNet(Generator):
         bound_contrast: bool = True,
     ) -> None:
         super().__init__(spec, codes, style_size, bound_contrast)
-        levels = max(1, min(levels, int(math.log2(min(spec.height, spec.width))) - 1))
+        levels = max(1, min(levels, int(math.log2(min(spec.sides))) - 1))
         multiple = 2**levels
-        height, width_px = (math.ceil(side / multiple) * multiple for side in (spec.height, spec.width))
-        self.noise_map = (noise_channels, height, width_px)
+        self.noise_map = (noise_channels, *(math.ceil(side / multiple) * multiple for side in spec.sides))
         self.noise_size = style_size + math.prod(self.noise_map)
         body: _Level | None = None
         for level in reversed(range(levels)):
-            body = _Level(noise_channels if level == 0 else width, width, skip, self.code_size, body)
+            inputs = noise_channels if level == 0 else width
+            body = _Level(spec.axes, inputs, width, skip, self.code_size, body)
         self.body = body
-        self.to_pixels = nn.Conv2d(width, spec.channels, 1)
+        self.to_pixels = _convolution(spec.axes, width, spec.channels, 1)
 
     def synthesize(self, noise: Tensor, code: Tensor) -> Tensor:
         """See `Generator.synthesize`."""
@@ -265,84 +279,111 @@ class LightDecoder(Generator):
         bound_contrast: bool = True,
     ) -> None:
         super().__init__(spec, codes, style_size, bound_contrast)
-        self.shuffle = 4 if min(spec.height, spec.width) >= 96 else 2
-        self.margin = SMALL_MARGIN if min(spec.height, spec.width) < SMALL_IMAGE else 0
-        sides = [math.ceil((side + 2 * self.margin) / self.shuffle) for side in (spec.height, spec.width)]
+        axes, least = spec.axes, min(spec.sides)
+        self.shuffle = 4 if spec.is_large and least >= LARGE_IMAGE else 2
+        self.margin = SMALL_MARGIN if least < SMALL_IMAGE and spec.is_image else 0
+        sides = [math.ceil((side + 2 * self.margin) / self.shuffle) for side in spec.sides]
         self.ups = max(0, math.ceil(math.log2(min(sides) / 7)))
         self.start = tuple(math.ceil(side / 2**self.ups) for side in sides)
         self.register_buffer("sides", torch.tensor(self.start, dtype=torch.float32), persistent=False)
         self.noise_map = (noise_channels, *self.start)
-        self.noise_size = style_size + 2 + math.prod(self.noise_map)
+        self.noise_size = style_size + axes + math.prod(self.noise_map)
         code_size = self.code_size
         widths = [width * 2 ** min(2, self.ups - level) for level in range(self.ups + 1)]
         self.widths = widths
         self.layout = nn.Linear(code_size, widths[0] * math.prod(self.start), bias=False)
-        self.detail = nn.Conv2d(noise_channels, widths[0], 3, padding=1, padding_mode="reflect", bias=False)
-        nn.init.normal_(self.detail.weight, std=DETAIL / math.sqrt(9 * noise_channels))
+        self.detail = _convolution(axes, noise_channels, widths[0], 3, bias=False)
+        assert isinstance(self.detail.weight, Tensor)
+        nn.init.normal_(self.detail.weight, std=DETAIL / math.sqrt(3**axes * noise_channels))
         self.norm = ConditionalNorm(widths[0], code_size)
         pairs = itertools.pairwise(widths)
-        self.blocks = nn.ModuleList(_Block(inputs, outputs, code_size) for inputs, outputs in pairs)
-        self.refine = _Block(widths[-1], widths[-1], code_size)
-        self.to_pixels = nn.Conv2d(widths[-1], spec.channels * self.shuffle**2, 3, padding=1, padding_mode="reflect")
+        self.blocks = nn.ModuleList(_Block(axes, inputs, outputs, code_size) for inputs, outputs in pairs)
+        self.refine = _Block(axes, widths[-1], widths[-1], code_size)
+        self.to_pixels = _convolution(axes, widths[-1], spec.channels * self.shuffle**axes, 3)
 
     @property
-    def window(self) -> tuple[int, int] | None:
+    def window(self) -> tuple[int, ...] | None:
         """See `Generator.window`; the first map of a large image shifts circularly, so that any part is as good."""
         if not self.spec.is_large:
             return None
-        height, width = (side * 2**self.ups * self.shuffle for side in self._window_cells)
-        return height, width
+        return tuple(side * 2**self.ups * self.shuffle for side in self._window_cells)
 
     @property
-    def _window_cells(self) -> tuple[int, int]:
-        """Height and width of a window in the first map."""
-        height, width = (max(2, round(WINDOW * side)) for side in self.start)
-        return height, width
+    def _window_cells(self) -> tuple[int, ...]:
+        """Sides of a window in the first map."""
+        return tuple(max(2, round(WINDOW * side)) for side in self.start)
 
     def synthesize(self, noise: Tensor, code: Tensor) -> Tensor:
         """See `Generator.synthesize`."""
-        drawn, detail = noise.split([2, noise.shape[1] - 2], dim=1)
+        axes = self.spec.axes
+        drawn, detail = noise.split([axes, noise.shape[1] - axes], dim=1)
         share = torch.special.ndtr(drawn)  # from 0 to 1, its ends included
         if code.dim() > 2:  # the map says what is where, and its regions lie at random
             local = self.layout.weight.view(self.widths[0], *self.start, self.code_size)
-            layout = torch.einsum("chwe,nehw->nchw", local, F.interpolate(code, self.start, mode="nearest"))
+            layout = torch.einsum("c...e,ne...->nc...", local, F.interpolate(code, self.start, mode="nearest"))
         else:
             layout = self.layout(code).unflatten(1, (self.widths[0], *self.start))
             if not self.margin:
                 layout = shifted(layout, (share * self.sides).long())
         detail = detail.unflatten(1, self.noise_map)
         if self.windowed and self.training and code.dim() == 2:
-            height, width = self._window_cells
-            layout, detail = layout[..., :height, :width], detail[..., :height, :width]
+            layout, detail = cut(layout, self._window_cells), cut(detail, self._window_cells)
         x = layout + self.detail(detail)
         x = F.leaky_relu(self.norm(x, code), LEAK)
         for block in self.blocks:
             x = block(F.interpolate(x, scale_factor=2.0, mode="nearest"), code)
         x = self.refine(x, code)
-        pixels = F.pixel_shuffle(self.to_pixels(x).contiguous(), self.shuffle)
+        pixels = shuffled(self.to_pixels(x).contiguous(), self.shuffle)
         if not self.margin:
             return blurred(pixels)
         if code.dim() > 2:
-            return pixels[..., self.margin : -self.margin, self.margin : -self.margin]
+            return cut(pixels, self.spec.sides, self.margin)
         return shifted(pixels, -(share * (2 * self.margin + 1)).long().clamp(max=2 * self.margin))
+
+
+def cut(x: Tensor, sides: Sequence[int], start: int = 0) -> Tensor:
+    """Return the part of maps [N, C, ...] that begins at `start` along each axis, and has these sides at most."""
+    for axis, side in enumerate(sides, 2):
+        x = x.narrow(axis, start, min(side, x.shape[axis] - start))
+    return x
+
+
+def shuffled(x: Tensor, factor: int) -> Tensor:
+    """Make channels into finer maps, as the pixel shuffle of images does, along any number of axes.
+
+    Args:
+        x: [N, C * factor^A, ...] with A axes.
+        factor: by which each axis grows.
+
+    Returns:
+        [N, C, ...].
+    """
+    axes = x.dim() - 2
+    if axes == 2:
+        return F.pixel_shuffle(x, factor)
+    parts = x.unflatten(1, (-1, *[factor] * axes))
+    order = [0, 1, *(place for axis in range(axes) for place in (2 + axes + axis, 2 + axis))]
+    finer: Tensor = parts.permute(order).reshape(len(x), -1, *(side * factor for side in x.shape[2:]))
+    return finer
 
 
 def shifted(x: Tensor, steps: Tensor) -> Tensor:
     """Shift each map circularly.
 
     Args:
-        x: [N, C, H, W].
-        steps: down and to the right, int64 [N, 2].
+        x: [N, C, ...] with A axes.
+        steps: along each axis, such as down and to the right, int64 [N, A].
 
     Returns:
-        [N, C, H, W].
+        As x.
     """
-    height, width = x.shape[2:]
-    down, right = steps.unbind(1)
-    rows = (torch.arange(height, device=x.device) - down[:, None]) % height
-    columns = (torch.arange(width, device=x.device) - right[:, None]) % width
-    images = torch.arange(len(x), device=x.device)
-    return x.movedim(1, 3)[images[:, None, None], rows[:, :, None], columns[:, None, :]].movedim(3, 1)
+    axes = x.dim() - 2
+    places = [torch.arange(len(x), device=x.device).view(-1, *[1] * axes)]
+    for axis, (side, step) in enumerate(zip(x.shape[2:], steps.unbind(1), strict=True)):
+        sources = (torch.arange(side, device=x.device) - step[:, None]) % side
+        places.append(sources.view(len(x), *(-1 if other == axis else 1 for other in range(axes))))
+    moved: Tensor = x.movedim(1, -1)[tuple(places)].movedim(-1, 1)
+    return moved
 
 
 GENERATORS: dict[str, Callable[..., Generator]] = {"unet": UNet, "light": LightDecoder}

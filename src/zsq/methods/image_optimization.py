@@ -94,7 +94,7 @@ class InversionSource(PoolSource, ABC):
         self.steps, self.batches = settings.steps, settings.batches
         self.iterations = -(-self.steps // self.batches) or settings.iterations
         self.teacher = settings.observed(teacher, self.device)
-        self.pool = torch.empty(0, self.spec.channels, self.spec.height, self.spec.width, dtype=torch.float16)
+        self.pool = torch.empty(0, *self.spec.shape, dtype=torch.float16)
         self.changed = False
         self.replays = Replays(self.device)
         self._begin(0)

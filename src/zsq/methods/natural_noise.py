@@ -1,6 +1,8 @@
 """Random images with what photographs have in common: their spectrum, their colours, their brightness and contrast."""
 
+import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,6 +11,9 @@ from zsq.types import ImageSpec
 
 CHANNEL_CORRELATION = 0.9
 """Of two channels of a photograph: brightness varies more than colour (Ruderman, Cronin, Chiao 1998)."""
+
+OTHER_CORRELATION = 0.5
+"""Of two channels of a signal or a volume, of which nothing is known."""
 
 BRIGHTNESS, BRIGHTNESS_SPREAD = 0.45, 0.1
 """Mean of an image's pixels in [0, 1], over all images, and its deviation between them."""
@@ -23,7 +28,8 @@ def natural_noise(count: int, spec: ImageSpec, random: torch.Generator) -> Tenso
     .. math:: x = clip_{[0, 1]}(b + k\,z), \quad |\hat z(f)| \propto 1 / |f|
 
     The spectrum of photographs is about that (Field 1987; Torralba and Oliva 2003). Frequencies are in cycles a pixel,
-    so that blobs are as round in a wide image as in a square one.
+    so that blobs are as round in a wide image as in a square one. Signals and volumes get the same spectrum, with mean
+    0 and deviation 1 on average.
 
     Args:
         count: N.
@@ -31,22 +37,32 @@ def natural_noise(count: int, spec: ImageSpec, random: torch.Generator) -> Tenso
         random: on the device of the images.
 
     Returns:
-        Images as the network takes them, float [N, C, H, W].
+        Images as the network takes them, float [N, C, ...].
     """
-    height, width, device = spec.height, spec.width, random.device
-    frequency = frequencies(height, width, device)
-    frequency[0, 0] = math.inf  # the mean is drawn apart
-    white = torch.randn(count, 1 + spec.channels, height, width, generator=random, device=device)
-    smooth = torch.fft.irfft2(torch.fft.rfft2(white) / frequency, s=(height, width))
-    shared, own = smooth[:, :1], smooth[:, 1:]
-    mixed = math.sqrt(CHANNEL_CORRELATION) * shared + math.sqrt(1 - CHANNEL_CORRELATION) * own
-    mixed = mixed / mixed.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-12)
-    drawn = torch.randn(2, count, 1, 1, 1, generator=random, device=device)
+    sides, device = spec.sides, random.device
+    frequency, axes = frequencies(sides, device), tuple(range(2, 2 + spec.axes))
+    frequency[(0,) * spec.axes] = math.inf  # the mean is drawn apart
+    white = torch.randn(count, 1 + spec.channels, *sides, generator=random, device=device)
+    smooth = torch.fft.irfftn(torch.fft.rfftn(white, dim=axes) / frequency, s=sides, dim=axes)
+    shared, own, alike = smooth[:, :1], smooth[:, 1:], channel_correlation(spec)
+    mixed = math.sqrt(alike) * shared + math.sqrt(1 - alike) * own
+    mixed = mixed / mixed.square().mean((1, *axes), keepdim=True).sqrt().clamp(min=1e-12)
+    drawn = torch.randn(2, count, *[1] * (1 + spec.axes), generator=random, device=device)
     brightness = BRIGHTNESS + BRIGHTNESS_SPREAD * drawn[0]
-    contrast = CONTRAST * torch.exp(CONTRAST_SPREAD * drawn[1])
-    return spec.normalize((brightness + contrast * mixed).clamp(0, 1))
+    contrast = torch.exp(CONTRAST_SPREAD * drawn[1])
+    if spec.is_image:
+        return spec.normalize((brightness + CONTRAST * contrast * mixed).clamp(0, 1))
+    return spec.bounded((brightness - BRIGHTNESS) / CONTRAST + contrast * mixed)
 
 
-def frequencies(height: int, width: int, device: torch.device) -> Tensor:
-    """Return the frequency, in cycles a pixel, of each coefficient of a real image: [height, width // 2 + 1]."""
-    return torch.hypot(torch.fft.fftfreq(height, device=device)[:, None], torch.fft.rfftfreq(width, device=device))
+def channel_correlation(spec: ImageSpec) -> float:
+    """Return how alike two channels are."""
+    return CHANNEL_CORRELATION if spec.is_image else OTHER_CORRELATION
+
+
+def frequencies(sides: Sequence[int], device: torch.device) -> Tensor:
+    """Return the frequency, in cycles a pixel, of each coefficient of real images: [..., width // 2 + 1]."""
+    parts = [torch.fft.fftfreq(side, device=device) for side in sides[:-1]]
+    parts.append(torch.fft.rfftfreq(sides[-1], device=device).abs())
+    grids = torch.meshgrid(*parts, indexing="ij")
+    return functools.reduce(torch.hypot, grids).clone()

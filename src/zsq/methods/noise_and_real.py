@@ -1,6 +1,7 @@
 """Images that are given, not learnt: noise, the lower bound, and a labelled set, the upper bound."""
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -32,7 +33,8 @@ class Noise(Method):
     summary: ClassVar[str] = "Gaussian, uniform or natural noise, the lower bound"
 
     distribution: Literal["gaussian", "uniform", "natural"] = "gaussian"
-    """Standard normal as the network takes it, uniform pixels in [0, 1], or blobs and colours as in photographs."""
+    """Standard normal as the network takes it; uniform, of pixels in [0, 1]; or blobs and colors as in photographs.
+    Signals and volumes have no pixels: uniform is of variance 1, natural has a spectrum of 1/f."""
     batch_size: Count = 64
     """Images a distillation step."""
 
@@ -63,10 +65,12 @@ class NoiseSource(Stateless):
         labels = draw_labels(self.spec, count, random, self.device)
         if self.settings.distribution == "natural":
             return Batch(distributed.share(natural_noise(count, self.spec, random)), labels)
-        shape = (count, self.spec.channels, self.spec.height, self.spec.width)
+        shape = (count, *self.spec.shape)
         if self.settings.distribution == "gaussian":
             return Batch(distributed.share(torch.randn(shape, generator=random, device=self.device)), labels)
         pixels = distributed.share(torch.rand(shape, generator=random, device=self.device))
+        if not self.spec.is_image:
+            return Batch(math.sqrt(3) * (2 * pixels - 1), labels)
         return Batch(self.spec.normalize(pixels), labels)
 
     def sample(self, count: int, batch_size: int = 100, name: str = "sample") -> Iterator[Batch]:
@@ -126,7 +130,7 @@ class Real(Method):
 
 
 class ImagePool(PoolSource, Stateless):
-    """Draws from a set that is held in memory as uint8.
+    """Draws from a set that is held in memory: images as uint8, signals and volumes as float32.
 
     Args:
         data: name or path of the set.
@@ -156,13 +160,13 @@ class ImagePool(PoolSource, Stateless):
         for batch in images.batches():
             keep = slice(-seen % every, None, every)
             seen += len(batch.labels)
-            pixels.append(spec.to_pixels(batch.images[keep]))
+            pixels.append(spec.to_raw(batch.images[keep]))
             labels.append(batch.labels[keep])
         self.pixels, self.labels = torch.cat(pixels), torch.cat(labels)
 
     def images(self, rows: Tensor) -> Tensor:
         """See `PoolSource.images`."""
-        return self.spec.normalize(self.pixels[rows].permute(0, 3, 1, 2).float() / 255)
+        return self.spec.from_raw(self.pixels[rows])
 
 
 class RealSource(ImagePool):
@@ -175,6 +179,8 @@ class RealSource(ImagePool):
         super().__init__(settings.data, settings.limit, settings.batch_size, spec, run, settings.class_names)
         self.true_labels = self.asks_labels = self.labelled and not spec.outputs
         self.augment = settings.augment
+        if self.augment != "none" and not spec.is_image:
+            raise InputError(f"method.augment is {self.augment}, which is for images; the network takes others.")
 
     def batch(self, step: int, student: nn.Module | None) -> Batch:
         """Return the batch of a distillation step, drawn with replacement and augmented."""

@@ -12,7 +12,7 @@ from zsq.errors import InputError
 from zsq.methods.base import takes_size
 from zsq.methods.image_optimization import Inversion, InversionSource
 from zsq.methods.labels import label_terms, map_shape
-from zsq.methods.natural_noise import CHANNEL_CORRELATION, frequencies, natural_noise
+from zsq.methods.natural_noise import channel_correlation, frequencies, natural_noise
 from zsq.models.teacher import Teacher
 from zsq.runtime.random_streams import stream
 from zsq.training.loop import Run
@@ -52,7 +52,7 @@ class Spectral(Inversion):
     """Of images from 96 pixels on, the network is shown whole ones in one step of so many, and in the others crops at
     half the size, which cost a quarter; 1: whole ones in every step."""
     flip: bool = True
-    """Mirror the whole batch at every other step, drawn at random."""
+    """Mirror the whole batch at every other step, drawn at random; images only."""
 
     def check(self) -> None:
         """Check that there is something to learn from."""
@@ -65,9 +65,9 @@ class Spectral(Inversion):
 
 
 class Spectrum:
-    r"""Pixels in (0, 1) as coefficients that Adam can move at one rate, and back.
+    r"""Numbers, of which a sigmoid makes pixels, as coefficients that Adam can move at one rate, and back.
 
-    .. math:: x = \sigma(L\,F^{-1}(a \odot c)), \quad a_f \propto 1 / |f|, \quad L L^T = (1 - r) I + r
+    .. math:: x = L\,F^{-1}(a \odot c), \quad a_f \propto 1 / |f|, \quad L L^T = (1 - r) I + r
 
     A step of equal size on all coefficients changes an image as photographs differ: more in coarse than in fine
     detail, and more in brightness than in colour.
@@ -81,22 +81,23 @@ class Spectrum:
     """
 
     def __init__(self, spec: ImageSpec, device: torch.device) -> None:
-        self.size = (spec.height, spec.width)
-        amplitude = 1 / frequencies(*self.size, device).clamp(min=1 / max(self.size))
+        self.size, self.axes = spec.sides, tuple(range(2, 2 + spec.axes))
+        amplitude = 1 / frequencies(self.size, device).clamp(min=1 / max(self.size))
         self.amplitude = amplitude / amplitude.mean()
-        correlation = torch.full((spec.channels, spec.channels), CHANNEL_CORRELATION)
+        correlation = torch.full((spec.channels, spec.channels), channel_correlation(spec))
         self.colours = torch.linalg.cholesky(correlation.fill_diagonal_(1.0)).to(device)
         self.decorrelated = torch.linalg.inv(self.colours)
 
-    def coefficients(self, pixels: Tensor) -> Tensor:
-        """Return those of pixels [N, C, H, W] in (0, 1): [N, C, H, W // 2 + 1, 2], real and imaginary part."""
-        plain = torch.einsum("kc,nchw->nkhw", self.decorrelated, pixels.logit())
-        return torch.view_as_real(torch.fft.rfft2(plain, norm="ortho") / self.amplitude)
+    def coefficients(self, values: Tensor) -> Tensor:
+        """Return those of numbers [N, C, ..., W]: [N, C, ..., W // 2 + 1, 2], real and imaginary part."""
+        plain = torch.einsum("kc,nc...->nk...", self.decorrelated, values)
+        return torch.view_as_real(torch.fft.rfftn(plain, dim=self.axes, norm="ortho") / self.amplitude)
 
-    def pixels(self, coefficients: Tensor) -> Tensor:
-        """Return the pixels of coefficients [N, C, H, W // 2 + 1, 2]: [N, C, H, W]."""
-        plain = torch.fft.irfft2(torch.view_as_complex(coefficients) * self.amplitude, s=self.size, norm="ortho")
-        return torch.sigmoid(torch.einsum("kc,nchw->nkhw", self.colours, plain))
+    def values(self, coefficients: Tensor) -> Tensor:
+        """Return the numbers of coefficients [N, C, ..., W // 2 + 1, 2]: [N, C, ..., W]."""
+        scaled = torch.view_as_complex(coefficients) * self.amplitude
+        plain = torch.fft.irfftn(scaled, s=self.size, dim=self.axes, norm="ortho")
+        return torch.einsum("kc,nc...->nk...", self.colours, plain)
 
 
 class SpectralSource(InversionSource):
@@ -111,9 +112,9 @@ class SpectralSource(InversionSource):
             raise InputError("method.bns_weight is 0, and this network names no class; it must be above 0.")
         self.spectrum = Spectrum(spec, run.device)
         self.crop = (spec.height // 2, spec.width // 2)
-        in_place = bool(map_shape(spec))
+        in_place = bool(map_shape(spec)) or not spec.is_image
         crops = spec.is_large and settings.whole_every > 1 and not in_place
-        crops = crops and takes_size(teacher, *self.crop, run.device)
+        crops = crops and takes_size(teacher, self.crop, run.device)
         self.whole_every = settings.whole_every if crops else 1
         self.flip = settings.flip and not in_place
         rate = settings.learning_rate or (LARGE_RATE if spec.is_large else SMALL_RATE)
@@ -127,12 +128,11 @@ class SpectralSource(InversionSource):
 
     def encode(self, images: Tensor) -> Tensor:
         """Return the coefficients of the images."""
-        pixels = self.spec.denormalize(images).clamp(MARGIN, 1 - MARGIN)
-        return self.spectrum.coefficients(pixels.to(self.device))
+        return self.spectrum.coefficients(self.spec.unbounded(images, MARGIN).to(self.device))
 
     def render(self) -> Tensor:
         """Return the images of the coefficients."""
-        return self.spec.normalize(self.spectrum.pixels(self.pixels))
+        return self.spec.bounded(self.spectrum.values(self.pixels))
 
     def images_of(self, step: int) -> Tensor:
         """Return the images, whole or one crop of all of them at half the size, mirrored at random."""
@@ -141,7 +141,7 @@ class SpectralSource(InversionSource):
             images = cropped(images, self.crop, random)
         if self.flip and bool(torch.randint(0, 2, (1,), generator=random)):
             images = images.flip(3)
-        return images.contiguous(memory_format=torch.channels_last)
+        return images.contiguous(memory_format=torch.channels_last) if self.spec.is_image else images
 
     def losses(
         self, images: Tensor, logits: Tensor, moments: list[tuple[Tensor, Tensor]], labels: Tensor

@@ -8,19 +8,26 @@ from tyro.conf import Positional
 
 from zsq.errors import InputError, TeacherError
 from zsq.models.options import option, text
-from zsq.types import ImageSpec, Output, OutputKind
+from zsq.types import SIDES, ImageSpec, Output, OutputKind
 
 
-def parse_shape(value: str) -> tuple[int, int, int]:
-    """Read `3x32x32`.
+def parse_shape(value: str) -> tuple[int, ...]:
+    """Read `3x32x32`, of a signal `12x256`, or of a volume `1x16x64x64`.
 
     Raises:
         InputError: it is something else.
     """
     sizes = value.lower().split("x")
-    if len(sizes) != 3 or not all(size.isdecimal() for size in sizes):
-        raise InputError(f"--input is '{value}'; channels x height x width are expected, such as 3x32x32.")
-    return int(sizes[0]), int(sizes[1]), int(sizes[2])
+    if len(sizes) - 1 not in SIDES or not all(size.isdecimal() and len(size) <= DIGITS for size in sizes):
+        raise InputError(
+            f"--input is '{value}'; channels x height x width are expected, such as 3x32x32, of signals 12x256, of "
+            "volumes 1x16x64x64."
+        )
+    return tuple(map(int, sizes))
+
+
+DIGITS = 9
+"""Most digits of a size."""
 
 
 def parse_resize(value: str) -> int | Literal["none"]:
@@ -81,17 +88,17 @@ class Network:
     """digits, shapes_mobilenet, pytorchcv:NAME, timm:NAME, torchvision:NAME, FILE.py:FACTORY or MODULE:FACTORY."""
     weights: Annotated[str | None, option("FILE")] = None
     """Weights file (safetensors or PyTorch checkpoint), or `random`; unset, those that MODEL brings."""
-    input: Annotated[tuple[int, int, int] | None, text("CxHxW", parse_shape), option("CxHxW")] = None
-    """Image shape such as 3x32x32; known for zoos."""
+    input: Annotated[tuple[int, ...] | None, text("CxHxW", parse_shape), option("CxHxW")] = None
+    """Image shape such as 3x32x32; of signals such as 12x256, of volumes such as 1x16x64x64; known for zoos."""
     classes: Annotated[int | None, option("N")] = None
     """Number of classes; known for zoos, and found out where --outputs says that there are any."""
     outputs: Annotated[tuple[Output, ...] | None, text("KIND|NAME=KIND,...", parse_outputs), option("KIND,...")] = None
     """What the network gives: classes (of an image or at every position), embedding or values; several in order or by
     name. Unset, --classes tells."""
     mean: Annotated[tuple[float, ...] | None, text("A,B,C", numbers("mean")), option("A,B,C")] = None
-    """Mean of each channel, pixels in [0, 1]."""
+    """Mean of each channel, of images with pixels in [0, 1]."""
     std: Annotated[tuple[float, ...] | None, text("A,B,C", numbers("std")), option("A,B,C")] = None
-    """Standard deviation of each channel, pixels in [0, 1]."""
+    """Standard deviation of each channel, of images with pixels in [0, 1]."""
     resize: Annotated[int | Literal["none"] | None, text("N|none", parse_resize), option("N|none")] = None
     """Shorter side in pixels before the centre crop, or none; unset, what MODEL says."""
 
@@ -99,14 +106,12 @@ class Network:
         """Return a model's image spec with what is said here; its resize grows or shrinks with the crop."""
         if self.classes is not None and self.classes < 1:
             raise InputError(f"--classes is {self.classes}; it must be at least 1. --outputs says what else there is.")
-        channels, height, width = self.input or (default.channels, default.height, default.width)
+        shape = self.input or default.shape
         resize = None if self.resize == "none" else self.resize
         if self.resize is None and default.resize is not None:
-            resize = round(default.resize * min(height, width) / min(default.height, default.width))
-        return ImageSpec(
-            channels=channels,
-            height=height,
-            width=width,
+            resize = round(default.resize * min(shape[1:]) / min(default.sides))
+        return ImageSpec.of_shape(
+            shape,
             classes=self.classes or (0 if self.outputs else default.classes),
             outputs=default.outputs if self.outputs is None else self.outputs,
             mean=tuple(self.mean or default.mean),
@@ -122,18 +127,11 @@ class Network:
         """
         if self.input is None:
             raise TeacherError(
-                f"'{self.model}' does not say what images it takes: give --input CxHxW, "
-                "with --mean and --std if it was trained on normalised pixels."
+                f"'{self.model}' does not say what images it takes: give --input CxHxW (signals CxL, volumes "
+                "CxDxHxW), with --mean and --std if it was trained on normalised pixels."
             )
         if (self.mean is None) != (self.std is None):
             given, other = ("mean", "std") if self.std is None else ("std", "mean")
             raise TeacherError(f"'{self.model}' gets --{given} and no --{other}; give both, or neither.")
-        channels, height, width = self.input
-        default = ImageSpec(
-            channels=channels,
-            height=height,
-            width=width,
-            mean=(0.0,) * channels,
-            std=(1.0,) * channels,
-        )
-        return self.spec_over(default)
+        channels = self.input[0]
+        return self.spec_over(ImageSpec.of_shape(self.input, mean=(0.0,) * channels, std=(1.0,) * channels))

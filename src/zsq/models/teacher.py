@@ -41,9 +41,9 @@ class Teacher:
     name: str
     """The network as the user named it."""
     spec: ImageSpec
-    """What images it takes and what it gives."""
+    """What it takes and gives."""
     network: fx.GraphModule
-    """The `torch.export` graph in eval mode, called as `network(images)`: [N, C, H, W] to logits [N, classes], or to
+    """The `torch.export` graph in eval mode, called as `network(images)`: [N, C, ...] to logits [N, classes], or to
     all its outputs in one row an image, [N, K] (`zsq.graph.outputs`).
 
     ATen operators (none in place), any batch size, no dropout, parameters frozen under their original names, batch
@@ -71,7 +71,7 @@ def load_teacher(
     model: str,
     *,
     weights: str | Path | None = None,
-    input: tuple[int, int, int] | None = None,
+    input: tuple[int, ...] | None = None,
     classes: int | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
@@ -87,7 +87,8 @@ def load_teacher(
         weights: a safetensors file or a PyTorch checkpoint (a state dict, also under `state_dict`, `model` or
             `model_state_dict`, also with the prefix `module.`); `random` for seeded initial weights; None for those
             that the model brings: bundled, fetched by the zoo, or set by the factory.
-        input: channels, height and width. Required where neither zoo nor factory knows them.
+        input: channels, height and width; of signals channels and length, of volumes channels, depth, height and
+            width. Required where neither zoo nor factory knows them.
         classes: number of classes; a network that names classes needs it, or `outputs`.
         mean, std: one value a channel on the scale of pixels in [0, 1]; without zoo or factory, 0 and 1.
         resize: shorter side in pixels before the centre crop, "none" for none, None for what zoo or factory say.
@@ -123,7 +124,6 @@ def load(network: Network) -> Teacher:
         torch.manual_seed(RANDOM_SEED)
         if model in zoo.BUNDLED:
             bundled = zoo.BUNDLED[model]
-            assert bundled.spec is not None  # of a classifier of images
             net, spec, source = bundled.build(), network.spec_over(bundled.spec), "bundled"
             if weights is None:
                 load_weights(net, bundled.weights, bundled.spec, {})
@@ -143,7 +143,7 @@ def load(network: Network) -> Teacher:
         source = Path(weights).name
     teacher = _teacher(net, spec, model, source)
     unit = not any(spec.mean) and set(spec.std) == {1.0}
-    if unit and network.mean is None and network.std is None:
+    if spec.is_image and unit and network.mean is None and network.std is None:
         logger.info("pixels go into the network as they are, from 0 to 1; --mean and --std normalise them")
     return teacher
 

@@ -22,9 +22,7 @@ from zsq.errors import MissingExtraError, TeacherError, unknown_name
 from zsq.graph.trace import FOREIGN_FAULTS, first_line
 from zsq.types import ImageSpec
 
-BUNDLED: dict[str, Bundled] = {
-    network.name: network for network in (digits.NETWORK, *shapes.NETWORKS.values()) if network.spec is not None
-}
+BUNDLED: dict[str, Bundled] = {network.name: network for network in (digits.NETWORK, *shapes.NETWORKS.values())}
 """The networks that zsq brings and can quantize, by name."""
 
 INSTALL = {

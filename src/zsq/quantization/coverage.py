@@ -115,7 +115,7 @@ def coverage(converted: GraphModule, spec: ImageSpec, in_float: Collection[Any] 
         in_float: operators that the target's file computes in float, though other runtimes have integers for them.
     """
     counter = _Counter(converted)
-    counter.run(torch.zeros(1, spec.channels, spec.height, spec.width))
+    counter.run(torch.zeros(1, *spec.shape))
     total = sum(counter.arithmetic.values())
     quantized = {node for node in counter.arithmetic if node.target not in in_float and _in_integers(node)}
     floats: dict[str, float] = {}

@@ -76,7 +76,13 @@ def _ends(network: GraphModule) -> set[Node]:
 
 
 def uniform_pixels(spec: ImageSpec, run: Run) -> Tensor:
-    """Return draws of pixels that are uniform in [0, 1], and those ends, as the network takes them: [ROWS + 2, C]."""
+    """Return draws of pixels that are uniform in [0, 1], and those ends, as the network takes them: [ROWS + 2, C].
+
+    The numbers of signals and volumes are drawn from the standard normal, between their own ends.
+    """
+    if not spec.is_image:
+        draws = normal_quantiles(run.device)[:, None].expand(-1, spec.channels)
+        return torch.cat([draws, spec.ends.to(run.device)])
     ends = torch.tensor([0.0, 1.0], device=run.device)
     levels = torch.cat([_midpoints(run.device), ends]).view(-1, 1, 1, 1).expand(-1, spec.channels, 1, 1)
     return spec.normalize(levels).flatten(1)

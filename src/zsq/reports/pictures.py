@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from zsq.runtime.files import replacing
@@ -15,6 +15,12 @@ from zsq.types import Batch, ImageSpec
 GRID_ROWS, GRID_COLUMNS = 10, 10
 SMALLEST_TILE, LARGEST_TILE = 48, 112
 """Pixels a side of a tile: smaller images are enlarged by a whole factor, larger ones averaged over whole blocks."""
+
+SHOWN_LINES, LINE_HEIGHT = 4, 28
+"""Channels of a signal that are drawn, and the height of each in pixels."""
+
+FINER = 4
+"""Factor by which a line is drawn larger, to be smooth."""
 
 SEARCHED = 2000
 """Images looked through for those of the wanted labels, where a source cannot be asked for a label."""
@@ -35,7 +41,7 @@ def grid_labels(classes: int) -> Tensor:
 def rows_of_images(
     source: _Sampler, spec: ImageSpec, labels: Tensor | None = None, columns: int = GRID_COLUMNS
 ) -> Tensor:
-    """Return images, uint8 [rows, columns, H, W, C], one row a label; places without an image are black.
+    """Return pictures of images, uint8 [rows, columns, H, W, C], one row a label; places without one are black.
 
     Args:
         source: of the images; asked for labels where it can be.
@@ -48,13 +54,14 @@ def rows_of_images(
     labels = grid_labels(spec.classes) if labels is None else labels
     asked = source.sample_labels(labels.repeat_interleave(columns))
     if asked is not None:
-        return spec.to_pixels(asked.cpu()).view(len(labels), columns, spec.height, spec.width, spec.channels)
-    grid = torch.zeros(len(labels), columns, spec.height, spec.width, spec.channels, dtype=torch.uint8)
+        return _in_rows(as_pictures(asked.cpu(), spec), len(labels))
+    size = as_pictures(torch.zeros(1, *spec.shape), spec).shape[1:]
+    grid = torch.zeros(len(labels), columns, *size, dtype=torch.uint8)
     filled = [0] * len(labels)
     row_of = {int(label): row for row, label in enumerate(labels)}
     for batch in source.sample(SEARCHED):
         shown = batch.labels if batch.labels.dim() == 1 else batch.labels.flatten(1).mode(1).values
-        for pixels, label in zip(spec.to_pixels(batch.images.cpu()), shown.tolist(), strict=True):
+        for pixels, label in zip(as_pictures(batch.images.cpu(), spec), shown.tolist(), strict=True):
             row = row_of.get(label)
             if row is not None and filled[row] < columns:
                 grid[row, filled[row]] = pixels
@@ -67,9 +74,46 @@ def rows_of_images(
 def _any_images(source: _Sampler, spec: ImageSpec, columns: int) -> Tensor:
     """Return images of a network without classes, uint8 [rows, columns, H, W, C], as they come."""
     shown = columns * columns // 2
-    found = torch.cat([spec.to_pixels(batch.images.cpu()) for batch in source.sample(shown)])[:shown]
+    found = torch.cat([as_pictures(batch.images.cpu(), spec) for batch in source.sample(shown)])[:shown]
     rows = max(1, len(found) // columns)
-    return found[: rows * columns].view(rows, -1, spec.height, spec.width, spec.channels)
+    return _in_rows(found[: rows * columns], rows)
+
+
+def _in_rows(pictures: Tensor, rows: int) -> Tensor:
+    return pictures.view(rows, -1, *pictures.shape[1:])
+
+
+def as_pictures(images: Tensor, spec: ImageSpec) -> Tensor:
+    """Return network inputs [N, C, ...] as they are shown, uint8 [N, H, W, c]: images as they are, a line for each
+    channel of a signal, and four slices of a volume's first channel."""
+    if spec.is_image:
+        return spec.to_pixels(images)
+    draw = _plotted if spec.axes == 1 else _sliced
+    return torch.from_numpy(np.stack([draw(image) for image in images.float().numpy()]))
+
+
+def _plotted(signal: np.ndarray) -> np.ndarray:
+    """Return the first channels of a signal [C, L], each over its own range, as lines: uint8 [H, W, 1]."""
+    lines = signal[:SHOWN_LINES]
+    height = max(SMALLEST_TILE, LINE_HEIGHT * len(lines))
+    canvas = Image.new("L", (LARGEST_TILE * FINER, height * FINER), 255)
+    draw, band = ImageDraw.Draw(canvas), height * FINER / len(lines)
+    across = np.linspace(0, canvas.width - 1, signal.shape[1])
+    for row, values in enumerate(lines):
+        low, high = float(values.min()), float(values.max())
+        share = (values - low) / max(high - low, 1e-12)
+        down = (row + 0.95 - 0.9 * share) * band
+        draw.line(list(zip(across.tolist(), down.tolist(), strict=True)), fill=0, width=FINER)
+    small = canvas.resize((LARGEST_TILE, height), Image.Resampling.BOX)
+    return np.asarray(small)[..., None]
+
+
+def _sliced(volume: np.ndarray) -> np.ndarray:
+    """Return four slices of a volume's [C, D, H, W] first channel, over its own range: uint8 [2H, 2W, 1]."""
+    slices = volume[0][np.linspace(0, volume.shape[1] - 1, 6).round().astype(int)[1:5]]
+    low, high = float(slices.min()), float(slices.max())
+    grey = ((slices - low) * (255 / max(high - low, 1e-12))).round().astype(np.uint8)
+    return np.block([[grey[0], grey[1]], [grey[2], grey[3]]])[..., None]
 
 
 def save_grid(source: _Sampler, spec: ImageSpec, path: Path) -> None:

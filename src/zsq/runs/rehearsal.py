@@ -66,7 +66,7 @@ def _rehearse(teacher: Teacher, quantizer: PTQ, run: Run) -> Coverage:
     )
     spec, target = teacher.spec, target_of(quantizer.target)
     generator = torch.Generator().manual_seed(run.seed)
-    noise = torch.randn(REHEARSED, spec.channels, spec.height, spec.width, generator=generator)
+    noise = torch.randn(REHEARSED, *spec.shape, generator=generator)
     labels = torch.zeros(REHEARSED, dtype=torch.int64)
     probe = Run(seed=run.seed, device=run.device)
     student = quantize_ptq(teacher.network, lambda: iter([Batch(noise, labels)]), quick, probe)

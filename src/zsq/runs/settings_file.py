@@ -30,18 +30,22 @@ def _without_none(table: dict[str, Any]) -> dict[str, Any]:
 def teacher_table(teacher: Teacher) -> dict[str, Any]:
     """Return what `settings.toml` says of the teacher."""
     spec = teacher.spec
-    return {
-        "model": teacher.name,
-        "weights": teacher.weights_source,
-        "weights_sha256": teacher.weights_sha256,
-        "channels": spec.channels,
-        "height": spec.height,
-        "width": spec.width,
-        "classes": spec.classes,
-        "mean": list(spec.mean),
-        "std": list(spec.std),
-        "resize": spec.resize,
-    } | ({"outputs": [asdict(output) for output in spec.outputs]} if spec.outputs else {})
+    return (
+        {
+            "model": teacher.name,
+            "weights": teacher.weights_source,
+            "weights_sha256": teacher.weights_sha256,
+            "channels": spec.channels,
+            "height": spec.height,
+            "width": spec.width,
+            "classes": spec.classes,
+            "mean": list(spec.mean),
+            "std": list(spec.std),
+            "resize": spec.resize,
+        }
+        | ({} if spec.is_image else {"depth": spec.depth, "axes": spec.axes})
+        | ({"outputs": [asdict(output) for output in spec.outputs]} if spec.outputs else {})
+    )
 
 
 def stored_spec(folder: Path) -> ImageSpec:
@@ -58,6 +62,7 @@ def stored_spec(folder: Path) -> ImageSpec:
     if "run" not in content:
         raise InputError(f"{path} is cut short: its last table, [run], is missing.")
     sizes = {name: table.get(name, 0) for name in ("channels", "height", "width", "classes")}
+    sizes |= {name: table[name] for name in ("depth", "axes") if name in table}
     mean, std = tuple(table.get("mean", ())), tuple(table.get("std", ()))
     outputs = tuple(Output(o["name"], o["kind"], tuple(o["shape"])) for o in table.get("outputs", ()))
     return ImageSpec(**sizes, mean=mean, std=std, resize=table.get("resize"), outputs=outputs)
@@ -72,4 +77,4 @@ def shape_of(spec: ImageSpec) -> str:
     """Say all of an image spec that a generator depends on; `resize` serves files only."""
     values = f"mean {list(spec.mean)}, std {list(spec.std)}"
     given = f", {', '.join(f'{o.name} {o.kind} {list(o.shape)}' for o in spec.outputs)}" if spec.outputs else ""
-    return f"{spec.channels}x{spec.height}x{spec.width} in {spec.classes} classes, {values}{given}"
+    return f"{spec.shape_text} in {spec.classes} classes, {values}{given}"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from zsq.data.datasets import raw_key
 from zsq.errors import InputError
 from zsq.methods.pool import PoolSource
 from zsq.runs.request import SynthesizeRequest, takes
@@ -22,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 @clear_memory_errors()
 def synthesize_request(request: SynthesizeRequest) -> list[Path]:
-    """Write `images.npz` (images uint8 [N, H, W, C], labels int64 [N]) and `samples.png`, one row a class.
+    """Write `images.npz` (images uint8 [N, H, W, C], or inputs float32 [N, C, ...] of signals
+    and volumes; labels int64 [N]) and `samples.png`, one row a class.
 
     Images stream into the file, so any number fits in memory. A method that holds fewer than `count` gives all that it
     has. Several processes share the training, as in `quantize`. The folder holds the generator as well, for `from_run`,
@@ -55,13 +57,13 @@ synthesize = takes(SynthesizeRequest)(synthesize_request)
 def write_npz(path: Path, batches: Iterable[Batch], spec: ImageSpec, count: int) -> None:
     """Stream normalised batches of `count` images in all into an .npz as `zsq evaluate` reads it."""
     labels = []
-    shape = (count, spec.height, spec.width, spec.channels)
+    shape = (count, spec.height, spec.width, spec.channels) if spec.is_image else (count, *spec.shape)
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
-        with archive.open("images.npy", "w", force_zip64=True) as member:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        with archive.open(f"{raw_key(spec)}.npy", "w", force_zip64=True) as member:
+            header = {"descr": "|u1" if spec.is_image else "<f4", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(member, header)
             for batch in batches:
-                member.write(spec.to_pixels(batch.images.cpu()).numpy().tobytes())
+                member.write(spec.to_raw(batch.images.cpu()).numpy().tobytes())
                 labels.append(batch.labels.cpu().numpy())
         found = np.concatenate(labels)
         assert len(found) == count, (len(found), count)

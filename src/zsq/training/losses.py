@@ -292,18 +292,20 @@ def _require_channels(found: Tensor, wanted: Tensor) -> None:
 
 
 def total_variation(images: Tensor) -> Tensor:
-    """Euclidean norm, over the whole batch, of the differences between neighbours, summed over four directions.
+    """Euclidean norm, over the whole batch, of the differences between neighbours, summed over directions.
 
-    The directions are down, right and both diagonals.
+    In images the directions are down, right and both diagonals, elsewhere those of the axes.
 
     Args:
-        images: [N, C, H, W].
+        images: [N, C, ...].
 
     Returns:
         Scalar in units of the pixels; 0 for flat images.
 
     Source: Yin et al., DeepInversion, R_TV; the directions and the norm as their published program takes them.
     """
+    if images.dim() != 4:
+        return torch.stack([images.diff(dim=dim).norm() for dim in range(2, images.dim())]).sum()
     left, right, above, below = (
         images[..., :-1],
         images[..., 1:],
@@ -320,7 +322,7 @@ def total_variation(images: Tensor) -> Tensor:
 
 
 def image_norm(images: Tensor) -> Tensor:
-    """Euclidean norm of each image [C, H, W], averaged over the batch [N, C, H, W].
+    """Euclidean norm of each image [C, ...], averaged over the batch [N, C, ...].
 
     Source: Yin et al., DeepInversion, R_l2.
     """
@@ -351,7 +353,7 @@ def competition(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
 
 
 def smoothness(images: Tensor) -> Tensor:
-    """Mean squared difference between images [N, C, H, W] and themselves blurred by a 3x3 binomial kernel.
+    """Mean squared difference between images [N, C, ...] and themselves blurred by a binomial kernel of 3.
 
     Returns:
         Scalar in squared units of the pixels; 0 for flat images.
@@ -366,11 +368,17 @@ class _Blur(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, images: Tensor) -> Tensor:
-        return _blurred_along(_blurred_along(images, 2), 3)
+        return _blurred_along_all(images)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _blurred_along(_blurred_along(grad, 2), 3)
+        return _blurred_along_all(grad)
+
+
+def _blurred_along_all(x: Tensor) -> Tensor:
+    for dim in range(2, x.dim()):
+        x = _blurred_along(x, dim)
+    return x
 
 
 def _blurred_along(x: Tensor, dim: int) -> Tensor:
@@ -385,7 +393,7 @@ def _blurred_along(x: Tensor, dim: int) -> Tensor:
 
 
 def blurred(images: Tensor) -> Tensor:
-    """Blur images [N, C, H, W] by the 3x3 binomial kernel, edges repeated; a pattern of period 2 vanishes.
+    """Blur images [N, C, ...] by the binomial kernel of 3, edges repeated; a pattern of period 2 vanishes.
 
     A depthwise convolution took two to six times as long (8x3x224x224 with gradient, one core).
     """

@@ -5,7 +5,7 @@ from pathlib import Path
 from zsq.data.bundled import Bundled
 from zsq.data.shapes import networks
 from zsq.data.shapes.detection import average_precision, decode
-from zsq.data.shapes.heartbeats import LEADS, SAMPLES, SIGNAL_CLASSES, signals
+from zsq.data.shapes.heartbeats import LEADS, SAMPLES, SIGNAL_CLASSES, signal_labels, signals
 from zsq.data.shapes.world import (
     CLASSES,
     MOST_SHAPES,
@@ -40,6 +40,7 @@ __all__ = [
     "labels",
     "pairs",
     "scenes",
+    "signal_labels",
     "signals",
     "views",
 ]
@@ -95,7 +96,7 @@ NETWORKS = {
             summary="drawn heartbeats of 2x256 samples, 8 classes; 1-D convolutions",
             build=networks.SignalsNet,
             weights=WEIGHTS / "signals.safetensors",
-            spec=None,
+            spec=ImageSpec.of_shape((LEADS, SAMPLES), classes=len(SIGNAL_CLASSES), mean=(0.0, 0.0), std=(1.0, 1.0)),
             class_names=SIGNAL_CLASSES,
         ),
     )

@@ -41,6 +41,12 @@ def signals(count: int, *, seed: int, start: int = 0) -> tuple[np.ndarray, np.nd
     return drawn, labels
 
 
+def signal_labels(count: int, *, seed: int, start: int = 0) -> np.ndarray:
+    """Return the classes of these signals, int64 [count], without drawing them."""
+    rows = (Stream(SIGNAL, seed, start + row) for row in range(count))
+    return np.array([draws.below(len(SIGNAL_CLASSES)) for draws in rows], np.int64)
+
+
 def _signal(draws: Stream, name: str) -> np.ndarray:
     time = np.arange(SAMPLES, dtype=np.float64)
     heights = 1.0 + 0.25 * (2.0 * draws.uniform(LEADS, len(WAVES)) - 1.0)

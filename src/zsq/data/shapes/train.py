@@ -61,7 +61,6 @@ class Recipe:
 def pixels(images: np.ndarray) -> Tensor:
     """Return uint8 [N, H, W, 3] as the networks take it, float [N, 3, H, W]."""
     spec = shapes.NETWORKS["shapes_mobilenet"].spec
-    assert spec is not None
     return spec.normalize(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)
 
 

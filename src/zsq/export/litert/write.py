@@ -104,7 +104,7 @@ class _Writer:
     def __init__(self, network: fx.GraphModule, spec: ImageSpec, options: FileOptions) -> None:
         self.network, self.spec, self.options = network, spec, options
         self.batch = options.batch or 1
-        ShapeProp(network).propagate(torch.zeros(self.batch, spec.channels, spec.height, spec.width))
+        ShapeProp(network).propagate(torch.zeros(self.batch, *spec.shape))
         self.builder = FileBuilder()
         self.values: dict[Node, Value] = {}
         self.moves: dict[tuple[int, bool], Value] = {}
@@ -179,8 +179,7 @@ class _Writer:
 
     def image(self, grid: Grid) -> Value:
         """Return the network's input, rounded."""
-        channels, sizes = self.spec.channels, (self.spec.height, self.spec.width)
-        shape = (self.batch, channels, *sizes)
+        channels, shape = self.spec.channels, (self.batch, *self.spec.shape)
         if self.options.pixels is None:
             value = self.new("images", shape, grid, last=True)
             self.input = value.index
@@ -661,7 +660,7 @@ def _hardsigmoid(writer: _Writer, node: Node, rounding: _Rounding) -> Value:
 
 
 OPERATORS: dict[Any, Callable[[_Writer, Node, _Rounding], Value]] = {
-    **dict.fromkeys((aten.conv1d.default, aten.conv2d.default, aten.conv2d.padding), _convolution),
+    **dict.fromkeys((aten.conv1d.default, aten.conv2d.default, aten.conv1d.padding, aten.conv2d.padding), _convolution),
     aten.linear.default: _linear,
     aten.add.Tensor: _elementwise("ADD", "Add"),
     aten.sub.Tensor: _elementwise("SUB", "Sub"),
