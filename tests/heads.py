@@ -67,23 +67,67 @@ class Regressor(nn.Module):
         return self.last(self.body(x).mean((2, 3))).squeeze(1)
 
 
-def settled(network: nn.Module, channels: int) -> nn.Module:
+class SignalNet(nn.Module):
+    """Classes of signals of three channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv1d(3, 8, 5, 2, padding=2, bias=False),
+            nn.BatchNorm1d(8),
+            nn.ReLU(),
+            nn.Conv1d(8, 16, 3, padding="same", bias=False),
+            nn.BatchNorm1d(16),
+            nn.ReLU(),
+        )
+        self.last = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, 3, L] to [N, 5]."""
+        return self.last(self.body(x).mean(2))
+
+
+class VolumeNet(nn.Module):
+    """A class at each position of a volume."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv3d(1, 6, 3, padding=1, bias=False),
+            nn.BatchNorm3d(6),
+            nn.ReLU(),
+            nn.Conv3d(6, 8, 3, padding=1, bias=False),
+            nn.BatchNorm3d(8),
+            nn.ReLU(),
+        )
+        self.head = nn.Conv3d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, 1, D, H, W] to logits [N, 3, D, H, W]."""
+        return self.head(self.body(x))
+
+
+def settled(network: nn.Module, shape: tuple[int, ...]) -> nn.Module:
     """Let batch norms take the statistics of noise, and leave training mode."""
     network.train()
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for _ in range(30):
-            network(torch.randn(8, channels, 16, 16, generator=random))
+            network(torch.randn(8, *shape, generator=random))
     return network.eval()
 
 
-def _made(kind: type[nn.Module], channels: int, *args: int) -> nn.Module:
+def _made(kind: type[nn.Module], channels: int, *args: int, sides: tuple[int, ...] = (16, 16)) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return settled(kind(*args), channels)
+        return settled(kind(*args), (channels, *sides))
 
+
+SHAPES = {"segmenter": (1, 16, 16), "binary": (1, 16, 16), "signals": (3, 40), "volumes": (1, 8, 12, 10)}
 
 NETWORKS = {
+    "signals": lambda: _made(SignalNet, 3, sides=(40,)),
+    "volumes": lambda: _made(VolumeNet, 1, sides=(8, 12, 10)),
     "segmenter": lambda: _made(Segmenter, 1),
     "binary": lambda: _made(Segmenter, 1, 1),
     "embedder": lambda: _made(Embedder, 3),
@@ -92,6 +136,8 @@ NETWORKS = {
 }
 
 SAID = {
+    "signals": {"classes": 5},
+    "volumes": {"classes": 3},
     "segmenter": {"classes": 3},
     "binary": {"classes": 2},
     "embedder": {},
@@ -102,6 +148,6 @@ SAID = {
 
 def spec_of(name: str, **said) -> ImageSpec:
     """Return what a network takes, and what is said of what it gives."""
-    channels = 1 if name in ("segmenter", "binary") else 3
+    shape = SHAPES.get(name, (3, 16, 16))
     known = said or SAID[name]
-    return ImageSpec(channels=channels, height=16, width=16, mean=(0.5,) * channels, std=(0.25,) * channels, **known)
+    return ImageSpec.of_shape(shape, mean=(0.5,) * shape[0], std=(0.25,) * shape[0], **known)

@@ -230,7 +230,10 @@ def test_images_too_small_or_too_deep(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("digit", "no such data set: 'digit'. Known: 'digits', 'digits:train', 'shapes', 'shapes:train', a .npz file"),
+        (
+            "digit",
+            "no such data set: 'digit'. Known: 'digits', 'digits:train', 'shapes', 'shapes:train', 'heartbeats', ",
+        ),
         ("{tmp}/file.txt", "is of no known kind"),
         ("{tmp}/empty", "holds neither metadata.csv (file_name,label), nor one folder a class, nor images"),
         ("{tmp}/classes", "has 2 class folders; the teacher knows 3 classes."),

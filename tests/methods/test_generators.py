@@ -84,7 +84,7 @@ def test_no_label_can_become_a_flat_colour_or_a_pattern_of_extremes(name: str) -
 
 
 def test_exposure_in_closed_form() -> None:
-    exposure = Exposure(0.25, 3)
+    exposure = Exposure(torch.tensor(0.25).logit(), 3)
     x = torch.randn(4, 2, 5, 5) * torch.tensor([0.2, 1.0, 5.0, 50.0]).view(4, 1, 1, 1) + 7
     even = exposure(x, torch.randn(4, 3))
     torch.testing.assert_close(even.mean((1, 2, 3)), torch.full((4,), math.log(1 / 3)), rtol=1e-4, atol=1e-4)

@@ -67,9 +67,9 @@ def test_pixels_come_back_from_their_coefficients(channels: int, height: int, wi
     spec = shaped(channels, height, width)
     spectrum = Spectrum(spec, CPU)
     pixels = torch.rand(2, channels, height, width, generator=torch.Generator().manual_seed(0)).clamp(0.05, 0.95)
-    coefficients = spectrum.coefficients(pixels)
+    coefficients = spectrum.coefficients(pixels.logit())
     assert coefficients.shape == (2, channels, height, width // 2 + 1, 2)
-    torch.testing.assert_close(spectrum.pixels(coefficients), pixels, rtol=0, atol=2e-6)
+    torch.testing.assert_close(torch.sigmoid(spectrum.values(coefficients)), pixels, rtol=0, atol=2e-6)
 
 
 def test_a_coefficient_is_a_wave_whose_size_falls_as_one_over_its_frequency() -> None:
@@ -79,7 +79,7 @@ def test_a_coefficient_is_a_wave_whose_size_falls_as_one_over_its_frequency() ->
     def size(row: int, column: int) -> float:
         coefficients = torch.zeros(1, 1, 16, 9, 2)
         coefficients[0, 0, row, column, 0] = 1.0
-        return spectrum.pixels(coefficients).logit().square().mean().sqrt().item()
+        return spectrum.values(coefficients).square().mean().sqrt().item()
 
     assert size(0, 1) / size(0, 3) == pytest.approx(3, rel=1e-4)
     assert size(0, 1) / size(3, 4) == pytest.approx(5, rel=1e-4)  # hypot(3, 4)
@@ -90,7 +90,7 @@ def test_a_coefficient_is_a_wave_whose_size_falls_as_one_over_its_frequency() ->
 def test_coefficients_of_equal_size_make_channels_that_correlate() -> None:
     spectrum = Spectrum(shaped(3, 64, 64), CPU)
     drawn = torch.randn(20, 3, 64, 33, 2, generator=torch.Generator().manual_seed(0))
-    values = spectrum.pixels(0.01 * drawn).logit().movedim(1, 0).flatten(1)
+    values = spectrum.values(0.01 * drawn).movedim(1, 0).flatten(1)
     found = torch.corrcoef(values)
     assert (found - 0.9 - 0.1 * torch.eye(3)).abs().max() < 0.03
     assert values.std(1).max() / values.std(1).min() < 1.05

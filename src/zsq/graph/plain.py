@@ -33,9 +33,9 @@ def plain_network(program: ExportedProgram) -> GraphModule:
     _functionalize(network.graph)
     if not _is_plain(network.graph):
         network = program.run_decompositions({}).module(check_guards=False)
-        _name_batch_norms(network.graph)
         _forget_writes(network.graph)
     graph = network.graph
+    _name_batch_norms(graph)
     output = graph.output_node()
     results = [node for node in output.args[0] if isinstance(node, Node)]  # type: ignore[union-attr]
     output.args = (results[0] if len(results) == 1 else tuple(results),)

@@ -1,6 +1,7 @@
 """A network in, the graph that everything else works on out."""
 
 import contextlib
+import inspect
 import io
 import logging
 import traceback
@@ -112,7 +113,7 @@ def trace(net: nn.Module, spec: ImageSpec, name: str) -> fx.GraphModule:
     spec = recognised(_answer(net, images, spec, name), spec, name)
     batch = torch.export.Dim("batch", min=1)
     try:
-        with torch.no_grad(), _quiet_export():
+        with torch.no_grad(), quiet_export():
             exported = plain_network(torch.export.export(net, (images,), dynamic_shapes=({0: batch},)))
     except FOREIGN_FAULTS as error:
         branches = "data-dependent" in str(error)
@@ -146,18 +147,20 @@ def trace(net: nn.Module, spec: ImageSpec, name: str) -> fx.GraphModule:
 
 
 @contextlib.contextmanager
-def _quiet_export() -> Iterator[None]:
+def quiet_export() -> Iterator[None]:
     """Keep from the user what torch.export says of itself, and the graphs that it prints beside its exception."""
-    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.fx.experimental.symbolic_shapes", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
             warnings.filterwarnings("ignore", r"The tensor attributes? .* assigned during export", UserWarning)
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def full_spec(network: fx.GraphModule, spec: ImageSpec) -> ImageSpec:
@@ -195,8 +198,31 @@ def _remove_dropout(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+def _check_inputs(net: nn.Module, name: str) -> None:
+    """Refuse a network that cannot be called with one batch alone.
+
+    Raises:
+        TeacherError: its forward needs more.
+    """
+    try:
+        parameters = inspect.signature(net.forward).parameters.values()
+    except (TypeError, ValueError):  # such as a forward in C
+        return
+    needed = [
+        each.name
+        for each in parameters
+        if each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+    ]
+    if len(needed) > 1:
+        raise TeacherError(
+            f"teacher '{name}' takes {len(needed)} inputs ({', '.join(needed)}); zsq quantizes networks of one. Give "
+            "the others a default, or wrap the network in one that sets them."
+        )
+
+
 def _answer(net: nn.Module, images: Tensor, spec: ImageSpec, name: str) -> Any:
     """Return what a network gives, and ask where it looks like an embedding and is said to give classes."""
+    _check_inputs(net, name)
     size = spec.shape_text
     try:
         with torch.no_grad():

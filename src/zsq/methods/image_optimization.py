@@ -184,7 +184,7 @@ class InversionSource(PoolSource, ABC):
 
     def _optimise(self, pixels: Tensor) -> None:
         """Make these pixels those that a fresh Adam changes; its rate is set at each step."""
-        order = torch.channels_last if pixels.dim() == 4 else torch.contiguous_format
+        order = torch.channels_last if self.spec.is_image and pixels.dim() == 4 else torch.contiguous_format
         placed = pixels.to(self.device, memory_format=order, copy=True)
         self.pixels, self.changed = nn.Parameter(placed), False
         rate = rate_on(self.device, 1.0)

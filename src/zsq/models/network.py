@@ -85,7 +85,8 @@ class Network:
     """A network to quantize, by name; command line, recipe, run folder and Python say it in these words."""
 
     model: Positional[str]
-    """digits, shapes_mobilenet, pytorchcv:NAME, timm:NAME, torchvision:NAME, FILE.py:FACTORY or MODULE:FACTORY."""
+    """digits, shapes_mobilenet, pytorchcv:NAME, timm:NAME, torchvision:NAME, FILE.py:FACTORY, MODULE:FACTORY or a
+    torch.export program, FILE.pt2."""
     weights: Annotated[str | None, option("FILE")] = None
     """Weights file (safetensors or PyTorch checkpoint), or `random`; unset, those that MODEL brings."""
     input: Annotated[tuple[int, ...] | None, text("CxHxW", parse_shape), option("CxHxW")] = None
@@ -127,8 +128,8 @@ class Network:
         """
         if self.input is None:
             raise TeacherError(
-                f"'{self.model}' does not say what images it takes: give --input CxHxW (signals CxL, volumes "
-                "CxDxHxW), with --mean and --std if it was trained on normalised pixels."
+                f"'{self.model}' does not say what images it takes: give --input CxHxW, with --mean and "
+                "--std if it was trained on normalised pixels; signals are CxL, volumes CxDxHxW."
             )
         if (self.mean is None) != (self.std is None):
             given, other = ("mean", "std") if self.std is None else ("std", "mean")

@@ -20,6 +20,7 @@ from zsq.errors import InputError, TeacherError, unknown_name
 from zsq.graph.trace import FOREIGN_FAULTS, described, first_line, full_spec, trace
 from zsq.models import zoo
 from zsq.models.network import Network, parse_outputs
+from zsq.models.programs import is_file, read_program
 from zsq.models.weights import COUNTER, load_weights
 from zsq.models.zoo import IMPORT_FAULTS, ModelGroup, known_models
 from zsq.types import ImageSpec, Output
@@ -82,7 +83,8 @@ def load_teacher(
 
     Args:
         model: `digits`, `shapes_mobilenet`, `pytorchcv:NAME`, `torchvision:NAME`, `timm:NAME`,
-            `path/to/file.py:FACTORY` or `package.module:FACTORY`. A factory is called without arguments and returns an
+            `path/to/file.py:FACTORY` or `package.module:FACTORY`, or a program that `torch.export.save` wrote,
+            `path/to/file.pt2`. A factory is called without arguments and returns an
             `nn.Module`; its attribute `image_spec`, an `ImageSpec`, stands in for silent flags.
         weights: a safetensors file or a PyTorch checkpoint (a state dict, also under `state_dict`, `model` or
             `model_state_dict`, also with the prefix `module.`); `random` for seeded initial weights; None for those
@@ -127,6 +129,9 @@ def load(network: Network) -> Teacher:
             net, spec, source = bundled.build(), network.spec_over(bundled.spec), "bundled"
             if weights is None:
                 load_weights(net, bundled.weights, bundled.spec, {})
+        elif is_file(model):
+            net, spec = _from_program(network)
+            source = Path(model).name
         elif model.partition(":")[0] in zoo.INSTALL:
             net, spec = _from_zoo(network)
             source = "zoo"
@@ -192,6 +197,11 @@ def _from_zoo(network: Network) -> tuple[nn.Module, ImageSpec]:
             "--weights random."
         )
     return zoo.build(library, name, spec, default, pretrained=pretrained), spec
+
+
+def _from_program(network: Network) -> tuple[nn.Module, ImageSpec]:
+    net, shape = read_program(network.model)
+    return net, replace(network, input=network.input or shape).spec_alone()
 
 
 def _from_factory(network: Network) -> tuple[nn.Module, ImageSpec]:

@@ -54,7 +54,7 @@ class LiteRtClassifier(FileClassifier):
             raise InputError(f"{path}: LiteRT cannot read it: {str(error).strip().splitlines()[0]}") from error
         sizes = [int(size) for size in self._input["shape"]]
         self._fed: tuple[int, ...] = ()
-        super().__init__(path, notes, ["batch" if sizes[0] == 1 else sizes[0], sizes[3], *sizes[1:3]])
+        super().__init__(path, notes, ["batch" if sizes[0] == 1 else sizes[0], sizes[-1], *sizes[1:-1]])
 
     def _run(self, array: np.ndarray) -> list[np.ndarray]:
         if self._layout is None:
