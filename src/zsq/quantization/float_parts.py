@@ -1,5 +1,8 @@
 """What a runtime without integers for attention and norms computes faster when nothing inside is rounded."""
 
+import math
+from typing import Any
+
 from torch.fx import GraphModule, Node
 
 from zsq.graph.activations import clamp_limits
@@ -29,6 +32,10 @@ the float one, and products of two activations 1.1 times (benchmarks/deployed.py
 ELEMENTWISE = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default, aten.mean.dim}
 """Operators that are computed in float between others that are."""
 
+MASKED = -50.0
+"""Scores below this, as masks of -100 make, have subnormal softmax values, which slow a product down by ten times;
+rounded to 8 bits they are 0."""
+
 
 def float_parts(network: GraphModule, moves: set[Node], layers: set[Node]) -> set[Node]:
     """Return the values that are best left in float: nothing in integers reads them or has to give them.
@@ -44,10 +51,8 @@ def float_parts(network: GraphModule, moves: set[Node], layers: set[Node]) -> se
     parts = {node for node in network.graph.nodes if node.target in FLOAT_OPERATORS}
     linear = {layer for layer in layers if layer.target is aten.linear.default}
 
-    def source(node: Node) -> Node:
-        while node in moves:
-            node = node.args[0]  # type: ignore[assignment]
-        return node
+    def source(node: Any) -> Node:
+        return source(node.args[0]) if node in moves else node
 
     def readers(node: Node) -> set[Node]:
         found: set[Node] = set()
@@ -65,4 +70,11 @@ def float_parts(network: GraphModule, moves: set[Node], layers: set[Node]) -> se
     while grown:
         found = {node for node in network.graph.nodes if node not in parts and node not in moves and belongs(node)}
         grown, parts = bool(found), parts | found
-    return {node for node in parts | linear if readers(node) and readers(node) <= parts}
+    masked = {node for node in parts if node.target is aten.softmax.int and _is_masked(network, source(node.args[0]))}
+    return {node for node in (parts | linear) - masked if readers(node) and readers(node) <= parts}
+
+
+def _is_masked(network: GraphModule, scores: Node) -> bool:
+    """Whether scores are masked by a number so low that their softmax has subnormal values."""
+    added = [tensor_of(network, n) for n in scores.all_input_nodes] if scores.target is aten.add.Tensor else []
+    return any(value is not None and -math.inf < float(value.min()) < MASKED for value in added)

@@ -138,7 +138,7 @@ def grid_gelu(x: Tensor) -> Tensor:
 GATED = {torch.ops.aten.silu.default: grid_silu, torch.ops.aten.gelu.default: grid_gelu}
 """Activation functions that are a product of their input and a gate, and their integer forms."""
 
-GATES = {grid_silu: SIGMOID, grid_gelu: NORMAL}
+GATES: dict[Any, Gate] = {grid_silu: SIGMOID, grid_gelu: NORMAL}
 """The gates of the integer forms."""
 
 
