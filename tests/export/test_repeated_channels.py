@@ -3,8 +3,8 @@
 import onnx
 import pytest
 import torch
-from toys import SPEC, fused_operators, graph, images, quantized
 from torch import nn
+from toys import SPEC, fused_operators, graph, images, quantized
 
 from zsq.export.converted import output_step
 from zsq.export.onnx import write_onnx

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from toys import SPEC, fused_operators, graph, images, quantized
 from torch import nn
+from toys import SPEC, fused_operators, graph, images, quantized
 
 from zsq.export.converted import output_step
 from zsq.export.onnx import write_onnx
