@@ -26,6 +26,11 @@ class Target:
     """Whether biases stay float; else int32 at input scale times weight scale."""
     integer_gates: bool = True
     """Whether hard swish and hard sigmoid may be clips and products of integers in the file."""
+    integer_sigmoids: bool = False
+    """Whether SiLU and GELU are products of their input and an integer sigmoid in the file; else they stay float."""
+    float_attention: bool = False
+    """Whether softmax, norms over features and products of two activations are computed in float, and what goes from
+    one to the next is not rounded; else every value is."""
     integer_norms: bool = True
     """Whether a lone batch norm may be a convolution of integers in the file."""
     rounds_addends: bool = True
@@ -63,7 +68,13 @@ class Target:
 TARGETS = {
     target.name: target
     for target in (
-        Target(name="onnxruntime", title="ONNX Runtime", runs_in="onnxruntime"),
+        Target(
+            name="onnxruntime",
+            title="ONNX Runtime",
+            runs_in="onnxruntime",
+            integer_sigmoids=True,
+            float_attention=True,
+        ),
         Target(name="openvino", title="OpenVINO", runs_in="openvino", rounds_addends=False),
         Target(
             name="litert",

@@ -54,3 +54,29 @@ def test_draws_and_large_tables_are_computed_at_each_call_and_equal_tensors_keep
     assert not list(network.named_buffers())
     called = {str(node.target) for node in network.graph.nodes if node.op == "call_function"}
     assert {"aten.rand.default", "aten.zeros.default"} <= called
+
+
+class Windows(nn.Module):
+    """Adds a mask that is filled like the input, as shifted windows do, and a tensor whose size follows the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, SPEC.classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        mask = y.new_zeros((6, 6))
+        mask[:3] = 2.0
+        y = (y + mask + y.new_full((1,), 0.5)) * torch.ones_like(y)
+        logits: Tensor = self.head(y.mean((2, 3)))
+        return logits
+
+
+def test_what_is_filled_like_another_tensor_is_stored_unless_the_batch_says_its_size() -> None:
+    torch.manual_seed(0)
+    net = Windows().eval().requires_grad_(False)
+    network = trace(net, SPEC, "toy")
+    assert torch.equal(network(images(3)), net(images(3)))
+    targets = [str(node.target) for node in network.graph.nodes if node.op == "call_function"]
+    assert not any(name in target for target in targets for name in ("new_zeros", "new_full", "scatter", "fill"))
+    assert sum("ones_like" in target for target in targets) == 1

@@ -131,3 +131,52 @@ def test_fold_by_hand() -> None:
     scale = norm.gamma / (norm.var + 1e-5).sqrt()
     torch.testing.assert_close(folded.conv.weight, network.conv.weight * scale.view(-1, 1, 1, 1))
     torch.testing.assert_close(folded.conv.bias, norm.beta - norm.mean * scale)
+
+
+class LayerScale(nn.Module):
+    """Factors a channel behind a convolution, a linear layer on tokens, a permuted one, and a sum, which keeps its."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.tokens = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 4)
+        self.head = nn.Linear(4, 5)
+        self.factors = nn.ParameterList([nn.Parameter(torch.linspace(-1, 2, 4)) for _ in range(4)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second, third, last = self.factors
+        x = self.norm(self.conv(x)) * first.view(-1, 1, 1)
+        y = self.tokens(x.permute(0, 2, 3, 1)) * second
+        y = third.view(1, -1, 1, 1) * self.tokens(y).permute(0, 3, 1, 2)
+        logits: torch.Tensor = self.head((x + y).mean((2, 3)) * last)
+        return logits
+
+
+def test_factors_of_channels_are_folded_into_the_layer_of_their_own() -> None:
+    network = graph(LayerScale)
+    folded, record = fold(network)
+    products = [node for node in folded.graph.nodes if node.target is torch.ops.aten.mul.Tensor]
+    assert len(products) == 3  # two behind the layer that is shared, one behind the mean
+    torch.testing.assert_close(folded(images(4)), network(images(4)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(record["conv.weight"][1], network.get_parameter("norm.bias") * torch.linspace(-1, 2, 4))
+
+
+class OwnLayerScale(nn.Module):
+    """Factors behind a linear layer on tokens and behind a permuted one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.one, self.two, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 5)
+        self.factors = nn.ParameterList([nn.Parameter(torch.linspace(-1, 2, 4)) for _ in range(2)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.one(self.conv(x).permute(0, 2, 3, 1)) * self.factors[0]
+        y = self.factors[1].view(1, -1, 1, 1) * self.two(y).permute(0, 3, 1, 2)
+        logits: torch.Tensor = self.head(y.mean((2, 3)))
+        return logits
+
+
+def test_factors_behind_tokens_and_permutations_are_folded() -> None:
+    network = graph(OwnLayerScale)
+    folded, _ = fold(network)
+    assert not [node for node in folded.graph.nodes if node.target is torch.ops.aten.mul.Tensor]
+    torch.testing.assert_close(folded(images(4)), network(images(4)), rtol=1e-4, atol=1e-5)

@@ -29,10 +29,13 @@ from zsq.export.first_conv import pad_channels
 from zsq.export.image_spec import output_names
 from zsq.export.options import PLAIN, FileOptions
 from zsq.export.pixels import take_pixels
-from zsq.graph.edit import aten
+from zsq.graph import edit
+from zsq.graph.edit import argument, aten
 from zsq.runtime.files import replacing
 from zsq.targets import TARGETS, Target
 from zsq.types import ImageSpec
+
+DEQUANTIZE_CHANNELS = torch.ops.quantized_decomposed.dequantize_per_channel.default
 
 OPSET = 20
 """ONNX operator set of the export; the files declare the oldest that their nodes allow."""
@@ -69,6 +72,9 @@ def write_onnx(
     drop_implied_clamps(network.graph)
     if not target.symmetric_activations:
         _make_activations_unsigned(network.graph)
+    own_runtime = target.name == "onnxruntime"
+    if own_runtime:
+        _repeat_channels(network)
     network.recompile()
     exported = export_program(network, spec)
     try:
@@ -84,6 +90,7 @@ def write_onnx(
                     QUANTIZE: _quantize_to_onnx,
                     aten.mean.dim: _mean_to_onnx,
                     aten.gelu.default: _gelu_to_onnx,
+                    **({aten.linear.default: _linear_to_onnx} if own_runtime else {}),
                 },
             )
     except torch.onnx.OnnxExporterError as error:
@@ -130,6 +137,43 @@ def _make_activations_unsigned(graph: fx.Graph) -> None:
             call.args = (tensor, scale, zero_point - quant_min, 0, quant_max - quant_min, torch.uint8)
 
 
+def _repeat_channels(network: fx.GraphModule) -> None:
+    """Let each filter of a depthwise convolution that has several a channel read a channel of its own.
+
+    The runtime's depthwise kernel takes one filter a channel; several took it 15 times as long (fastvit_t8, 7x7).
+    """
+    for node in list(network.graph.nodes):
+        if node.target is not aten.conv2d.default:
+            continue
+        x, filters, groups = node.args[0], _stored(network, node.args[1]), argument(node, 6, 1)
+        if groups == 1 or filters is None or filters.shape[1] != 1 or filters.shape[0] == groups:
+            continue
+        channels = torch.arange(groups).repeat_interleave(filters.shape[0] // groups)
+        edit.set_tensor(network, f"{node.name}_channels", channels)
+        with network.graph.inserting_before(node):
+            read = network.graph.get_attr(f"{node.name}_channels")
+            repeated = _repeated(network.graph, x, read)
+        node.args = (repeated, *node.args[1:6], len(filters))
+
+
+def _stored(network: fx.GraphModule, read: Any) -> torch.Tensor | None:
+    """Return the integers of a layer's weight."""
+    source = read.args[0] if read.target in (DEQUANTIZE, DEQUANTIZE_CHANNELS) else None
+    return edit.tensor_of(network, source)
+
+
+def _repeated(graph: fx.Graph, x: fx.Node, channels: fx.Node) -> fx.Node:
+    """Choose channels of integers, before they are dequantized and padded."""
+    source, *rest = x.args
+    if x.target == DEQUANTIZE:
+        chosen = graph.call_function(aten.index_select.default, (source, 1, channels))
+        return graph.call_function(DEQUANTIZE, (chosen, *rest))
+    if x.target in (aten.pad.default, aten.constant_pad_nd.default):
+        assert isinstance(source, fx.Node)
+        return graph.call_function(x.target, (_repeated(graph, source, channels), *rest), x.kwargs)
+    return graph.call_function(aten.index_select.default, (x, 1, channels))
+
+
 def _quantize_to_onnx(input: Any, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: int) -> Any:
     """Translate ``quantize_per_tensor``: QuantizeLinear saturates at the type's limits, Clip at narrower ones."""
     kind = ir.DataType(dtype).numpy()
@@ -146,10 +190,27 @@ def _quantize_to_onnx(input: Any, scale: float, zero_point: int, quant_min: int,
 def _mean_to_onnx(input: Any, dim: Any, keepdim: bool = False, dtype: int = -1) -> Any:
     """Translate `mean`: over all of a map it is GlobalAveragePool, which runtimes have in integers."""
     axes = [axis % len(input.shape) for axis in dim]
-    if len(input.shape) == 4 and sorted(axes) == [2, 3] and keepdim:
-        return op.GlobalAveragePool(input)
-    numbers: Any = op.Constant(value_ints=axes)
-    return op.ReduceMean(input, numbers, keepdims=keepdim)
+    if len(input.shape) == 4 and sorted(axes) == [2, 3]:
+        pooled, space = op.GlobalAveragePool(input), _integers(2, 3)
+        return pooled if keepdim else op.Squeeze(pooled, space)
+    return op.ReduceMean(input, _integers(*axes), keepdims=keepdim)
+
+
+def _linear_to_onnx(input: Any, weight: Any, bias: Any = None) -> Any:
+    """Translate `linear`: of tokens, too, it is a Gemm, whose integer kernel adds the bias; that of MatMul does not."""
+    inner = list(input.shape)[1:-1]
+    if bias is None or not all(isinstance(size, int) for size in inner):
+        product = op.MatMul(input, op.Transpose(weight, perm=[1, 0]))
+        return product if bias is None else op.Add(product, bias)
+    if not inner:
+        return op.Gemm(input, weight, bias, transB=1)
+    outputs, inputs = weight.shape
+    rows = op.Reshape(input, _integers(-1, inputs))
+    return op.Reshape(op.Gemm(rows, weight, bias, transB=1), _integers(-1, *inner, outputs))
+
+
+def _integers(*values: int) -> Any:
+    return op.Constant(value_ints=values)
 
 
 def _gelu_to_onnx(input: Any, approximate: str = "none") -> Any:

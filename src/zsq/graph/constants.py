@@ -6,10 +6,20 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from zsq.graph.edit import get_attribute, set_tensor
+from zsq.graph.edit import aten, get_attribute, set_tensor
 
 MOST_GROWTH = 2**22
 """Values up to which a constant may be larger than the largest tensor that it is computed from."""
+
+FILLS: dict[Any, int | None] = {
+    aten.new_zeros.default: 0,
+    aten.new_ones.default: 1,
+    aten.new_full.default: None,
+    aten.zeros_like.default: 0,
+    aten.ones_like.default: 1,
+    aten.full_like.default: None,
+}
+"""Operators that fill a tensor like another one, and with what; None: with their last argument."""
 
 
 @torch.no_grad()
@@ -28,6 +38,8 @@ def fold_constants(network: GraphModule) -> None:
     for node in network.graph.nodes:
         if node.op == "get_attr":
             values[node], sources[node] = get_attribute(network, str(node.target)), [node]
+        elif (filled := _filled(node)) is not None:
+            values[node], sources[node] = filled, []
         elif _is_constant(node, values):
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
             found = node.target(*args, **kwargs)
@@ -41,6 +53,15 @@ def fold_constants(network: GraphModule) -> None:
             and not all(user in values for user in node.users)
         ):
             _store(network, node, values[node], sources[node])
+
+
+def _filled(node: Node) -> Tensor | None:
+    """Return what a node gives that reads but the type of a value, and fills a shape that no batch changes."""
+    shape, fill = getattr(node.meta.get("val"), "shape", ()), FILLS.get(node.target)
+    if node.target not in FILLS or not all(isinstance(size, int) for size in shape):
+        return None
+    value = fill if fill is not None else node.args[-1]
+    return torch.full(shape, value, dtype=node.meta["val"].dtype) if isinstance(value, (int, float)) else None
 
 
 def _is_constant(node: Node, values: dict[Node, Any]) -> bool:

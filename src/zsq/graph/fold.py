@@ -46,7 +46,53 @@ def fold(network: GraphModule) -> tuple[GraphModule, dict[str, tuple[Tensor, Ten
         norm.node.replace_all_uses_with(layer)
         network.graph.erase_node(norm.node)
         record[name] = (norm.std, norm.beta)
+    _fold_scales(network, record)
     return edit.finish(network), record
+
+
+def _fold_scales(network: GraphModule, record: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """Fold each product with a stored factor a channel, as layer scale is, into the layer in front of it, in place."""
+    for node in list(network.graph.nodes):
+        found = _scaled_layer(network, node) if node.target is aten.mul.Tensor else None
+        if found is None:
+            continue
+        x, layer, factor = found
+        for read in (layer.args[1], argument(layer, 2)):
+            value = tensor_of(network, read)
+            if value is not None and isinstance(read, Node):
+                edit.set_tensor(network, str(read.target), value * factor.view(-1, *[1] * (value.dim() - 1)))
+        name = str(layer.args[1].target)  # type: ignore[union-attr]
+        if name in record:
+            std, mean = record[name]
+            record[name] = (std * factor.abs(), mean * factor)
+        node.replace_all_uses_with(x)
+        network.graph.erase_node(node)
+
+
+def _scaled_layer(network: GraphModule, node: Node) -> tuple[Node, Node, Tensor] | None:
+    """Return what a product multiplies, the layer that it comes from, and the factor of each of its channels, [C]."""
+    for x, other in (node.args[:2], node.args[1::-1]):
+        factor = tensor_of(network, other)
+        if not isinstance(x, Node) or factor is None or factor.numel() < 2:
+            continue
+        shape = [1] * (node.meta["val"].dim() - factor.dim()) + list(factor.shape)
+        dims = [dim for dim, size in enumerate(shape) if size > 1]
+        layer = x
+        while layer.target is aten.permute.default and len(layer.users) == 1 and len(dims) == 1:
+            dims = [layer.args[1][dims[0]] % len(shape)]  # type: ignore[index, operator, list-item]
+            layer = layer.args[0]  # type: ignore[assignment]
+        if layer.target not in edit.LAYERS or len(layer.users) != 1:
+            continue
+        channel = 1 if layer.target in edit.CONVOLUTIONS else layer.meta["val"].dim() - 1
+        read = [n for n in (layer.args[1], argument(layer, 2)) if n is not None]
+        own = all(tensor_of(network, n) is not None and _is_own(network, n, layer) for n in read)
+        if dims == [channel] and own and layer.meta["val"].shape[channel] == factor.numel():
+            return x, layer, factor.flatten()
+    return None
+
+
+def _is_own(network: GraphModule, read: object, layer: Node) -> bool:
+    return isinstance(read, Node) and not _read_elsewhere(network, str(read.target), layer)
 
 
 def _read_elsewhere(network: GraphModule, name: str, layer: Node) -> bool:

@@ -10,6 +10,8 @@ from zsq.graph.edit import argument, tensor_of
 from zsq.graph.outputs import unpack_outputs
 from zsq.quantization.fake_quantize import bias_integers, grid_integers, keep_bias, quantize_bias, saturated
 from zsq.quantization.integer_ops import (
+    GATE_LEVELS,
+    GATES,
     HARD_REACH,
     LARGEST_FACTOR,
     factor_grid,
@@ -47,6 +49,8 @@ def convert(student: Student) -> GraphModule:
             grids[rounded] = module
         elif node.target is grid_hardswish:
             _store_hardswish(network, node, grids[node.args[0]])
+        elif node.target in GATES:
+            _store_gate(network, node)
         elif node.target is grid_norm:
             _store_norm(network, node)
         elif moves_values(node) and node.args[0] in grids:
@@ -100,6 +104,32 @@ def _store_hardswish(network: GraphModule, node: Node, grid: ActivationQuantizer
         gate_grid = (float(grid.scale) / 6, zero, grid.quant_min, grid.quant_max, torch.int8)
         gate = graph.call_function(_ops.dequantize_per_tensor.default, (clipped, *gate_grid))
         product = graph.call_function(edit.aten.mul.Tensor, (x, gate))
+    product.meta.update(node.meta)
+    node.replace_all_uses_with(product)
+    graph.erase_node(node)
+
+
+def _store_gate(network: GraphModule, node: Node) -> None:
+    """Write a gated activation function as an 8-bit sigmoid of its input's integers, and their product."""
+    x, graph, gate = node.args[0], network.graph, GATES[node.target]
+    assert isinstance(x, Node)
+    integers, scale, *ends = x.args
+    assert isinstance(scale, float)
+    low = -GATE_LEVELS // 2  # of int8
+    grid = (1 / GATE_LEVELS, low, low, low + GATE_LEVELS, torch.int8)
+    with graph.inserting_before(node):
+        read = x
+        if gate.slope != 1:
+            read = graph.call_function(_ops.dequantize_per_tensor.default, (integers, scale * gate.slope, *ends))
+        sigmoid = graph.call_function(edit.aten.sigmoid.default, (read,))
+        rounded = graph.call_function(_ops.quantize_per_tensor.default, (sigmoid, *grid))
+        if gate.margin:
+            limits = (low + gate.margin, low + GATE_LEVELS - gate.margin)
+            rounded = graph.call_function(edit.aten.clamp.default, (rounded, *limits))
+        grid = (1 / gate.span, low + gate.margin, *grid[2:])
+        opened = graph.call_function(_ops.dequantize_per_tensor.default, (rounded, *grid))
+        product = graph.call_function(edit.aten.mul.Tensor, (x, opened))
+    sigmoid.meta.update(node.meta)
     product.meta.update(node.meta)
     node.replace_all_uses_with(product)
     graph.erase_node(node)

@@ -1,4 +1,7 @@
-"""Hard swish, hard sigmoid and batch norms that stand alone, on the integers of a grid."""
+"""Hard swish, hard sigmoid, SiLU, GELU and batch norms that stand alone, on the integers of a grid."""
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +19,32 @@ LARGEST_OFFSET = 2.0**30
 
 SMALLEST_STEP = 1e-20
 """Of a factor: its product with a step of the input is still a float32."""
+
+GATE_LEVELS = 255
+"""Steps of a sigmoid's grid, whatever the width of activations: from 0 to 1 in 8 bits, without a sign."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """A gate made of a sigmoid: its 8-bit integers q, clipped and read as (q - margin) / (255 - 2 margin)."""
+
+    slope: float = 1.0
+    """Factor of the sigmoid's argument."""
+    margin: int = 0
+    """Integers at both ends of the grid that count as 0 and as 1."""
+
+    @property
+    def span(self) -> int:
+        """Steps from 0 to 1."""
+        return GATE_LEVELS - 2 * self.margin
+
+
+SIGMOID = Gate()
+"""The gate of SiLU."""
+
+NORMAL = Gate(slope=1.6759, margin=2)
+"""The gate of GELU, the normal distribution's function: times x, it is off by 0.0073 at most. The margin cuts the tails
+of the sigmoid, which are the heavier ones; without it, the best slope is off by 0.0139, and 1.702 by 0.0203."""
 
 
 def hardswish_steps(scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,6 +87,59 @@ def grid_hardsigmoid(x: Tensor, activation_scale: Tensor, weight_scale: Tensor) 
     """
     three = quantize_bias(torch.full_like(weight_scale, HARD_REACH), activation_scale, weight_scale)
     return (x + three.detach().view(1, -1, *[1] * (x.dim() - 2))).clamp(0, 2 * HARD_REACH) / (2 * HARD_REACH)
+
+
+class _GridGate(torch.autograd.Function):
+    """`grid_gate`; its gradient is that of the gate before it is rounded."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Gate) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.gate = gate
+        integers = (x * gate.slope).sigmoid_().mul_(GATE_LEVELS).round_()
+        return integers.clamp_(gate.margin, GATE_LEVELS - gate.margin).sub_(gate.margin).div_(gate.span).mul_(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,), gate = ctx.saved_tensors, ctx.gate
+        sigmoid = torch.sigmoid(x * gate.slope)
+        value = sigmoid.mul(GATE_LEVELS).sub_(gate.margin).div_(gate.span)
+        slope = sigmoid * (1 - sigmoid) * (gate.slope * GATE_LEVELS / gate.span)
+        slope = slope.masked_fill_((value < 0) | (value > 1), 0)
+        return grad * torch.addcmul(value.clamp_(0, 1), x, slope), None
+
+
+def grid_silu(x: Tensor) -> Tensor:
+    """SiLU whose sigmoid is rounded to 8 bits: an integer sigmoid and an integer product.
+
+    Args:
+        x: any shape.
+
+    Returns:
+        As x.
+    """
+    rounded: Tensor = _GridGate.apply(x, SIGMOID)  # type: ignore[no-untyped-call]
+    return rounded
+
+
+def grid_gelu(x: Tensor) -> Tensor:
+    """GELU as the product of x and of an integer sigmoid, stretched and clipped (see `NORMAL`).
+
+    Args:
+        x: any shape.
+
+    Returns:
+        As x.
+    """
+    rounded: Tensor = _GridGate.apply(x, NORMAL)  # type: ignore[no-untyped-call]
+    return rounded
+
+
+GATED = {torch.ops.aten.silu.default: grid_silu, torch.ops.aten.gelu.default: grid_gelu}
+"""Activation functions that are a product of their input and a gate, and their integer forms."""
+
+GATES: dict[Any, Gate] = {grid_silu: SIGMOID, grid_gelu: NORMAL}
+"""The gates of the integer forms."""
 
 
 def factor_grid(factor: Tensor, shift: Tensor, activation_scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,8 @@ from zsq.graph.batchnorm import batch_norms
 from zsq.graph.edit import argument, aten, tensor_of
 from zsq.graph.outputs import outputs_of, pack, results
 from zsq.quantization.fake_quantize import keep_bias, quantize_bias
-from zsq.quantization.integer_ops import HARD_REACH, grid_hardsigmoid, grid_hardswish, grid_norm
+from zsq.quantization.float_parts import float_parts
+from zsq.quantization.integer_ops import GATED, HARD_REACH, grid_hardsigmoid, grid_hardswish, grid_norm
 from zsq.quantization.pair_sums import pair_limit
 from zsq.quantization.quantizers import ActivationQuantizer, WeightQuantizer
 from zsq.targets import TARGETS, Target
@@ -221,6 +222,8 @@ def prepare(folded: GraphModule, scheme: Scheme) -> Student:
     placer.place_activations()
     if scheme.target.integer_gates:
         placer.put_hardswish_on_grids()
+    if scheme.target.integer_sigmoids:
+        placer.put_gates_on_grids()
     if scheme.target.integer_norms:
         placer.put_norms_on_grids()
     for layer in every_layer:
@@ -259,6 +262,10 @@ class _Placer:
         self.inputs = [node for node in network.graph.nodes if node.op == "placeholder"]
         self.near_poles = near_poles(network)
         self.gates = [node for node in network.graph.nodes if self.is_gate(node)]
+        self.in_float: set[Node] = set()
+        if scheme.target.float_attention:
+            moves = {node for node in network.graph.nodes if moves_values(node)}
+            self.in_float = float_parts(network, moves, set(every_layer))
         self.placed: dict[Node, str] = {}
         self.rounded_ends: dict[str, OutputKind] = {}
 
@@ -300,6 +307,16 @@ class _Placer:
                     scale = self.network.graph.get_attr(f"{name}.scale")
                 node.target, node.args = grid_hardswish, (node.args[0], scale)
 
+    def put_gates_on_grids(self) -> None:
+        """Let SiLU and GELU of rounded values be computed by an integer sigmoid and an integer product."""
+        for node in self.network.graph.nodes:
+            if node.target in GATED and self.is_placed(node.args[0]):
+                node.target, node.args, node.kwargs = GATED[node.target], (node.args[0],), {}
+
+    def is_placed(self, node: object) -> bool:
+        """Whether a value comes out of a quantizer, moved perhaps."""
+        return node in self.placed or (isinstance(node, Node) and moves_values(node) and self.is_placed(node.args[0]))
+
     def put_norms_on_grids(self) -> None:
         """Let each batch norm of maps that no layer could take be computed by integers."""
         for norm in batch_norms(self.network) if self.scheme.all_activations else []:
@@ -337,7 +354,7 @@ class _Placer:
             return False
         if node in self.ends:
             return True
-        if moves_values(node) or node in self.near_poles:
+        if moves_values(node) or node in self.near_poles or node in self.in_float:
             return False
         if len(node.users) != 1 or node.op != "call_function":
             return True
