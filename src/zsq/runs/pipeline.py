@@ -30,6 +30,7 @@ from zsq.runs.stages import (
     write_and_check,
 )
 from zsq.runtime import distributed
+from zsq.runtime.checksums import file_sha256
 from zsq.runtime.memory import clear_memory_errors, kept_memory
 from zsq.runtime.versions import versions
 from zsq.targets import TARGETS
@@ -149,7 +150,7 @@ def _record(
         num_eval_images=job.data.num_images if job.data else 0,
         evaluation=evaluation,
         artifacts={
-            name: Artifact(bytes=path.stat().st_size, sha256=canonical_sha256(path))
+            name: Artifact(bytes=path.stat().st_size, sha256=canonical_sha256(path), file_sha256=file_sha256(path))
             for name in HASHED
             if (path := job.folder / name).exists()
         },
