@@ -19,6 +19,8 @@ from zsq.runs.record import Record, verified
 from zsq.runs.settings_file import read_settings
 from zsq.runtime.files import load_tensors, save_tensors
 
+pytestmark = pytest.mark.slow
+
 FLIPS = 60
 
 

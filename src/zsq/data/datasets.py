@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageOps
 
 from zsq.data import digits, shapes
+from zsq.data.image_files import READ_FAULTS, open_image
 from zsq.errors import InputError
 from zsq.types import Batch, ImageSpec
 
@@ -26,9 +27,6 @@ PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 CHANNELS_WITH_ALPHA = 4
 """Channels of a network that takes transparency, too."""
-
-READ_FAULTS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What Pillow raises for a file that is no readable image."""
 
 ZIP_FAULTS = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 """What reading a damaged npz raises."""
@@ -323,9 +321,9 @@ class _Masked(DataSet):
 def _read_mask(path: Path, image: Path, spec: ImageSpec) -> np.ndarray:
     """Return a mask as uint8 [height, width] of the spec's size, resized as its image is, by the nearest value."""
     try:
-        with Image.open(image) as file:
+        with open_image(image) as file:
             size = ImageOps.exif_transpose(file).size
-        with Image.open(path) as file:
+        with open_image(path) as file:
             if file.mode not in ("L", "P", "1"):
                 raise InputError(f"{path} has mode {file.mode}; a mask has one class a pixel, 0 to 255 (mode L or P).")
             mask = file if file.mode != "1" else file.convert("L").point(lambda value: value // 255)
@@ -381,7 +379,7 @@ class _Files(DataSet):
                 f"{spec.channels}. Give a .npz file."
             )
         self._files = files[:limit]
-        with contextlib.suppress(*READ_FAULTS), Image.open(files[0]) as first:  # damage is told when it is read
+        with contextlib.suppress(*READ_FAULTS), open_image(files[0]) as first:  # damage is told when it is read
             upright = ImageOps.exif_transpose(first)
             self._note_crop(upright.height, upright.width)
             if first.has_transparency_data and spec.channels != CHANNELS_WITH_ALPHA:
@@ -517,7 +515,7 @@ def _in_folders(
 def _images_in(folder: Path) -> tuple[list[Path], int]:
     """Return the images of a folder by name, and how many other files it holds; hidden ones do not count."""
     files = sorted(file for file in folder.iterdir() if not file.is_dir() and not file.name.startswith("."))
-    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
     return images, len(files) - len(images)
 
 
@@ -591,7 +589,7 @@ def _fit_array(images: np.ndarray, spec: ImageSpec) -> np.ndarray:
 def _read_image(path: Path, spec: ImageSpec) -> np.ndarray:
     """Return an image file as uint8 [height, width, channels] of the spec's size."""
     try:
-        with Image.open(path) as file:
+        with open_image(path) as file:
             if file.mode.startswith(("I", "F")):
                 raise InputError(f"{path} has pixels of more than 8 bits (mode {file.mode}); save it with 8.")
             image = ImageOps.exif_transpose(file).convert(PILLOW_MODES[spec.channels])

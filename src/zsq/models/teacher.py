@@ -21,7 +21,7 @@ from zsq.graph.trace import FOREIGN_FAULTS, described, first_line, full_spec, tr
 from zsq.models import zoo
 from zsq.models.network import Network, parse_outputs
 from zsq.models.weights import COUNTER, load_weights
-from zsq.models.zoo import IMPORT_FAULTS, ModelGroup, known_models
+from zsq.models.zoo import ModelGroup, known_models
 from zsq.types import ImageSpec, Output
 
 __all__ = ["ModelGroup", "Teacher", "known_models", "load_teacher", "teacher_from_module"]
@@ -249,7 +249,7 @@ def _import(load: Callable[[], Loaded], name: str, folder: Path) -> Loaded:
     try:
         with _importing_from(folder):
             return load()
-    except (*IMPORT_FAULTS, LookupError, SyntaxError, AssertionError) as error:
+    except FOREIGN_FAULTS as error:
         raise TeacherError(f"{name} does not import: {first_line(error)}") from error
 
 
