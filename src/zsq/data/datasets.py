@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import difflib
+import math
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
@@ -28,7 +29,30 @@ PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 CHANNELS_WITH_ALPHA = 4
 """Channels of a network that takes transparency, too."""
 
-ZIP_FAULTS = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+BYTES_AT_ONCE = 2**26
+"""Bytes of whole images that are in memory together before they are cropped."""
+
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 0
+"""Pixels of the largest image that is read."""
+
+MOST_IMAGES = 10**9
+
+LABEL_DIGITS = 10
+"""Most characters of a label."""
+
+ZIP_FAULTS = (
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    KeyError,
+    RuntimeError,
+    MemoryError,
+    OverflowError,
+    zipfile.BadZipFile,
+    zlib.error,
+    NotImplementedError,
+)
 """What reading a damaged npz raises."""
 
 KINDS = (
@@ -258,8 +282,7 @@ class _Npz(DataSet):
                 key = "labels" if truth == "identities" else truth
                 labels, labelled = np.full(shape[:1], UNKNOWN), f"{key}.npy" in archive.namelist()
                 if labelled:
-                    with archive.open(f"{key}.npy") as stream:
-                        labels = np.lib.format.read_array(stream, allow_pickle=False)
+                    labels = _read_small(name, archive, f"{key}.npy", shape, spec)
         except InputError:
             raise
         except ZIP_FAULTS as error:
@@ -271,21 +294,52 @@ class _Npz(DataSet):
         super().__init__(name, spec, labels, limit, labelled=labelled)
         self._note_crop(*self._shape[:2])
 
+    def _read(self, stream: IO[bytes], start: int, count: int) -> np.ndarray:
+        """Return the next `count` images, of the spec's size."""
+        size = math.prod(self._shape)
+        data = stream.read(count * size)
+        if len(data) < count * size:
+            raise InputError(f"data set '{self.name}' ends within image {start + len(data) // size}.")
+        return np.ascontiguousarray(_fit_array(np.frombuffer(data, np.uint8).reshape(count, *self._shape), self._spec))
+
     def _pixels(self, batch_size: int) -> Iterator[np.ndarray]:
-        size = int(np.prod(self._shape))
+        size = math.prod(self._shape)
+        at_once = max(1, min(batch_size, BYTES_AT_ONCE // max(1, size)))
         try:
             with zipfile.ZipFile(self._path) as archive, archive.open("images.npy") as stream:
                 _image_header(self.name, stream)
                 for start in range(0, self.num_images, batch_size):
-                    count = min(batch_size, self.num_images - start)
-                    data = stream.read(count * size)
-                    if len(data) < count * size:
-                        raise InputError(f"data set '{self.name}' ends within image {start + len(data) // size}.")
-                    yield _fit_array(np.frombuffer(data, np.uint8).reshape(count, *self._shape), self._spec)
+                    end = min(start + batch_size, self.num_images)
+                    parts = [
+                        self._read(stream, first, min(at_once, end - first)) for first in range(start, end, at_once)
+                    ]
+                    yield parts[0] if len(parts) == 1 else np.concatenate(parts)
         except InputError:
             raise
         except ZIP_FAULTS as error:
             raise InputError(f"data set '{self.name}' cannot be read: {error}") from error
+
+
+def _read_small(
+    name: str, archive: zipfile.ZipFile, member: str, shape: tuple[int, ...], spec: ImageSpec
+) -> np.ndarray:
+    """Return what is true of images of this shape, which may not be larger than they, or than their outputs."""
+    with archive.open(member) as stream:
+        found, _, dtype = _header(stream)
+    most = 8 * (math.prod(shape) + shape[0] * sum(output.size for output in spec.outputs) + 1)
+    if math.prod(found) * max(1, dtype.itemsize) > most or dtype.hasobject:
+        raise InputError(f"data set '{name}': {member} says that it holds {dtype} {list(found)}; that is no truth.")
+    with archive.open(member) as stream:
+        array: np.ndarray = np.lib.format.read_array(stream, allow_pickle=False)
+    return array
+
+
+def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Return shape, order and type of an array, of which nothing else is read."""
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, is_fortran, dtype = read(stream)
+    return tuple(shape), is_fortran, dtype
 
 
 def _check_truth(name: str, found: np.ndarray, shape: tuple[int, ...], truth: Truth, spec: ImageSpec) -> None:
@@ -454,7 +508,7 @@ def _listed(table: Path, name: str) -> tuple[list[Path], list[int]]:
                 )
             for row in rows:
                 label = (row["label"] or "").strip()
-                if not label.removeprefix("-").isdecimal():
+                if not label.removeprefix("-").isdecimal() or len(label) > LABEL_DIGITS:
                     raise InputError(
                         f"data set '{name}': line {rows.line_num} of metadata.csv has the label '{label}'."
                     )
@@ -554,9 +608,7 @@ def _check_keys(name: str, archive: zipfile.ZipFile) -> None:
 
 def _image_header(name: str, stream: IO[bytes]) -> tuple[int, ...]:
     """Read the header of images.npy and return its shape; the stream then stands at the first pixel."""
-    version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, is_fortran, dtype = read(stream)
+    shape, is_fortran, dtype = _header(stream)
     if dtype != np.uint8 or len(shape) not in (3, 4):
         raise InputError(
             f"data set '{name}': images are {dtype} {list(shape)}; uint8 [N, height, width, channels] is needed."
@@ -564,6 +616,12 @@ def _image_header(name: str, stream: IO[bytes]) -> tuple[int, ...]:
     if is_fortran and len(shape) > 1:
         raise InputError(
             f"data set '{name}': images are stored column by column; save numpy.ascontiguousarray(images)."
+        )
+    pixels = math.prod(shape[1:3])
+    if min(shape, default=0) < 0 or (MAX_PIXELS and pixels > MAX_PIXELS) or shape[0] > MOST_IMAGES:
+        raise InputError(
+            f"data set '{name}': images are {list(shape)}; up to {MOST_IMAGES:,} images of {MAX_PIXELS:,} pixels are "
+            "read."
         )
     return shape
 

@@ -20,6 +20,7 @@ from zsq.graph.islands import cast_to_float32, narrowest_type
 from zsq.graph.outputs import has_unit_norm, leaves, outputs_of, pack, pack_outputs, recognised, results
 from zsq.graph.plain import plain_network
 from zsq.graph.products import name_products
+from zsq.runtime.memory import require_memory
 from zsq.types import ImageSpec
 
 log = logging.getLogger(__name__)
@@ -96,6 +97,9 @@ def trace(net: nn.Module, spec: ImageSpec, name: str) -> fx.GraphModule:
     Raises:
         TeacherError: the forward fails, what it gives cannot be told, it cannot be exported, or the graph disagrees.
     """
+    size = f"{spec.channels}x{spec.height}x{spec.width}"
+    needed = CHECK_BATCH * spec.channels * spec.height * spec.width * torch.float32.itemsize
+    require_memory(needed, f"{CHECK_BATCH} images of {size}", "is --input right?")
     images = torch.randn(2, spec.channels, spec.height, spec.width, generator=torch.Generator().manual_seed(0))
     spec = recognised(_answer(net, images, spec, name), spec, name)
     batch = torch.export.Dim("batch", min=1)

@@ -1,18 +1,19 @@
 """`settings.toml` of a run's folder: network, method, quantizer and what the run was started with; a recipe, too."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
+from zsq.checked import validated
 from zsq.errors import InputError
 from zsq.models.teacher import Teacher
 from zsq.runs.recipe_file import read_toml
 from zsq.runs.settings import Settings, to_tables
 from zsq.runtime.checksums import check_text, sealed_text
 from zsq.runtime.files import replacing
-from zsq.types import ImageSpec, Output
+from zsq.types import ImageSpec
 
 SETTINGS = "settings.toml"
 
@@ -71,10 +72,8 @@ def stored_spec(folder: Path) -> ImageSpec:
         raise InputError(f"{path} names no teacher; it is not a run's.")
     if "run" not in content:
         raise InputError(f"{path} is cut short: its last table, [run], is missing.")
-    sizes = {name: table.get(name, 0) for name in ("channels", "height", "width", "classes")}
-    mean, std = tuple(table.get("mean", ())), tuple(table.get("std", ()))
-    outputs = tuple(Output(o["name"], o["kind"], tuple(o["shape"])) for o in table.get("outputs", ()))
-    return ImageSpec(**sizes, mean=mean, std=std, resize=table.get("resize"), outputs=outputs)
+    known = {field.name for field in fields(ImageSpec)}
+    return validated(ImageSpec, {name: table[name] for name in table if name in known}, f"{path}, table [teacher]")
 
 
 def stored_facts(folder: Path) -> dict[str, Any]:
