@@ -25,8 +25,8 @@ Made = TypeVar("Made")
 UNION_TAGS = ("constrained-", "literal[")
 """How pydantic names the members of a union among the places of an error."""
 
-LARGEST = 1e6
-"""Largest number that a rate, a factor or a temperature may be: far above what makes sense, far below overflow."""
+LARGEST = 1e30
+"""Largest number that a rate, a factor or a temperature may be: far above what makes sense, and a float32 still."""
 
 MANY = 10**9
 """Largest count."""

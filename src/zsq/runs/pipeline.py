@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from zsq.errors import StorageError
 from zsq.evaluation.accuracy import Evaluation
 from zsq.export.classifier import FileClassifier
 from zsq.export.content_hash import canonical_sha256
@@ -19,6 +20,7 @@ from zsq.runs.fitted import GENERATOR
 from zsq.runs.job import Job
 from zsq.runs.record import Artifact, Record, SampleAgreement
 from zsq.runs.settings import to_tables
+from zsq.runs.settings_file import SETTINGS
 from zsq.runs.stages import (
     PROGRAM,
     described_bits,
@@ -112,11 +114,24 @@ def finish(job: Job, surrogate: Surrogate, recognition: float | None, watch: Sto
         evaluation = watch.timed("evaluate", lambda: evaluate_file(job, student))
         samples = watch.timed("samples", lambda: measure_agreement(job, surrogate))
         record = _record(job, surrogate, student, verification, covered, evaluation, samples, recognition, watch)
+        _check_whole(job, record)
         record.write(job.folder)
         require(verification)
         return Result(record, job.folder)
 
     return distributed.on_main(conclude)
+
+
+def _check_whole(job: Job, record: Record) -> None:
+    """Check that what was written is still there before the record says so.
+
+    Raises:
+        StorageError: somebody has deleted a part of the run's folder.
+    """
+    wanted = [SETTINGS, job.file.name, *([PROGRAM] if job.outputs.pt2 else []), *record.artifacts]
+    gone = [name for name in wanted if not (job.folder / name).is_file()]
+    if gone:
+        raise StorageError(f"{job.folder} lost {gone[0]} while the run went on; it is not finished. Start anew.")
 
 
 def _record(
