@@ -60,7 +60,7 @@ def validated(kind: type[Made], values: Mapping[str, Any], place: str) -> Made:
         InputError: a value is missing or of another type, or the object refuses them.
     """
     try:
-        made: Made = _adapter(kind).validate_python(dict(values))
+        made: Made = _adapter(kind).validate_python(dict(values))  # type: ignore[arg-type]
     except ValidationError as error:
         first = error.errors()[0]
         where = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import difflib
 import math
+import tokenize
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
@@ -42,6 +43,8 @@ LABEL_DIGITS = 10
 
 ZIP_FAULTS = (
     OSError,
+    SyntaxError,
+    tokenize.TokenError,
     EOFError,
     ValueError,
     TypeError,

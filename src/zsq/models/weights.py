@@ -111,7 +111,7 @@ def _unpickle(path: Path) -> Any:
     """Return what `torch.load` reads; of Python's own objects, only the options of a training script are let in."""
     with path.open("rb") as stream:
         start = stream.read(1)
-    if start != b"\x80" and not zipfile.is_zipfile(path):
+    if start != b"\x80" and not _is_zip(path):
         raise TeacherError(f"{path.name} is not a PyTorch checkpoint: it is neither a whole zip file nor a pickle.")
     if start != b"\x80":
         _check_zip(path)
@@ -128,6 +128,14 @@ def _unpickle(path: Path) -> Any:
         ) from error
     except FOREIGN_FAULTS as error:
         raise TeacherError(f"{path.name} is not a readable PyTorch checkpoint: {first_line(error)}") from error
+
+
+def _is_zip(path: Path) -> bool:
+    """Whether a file ends as a zip file does."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # one in several parts, it says of itself
+        return False
 
 
 def _check_zip(path: Path) -> None:
