@@ -100,7 +100,7 @@ def kill(trials: Trials, whole: str, number: int) -> str:
 def disk(trials: Trials, number: int) -> str:
     """Run where no file may be larger than so many bytes: an error of one line, and no half file."""
     out = trials.folder / f"disk{number}"
-    found = shell([*RUN, "--out", str(out)], bytes_left=2 ** (number % 20) * 4)
+    found = shell([*RUN, "--out", str(out)], bytes_left=2 ** (7 * number % 20) * 4)
     errors = [line for line in found.stderr.splitlines() if line.startswith("Error: ")]
     wrong = "a traceback" if "Traceback" in found.stderr else ""
     wrong = wrong or ("" if found.returncode == 0 or len(errors) == 1 else f"{len(errors)} errors")
