@@ -7,7 +7,7 @@ STAMP := .venv/.installed$(TORCH:%=-torch-%)
 # One file stays in one process, so that its tests share their fixtures.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --enforce-slow
 
-.PHONY: help demo quick test check bench bench-peers docs clean
+.PHONY: help demo quick test check soak bench bench-peers docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -36,6 +36,9 @@ check: $(STAMP)  ## format, lint, types, the order of imports, and the quick tes
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	@$(MAKE) --no-print-directory quick
+
+soak: $(STAMP)  ## kill, damage, fill and deceive zsq from outside, as docs/reliability.md counts; ten minutes on one core
+	$(BIN)/python benchmarks/trials.py
 
 bench: $(STAMP)  ## measure steps, growth, memory and the deployed file at small sizes; writes to benchmarks/results
 	$(BIN)/python benchmarks/moments.py

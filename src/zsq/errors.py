@@ -24,6 +24,10 @@ class ExportError(ZsqError, RuntimeError):
     """An exported file does not compute what the simulation computes."""
 
 
+class StorageError(ZsqError, OSError):
+    """A file cannot be written: the disk is full, or the folder takes no files."""
+
+
 class LostProcessError(ZsqError, RuntimeError):
     """Another process of the run has ended, and this one cannot go on without it."""
 

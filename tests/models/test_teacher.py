@@ -252,9 +252,29 @@ def test_number_of_classes_and_image_size_are_checked(factories) -> None:
 
 
 def test_logits_that_are_not_finite() -> None:
-    net = nn.Sequential(nn.Flatten(), nn.Linear(72, 4))
-    nn.init.constant_(net[1].bias, float("nan"))
+    class Divides(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) / 0
+
     with pytest.raises(TeacherError, match="logits that are not finite"):
+        teacher_from_module(Divides(nn.Flatten(), nn.Linear(72, 4)), SPEC)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("1.bias", float("nan"), "has 1.bias with values up to nan; weights and batch-norm statistics are finite"),
+        ("1.weight", 1e30, "has 1.weight with values up to 1e.30"),
+        ("2.running_mean", float("inf"), "has 2.running_mean with values up to inf"),
+        ("2.running_var", 1e30, "has 2.running_var with values up to 1e.30"),
+        ("2.running_var", -1.0, "has 2.running_var with the negative variance -1"),
+    ],
+)
+def test_values_that_no_training_leaves_are_named(name, value, message) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(72, 4), nn.BatchNorm1d(4))
+    with torch.no_grad():
+        net.state_dict()[name].fill_(value)
+    with pytest.raises(TeacherError, match=message):
         teacher_from_module(net, SPEC)
 
 

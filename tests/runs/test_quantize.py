@@ -90,6 +90,7 @@ def test_all_files_of_the_run_exist(ptq, qat):
 
 def test_result_has_the_promised_fields(ptq):
     record = json.loads((ptq.folder / "result.json").read_text())
+    assert len(record.pop("content_sha256")) == 64
     assert record == json.loads(json.dumps(ptq.record.as_dict()))
     assert record["schema"] == SCHEMA
     assert record.keys() >= ISSUE_FIELDS

@@ -21,6 +21,7 @@ from zsq.models.teacher import Teacher, load
 from zsq.reports.text_tables import percent, table
 from zsq.runs.console import shown
 from zsq.runs.folder import file_in
+from zsq.runs.record import verified
 from zsq.runs.stages import warn_of_chance
 from zsq.runs.summary import figure
 from zsq.runtime.device import pick_device
@@ -82,7 +83,7 @@ class Evaluate:
             path = Path(self.network.model)
             if (path.is_dir() and self.network.model != "digits") or is_file_of_ours(path):
                 self._check_alone()
-                path = file_in(path)
+                path = verified(file_in(path))
                 file = open_file(path)
                 data = self._open(file.spec)
                 if not data.labelled:
@@ -91,7 +92,7 @@ class Evaluate:
                         f"it is what zsq evaluate NETWORK --file {path} --data {self.data} measures."
                     )
                 return evaluate_many({path.name: file}, data, outputs=file.spec.outputs, progress=show)
-            place = None if self.file is None else file_in(self.file)
+            place = None if self.file is None else verified(file_in(self.file))
             beside = None if place is None else open_file(place)
             teacher = self._loaded().to(pick_device(self.device))
             if beside is not None and replace(beside.spec, resize=None) != replace(teacher.spec, resize=None):

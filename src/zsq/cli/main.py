@@ -1,14 +1,15 @@
 """The command line: parse, call the library, print; one handler turns every expected fault into one line."""
 
+import contextlib
 import functools
 import inspect
 import operator
 import os
 import sys
+import traceback
 from typing import Annotated, Any, NoReturn
 
 import tyro
-from rich.console import Console
 from tyro.conf import DisallowNone, FlagCreatePairsOff, PositionalMetavarFromFieldName, subcommand
 
 from zsq.cli.allocate import Allocate
@@ -19,16 +20,23 @@ from zsq.cli.export import Export
 from zsq.cli.launcher import LOST, STOPPED, SUPERVISED, run_workers, watch_starter
 from zsq.cli.methods import Methods
 from zsq.cli.models import Models
+from zsq.cli.output import PlainConsole, open_streams
 from zsq.cli.quantize import Quantize
 from zsq.cli.synthesize import Synthesize
 from zsq.errors import InputError, LostProcessError, ZsqError
+from zsq.graph.trace import first_line
 from zsq.runs.console import lines_on
 from zsq.runtime import distributed
 from zsq.runtime.device import pick_device
+from zsq.runtime.memory import LESS_MEMORY, lacks_memory
+from zsq.runtime.plain_text import printable
 from zsq.runtime.versions import versions
 
-WORKER = (sys.executable, "-m", "zsq")
-"""What starts this command line in a process of its own."""
+WORKER = (sys.executable, "-P", "-m", "zsq")
+"""What starts this command line in a process of its own, which imports nothing from the current folder by itself."""
+
+DEBUG = "--debug"
+"""Shows the traceback of a fault, wherever it stands in the command line."""
 
 COMMANDS: dict[str, Any] = {
     "quantize": Quantize,
@@ -61,42 +69,74 @@ def parse(arguments: list[str] | None = None) -> Any:
         any_of,
         prog="zsq",
         description="Quantize a pretrained image classifier without any of its training data.\n\n"
-        "`zsq COMMAND --help` has examples, `zsq --version` names the versions.",
+        "`zsq COMMAND --help` has examples, `zsq --version` names the versions; --debug shows the "
+        "traceback of a fault.",
         args=arguments,
         config=(FlagCreatePairsOff, DisallowNone, PositionalMetavarFromFieldName),
     )
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; exits 1 on an expected fault, 2 on wrong usage."""
+    """Run the command line; exits 1 on a fault, 2 on wrong usage."""
+    open_streams()
+    given = sys.argv[1:] if arguments is None else arguments
+    words = [word for word in given if word != DEBUG]
     try:
-        if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
-            print(", ".join(f"{name} {number}" for name, number in versions().items()))
-            return
-        try:
-            command = parse(arguments)
-        finally:
-            sys.stdout.flush()  # help that nobody reads is a fault here, not at exit
-        watch_starter()
-        if isinstance(command, Quantize | Synthesize) and _needs_workers(command):
-            words = sys.argv[1:] if arguments is None else arguments
-            sys.exit(run_workers([*WORKER, *words], command.devices))
-        with lines_on():
-            command.run(Console(markup=False, emoji=False, highlight=False))
+        _run(words)
+        sys.stdout.flush()  # a disk that is full is a fault here, not at exit
     except LostProcessError as error:
         if SUPERVISED in os.environ:
             sys.exit(LOST)
         _stop(str(error))
-    except ZsqError as error:
-        _stop(str(error))
     except BrokenPipeError:  # whoever read the output has seen enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave_stdout()
         sys.exit(1)
-    except OSError as error:  # the disk is full, a folder may not be written
-        _stop(f"{error.filename or 'writing'}: {error.strerror or error}.")
     except KeyboardInterrupt:
         print(STOPPED, file=sys.stderr)
         sys.exit(130)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the user gets one line
+        if DEBUG in given:
+            traceback.print_exc()
+        if isinstance(error, OSError) and not isinstance(error, ZsqError):
+            _leave_stdout()
+        _stop(_said(error, words))
+
+
+def _run(words: list[str]) -> None:
+    """Do what the words ask for."""
+    if words == ["--version"]:
+        print(", ".join(f"{name} {number}" for name, number in versions().items()))
+        return
+    try:
+        command = parse(words)
+    finally:
+        sys.stdout.flush()  # help that nobody reads is a fault here, not at exit
+    watch_starter()
+    if isinstance(command, Quantize | Synthesize) and _needs_workers(command):
+        sys.exit(run_workers([*WORKER, *words], command.devices))
+    with lines_on():
+        command.run(PlainConsole())
+
+
+def _said(error: Exception, words: list[str]) -> str:
+    """Return what is wrong, in one line."""
+    if isinstance(error, ZsqError):
+        return str(error)
+    if isinstance(error, OSError):  # the disk is full, a folder may not be written
+        return f"{error.filename or 'writing'}: {error.strerror or error}."
+    if lacks_memory(error):
+        return f"the machine has too little memory for this ({first_line(error)}); {LESS_MEMORY}."
+    where = f"zsq {words[0]}" if words else "zsq"
+    return (
+        f"{where} met what it does not expect: {type(error).__name__}: {first_line(error)}. {DEBUG} shows where; "
+        "please report it with that output and the one of zsq doctor."
+    )
+
+
+def _leave_stdout() -> None:
+    """Let nothing more be written to a standard output that takes nothing, at exit either."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _needs_workers(command: Quantize | Synthesize) -> bool:
@@ -116,5 +156,5 @@ def _needs_workers(command: Quantize | Synthesize) -> bool:
 
 
 def _stop(text: str) -> NoReturn:
-    print(f"Error: {' '.join(text.split())}", file=sys.stderr)
+    print(f"Error: {printable(' '.join(text.split()))}", file=sys.stderr)
     sys.exit(1)

@@ -1,8 +1,35 @@
 """What goes to standard output: results alone."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+
+from zsq.runtime.plain_text import printable
+
+
+class PlainConsole(Console):
+    """Prints texts as they are, without markup, and names so that the terminal does nothing with them."""
+
+    def __init__(self) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print texts and tables."""
+        super().print(*(printable(item) if isinstance(item, str) else item for item in objects), **options)
+
+
+def open_streams() -> None:
+    """Give standard output and error that are closed a place to go, and let both take names of any bytes."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextlib.contextmanager

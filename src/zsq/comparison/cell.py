@@ -1,12 +1,14 @@
 """One cell of a comparison: the fit that it shares, then a quantized and evaluated file or a picture of samples."""
 
 import json
+import logging
 import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from zsq.comparison.digests import digest, fit_digest
@@ -15,21 +17,36 @@ from zsq.comparison.lines import Drawn, Quantized
 from zsq.comparison.recipe import Cell
 from zsq.comparison.sample_figure import save_figure
 from zsq.comparison.teachers import Teachers
+from zsq.errors import InputError
 from zsq.methods import Surrogate
 from zsq.models.teacher import Teacher
 from zsq.runs.fitted import GENERATOR, FittedRun
 from zsq.runs.job import Job, Outputs
 from zsq.runs.pipeline import Stopwatch, finish
-from zsq.runs.recipe_file import read_toml
 from zsq.runs.record import Record
 from zsq.runs.settings import Settings
-from zsq.runs.settings_file import SETTINGS, teacher_table, write_settings
+from zsq.runs.settings_file import SETTINGS, read_settings, teacher_table, write_settings
 from zsq.runs.stages import fit, measure_recognition
-from zsq.runtime.files import replacing
+from zsq.runtime.checksums import sealed_values, unsealed_values
+from zsq.runtime.files import load_tensors, replacing
 from zsq.runtime.memory import clear_memory_errors, kept_memory
 from zsq.runtime.observer import Observer
 from zsq.runtime.versions import versions
 from zsq.training.loop import Run
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class FitFacts:
+    """What `fit.json` holds of a finished fit."""
+
+    seconds: float
+    """Wall clock."""
+    resumed: bool
+    """Whether it was stopped and continued, so that `seconds` are not all."""
+    label_recognition: float | None
+    """How often the teacher recognised the wanted label, in percent."""
 
 
 @dataclass(slots=True)
@@ -77,22 +94,19 @@ class CellRunner:
         run = self._run(cell, folder)
         resumed = _begin(run, settings, teacher, fit_digest(cell, teacher))
         stored = folder / "fit.json"
-        known = json.loads(stored.read_text()) if stored.exists() else None
-        fitted = None
-        if known and (folder / GENERATOR).exists():
-            fitted = FittedRun.open(folder, teacher)
+        known, fitted = _stored_fit(folder, teacher)
         start = time.perf_counter()
         job = Job(teacher=teacher, run=run, folder=folder, settings=settings, fitted=fitted)
         surrogate = fit(job)
         if known is None:
             seconds = round(time.perf_counter() - start, 2)
-            known = {"seconds": seconds, "resumed": resumed, "label_recognition": measure_recognition(job, surrogate)}
+            known = FitFacts(seconds, resumed, measure_recognition(job, surrogate))
             with replacing(stored) as temporary:
-                temporary.write_text(json.dumps(known) + "\n")
+                temporary.write_text(json.dumps(sealed_values(asdict(known))) + "\n", encoding="utf-8")
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         state = surrogate.source.state_dict()
         shared = None if state else surrogate
-        return Fit(shared, state, known["label_recognition"], known["seconds"], known["resumed"])
+        return Fit(shared, state, known.label_recognition, known.seconds, known.resumed)
 
     def _quantize(self, cell: Cell, fit: Fit) -> Quantized:
         """Do what follows the fit."""
@@ -146,12 +160,50 @@ def _begin(run: Run, settings: Settings, teacher: Teacher, mark: str) -> bool:
     folder = run.folder
     assert folder is not None
     path = folder / SETTINGS
-    same = path.exists() and read_toml(path).get("run", {}).get("mark") == mark
+    same = path.exists() and _mark_of(folder) == mark
     if not same:
         shutil.rmtree(folder, ignore_errors=True)
         facts = {"seed": run.seed, "device": run.device.type, "threads": torch.get_num_threads()}
         write_settings(path, settings, teacher_table(teacher), facts | {"mark": mark} | versions())
+    for checkpoint in folder.glob("checkpoints/*.safetensors"):
+        try:
+            load_tensors(checkpoint)
+        except InputError as error:
+            logger.warning(f"{error} It is left aside: its phase starts anew.")
+            checkpoint.unlink()
     return same and any(folder.glob("checkpoints/*.safetensors"))
+
+
+def _mark_of(folder: Path) -> str | None:
+    """Return by what settings a folder was started; None where its settings.toml is damaged."""
+    try:
+        mark = read_settings(folder).get("run", {}).get("mark")
+    except InputError as error:
+        logger.warning(f"{error} {folder} is made anew.")
+        return None
+    return mark if isinstance(mark, str) else None
+
+
+def _stored_fit(folder: Path, teacher: Teacher) -> "tuple[FitFacts | None, FittedRun | None]":
+    """Return what a folder says of its fit, and the fit; both None where there is none, or a damaged one."""
+    stored = folder / "fit.json"
+    if not stored.exists():
+        return None, None
+    try:
+        content = json.loads(stored.read_text(encoding="utf-8"))
+        values = unsealed_values(content) if isinstance(content, dict) else None
+        if values is None:
+            raise InputError(f"{stored} is damaged.")
+        return _FIT.validate_python(values), FittedRun.open(folder, teacher) if (folder / GENERATOR).exists() else None
+    except (ValueError, RecursionError) as error:
+        what = str(error) if isinstance(error, InputError) else f"{stored} is damaged."
+        logger.warning(f"{what} {folder} is fitted anew.")
+        for path in (stored, folder / GENERATOR):
+            path.unlink(missing_ok=True)
+        return None, None
+
+
+_FIT = TypeAdapter(FitFacts)
 
 
 def _surrogate(fit: Fit, settings: Settings, teacher: Teacher, run: Run) -> Surrogate:

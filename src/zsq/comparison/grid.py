@@ -51,7 +51,7 @@ class Grid:
         loaded = self.teachers.loaded.get(cell.teacher.label)
         if loaded is not None and loaded.teacher.weights_sha256 != line.outcome.weights_sha256:
             return None
-        return line if self.layout.result(cell).exists() else None
+        return line if self.layout.is_whole(cell) else None
 
     def is_done(self, cell: Cell) -> bool:
         """Whether the cell is finished, by the settings that the recipe has now, and its result is there."""

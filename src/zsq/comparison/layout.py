@@ -1,11 +1,38 @@
 """The folder of a comparison: which files and folders are its own, and where each cell's lie."""
 
+import logging
 import shutil
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from zsq.comparison.recipe import Cell
+from zsq.errors import InputError
 from zsq.runs.stages import PREDICTIONS
+
+logger = logging.getLogger(__name__)
+
+NPZ_FAULTS = (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+"""What reading a damaged npz raises."""
+
+
+def read_predictions(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return predicted and true classes, each [N], which a zip's checksums vouch for.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    try:
+        with path.open("rb") as stream, np.load(stream) as arrays:  # np.load leaves a damaged file of its own open
+            predictions, labels = arrays["predictions"], arrays["labels"]
+    except NPZ_FAULTS as error:
+        raise InputError(f"{path} is damaged: {str(error) or type(error).__name__}.") from error
+    if predictions.shape != labels.shape or predictions.ndim != 1:
+        raise InputError(f"{path} is damaged: it holds {list(predictions.shape)} and {list(labels.shape)} classes.")
+    return predictions, labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +106,18 @@ class Layout:
     def result(self, cell: Cell) -> Path:
         """Return the file without which a cell does not count as finished."""
         return self.picture(cell) if cell.quantizer is None else self.predictions(cell)
+
+    def is_whole(self, cell: Cell) -> bool:
+        """Whether the file is there and, where classes stand in it, can be read; warns where it is damaged."""
+        path = self.result(cell)
+        if cell.quantizer is None or not path.exists():
+            return path.exists()
+        try:
+            read_predictions(path)
+        except InputError as error:
+            logger.warning(f"{error} The cell is run again.")
+            return False
+        return True
 
     def fit(self, cell: Cell) -> Path:
         """Return the folder of the fit that a cell shares."""

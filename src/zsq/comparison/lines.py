@@ -1,6 +1,7 @@
 """Lines of `cells.jsonl`: what is known of a cell that was run, or why it was skipped."""
 
 import json
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -9,6 +10,10 @@ from pydantic import TypeAdapter
 
 from zsq.comparison.digests import digest
 from zsq.comparison.recipe import Cell
+from zsq.runtime.checksums import sealed_values, unsealed_values
+from zsq.runtime.files import writing
+
+logger = logging.getLogger(__name__)
 
 Status = Literal["finished", "skipped"]
 
@@ -116,10 +121,16 @@ class CellLine:
         """Return the line that `to_json` gave; keys that are not known are left out.
 
         Raises:
-            ValueError: it is no JSON object, a key is missing, or a value is of the wrong kind.
+            ValueError: it is no JSON object, not what was written, a key is missing, or a value is of the wrong kind.
         """
-        values = json.loads(text)
-        status = values.get("status") if isinstance(values, dict) else None
+        try:
+            read = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("it is nested too deeply.") from error
+        values = unsealed_values(read) if isinstance(read, dict) else {}
+        if values is None:
+            raise ValueError("its content does not match its checksum.")
+        status = values.get("status")
         if status not in ("finished", "skipped"):
             raise ValueError(f"status is {status!r}; finished and skipped are known.")
         kind = "skipped" if status == "skipped" else "drawn" if "figure" in values else "quantized"
@@ -144,8 +155,8 @@ class CellLine:
         return {**values, "status": self.status, **outcome}
 
     def to_json(self) -> str:
-        """Return the line as one JSON object."""
-        return json.dumps(self.as_dict())
+        """Return the line as one JSON object, with its checksum."""
+        return json.dumps(sealed_values(self.as_dict()))
 
 
 _LINE = TypeAdapter(CellLine)
@@ -157,19 +168,26 @@ _OUTCOMES: dict[str, TypeAdapter[Any]] = {
 
 
 def read_lines(path: Path) -> dict[str, CellLine]:
-    """Return the latest line of each cell, by its name; one that a kill cut short does not count."""
+    """Return the latest line of each cell, by its name; a damaged one, or one that a kill cut short, does not count."""
     found: dict[str, CellLine] = {}
-    for text in path.read_text().splitlines() if path.exists() else ():
+    damaged = 0
+    for text in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ():
+        if not text.strip():
+            continue
         try:
             line = CellLine.from_json(text)
         except ValueError:
+            damaged += 1
             continue
         found[line.cell] = line
+    if damaged:
+        logger.warning(f"{damaged} lines of {path} are damaged or cut short; their cells are run again")
     return found
 
 
 def append_line(path: Path, line: CellLine) -> None:
     """Write one line at the end, on a line of its own also where a kill cut the last one short."""
-    cut_short = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    with open(path, "a") as file:
-        file.write("\n" * cut_short + line.to_json() + "\n")
+    with writing(path):
+        cut_short = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n" * cut_short + line.to_json() + "\n")

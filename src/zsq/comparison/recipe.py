@@ -14,6 +14,7 @@ from zsq.methods import Real
 from zsq.models.network import Network
 from zsq.models.teacher import Teacher, load
 from zsq.quantization import PTQ, QUANTIZERS
+from zsq.quantization.prepare import Bits
 from zsq.runs.recipe_file import comparison_tables
 from zsq.runs.settings import Settings, build, check_pair
 
@@ -24,6 +25,9 @@ FIGURE = "figure"
 """What stands in a cell's name in place of quantizer and bits where it draws samples."""
 
 GAP = ("noise", "real")
+
+MOST_CELLS = 10_000
+"""Cells of a grid at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,6 +264,7 @@ def _recipe(content: dict[str, Any]) -> Recipe:
         quantizers=_labelled(recipe.quantizers, "quantizer", lambda entry: entry.name),
     )
     _check_complete(recipe)
+    _check_size(recipe)
     _check_repeats(recipe)
     _check_evaluated(recipe)
     return recipe
@@ -278,6 +283,14 @@ def _check_complete(recipe: Recipe) -> None:
             raise InputError(f"the recipe has no {key}.")
     if not recipe.quantizers and recipe.figure is None:
         raise InputError("the recipe has neither [[quantizers]] nor a [figure], so that no cell is left.")
+
+
+def _check_size(recipe: Recipe) -> None:
+    """Check, before they are made, that there are not more cells than anybody runs."""
+    columns = sum(len(quantizer.bits) for quantizer in recipe.quantizers) + (recipe.figure is not None)
+    count = len(recipe.teachers) * len(recipe.methods) * len(recipe.seeds) * columns
+    if count > MOST_CELLS:
+        raise InputError(f"the grid has {count:,} cells; at most {MOST_CELLS:,} are run. Divide it into recipes.")
 
 
 def _check_repeats(recipe: Recipe) -> None:
@@ -309,7 +322,7 @@ def _entry(kind: type, table: Any, where: str) -> Any:
     values, extra = {}, {}
     for key, value in table.items():
         if key in known and key != "settings":
-            values[key] = [str(v) for v in value] if key == "bits" and isinstance(value, list) else value
+            values[key] = [_width(v) for v in value] if key == "bits" and isinstance(value, list) else value
         elif takes_settings:
             extra[key] = value
         else:
@@ -325,6 +338,14 @@ def _entry(kind: type, table: Any, where: str) -> Any:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise InputError(f"{where}: {place} is {first['input']!r}: {first['msg']}.") from error
+
+
+def _width(value: Any) -> str:
+    """Return a width in the one way that names cells: `08`, `int8` and `W8A8` are `8`; a file of widths stays."""
+    try:
+        return str(Bits.parse(value))
+    except InputError:
+        return str(value)
 
 
 def _hint(name: str, extra: Mapping[str, Any]) -> str:

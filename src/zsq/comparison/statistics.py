@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from zsq.comparison.layout import Layout
+from zsq.comparison.layout import Layout, read_predictions
 from zsq.comparison.lines import CellLine, Quantized
 from zsq.comparison.recipe import Cell, Claim, MethodEntry, QuantizerEntry, Recipe, TeacherEntry, cells, gap_of
 from zsq.evaluation.accuracy import Difference, paired_difference
@@ -237,6 +237,6 @@ def _group(members: Iterable[Cell], lines: Mapping[str, CellLine], layout: Layou
         line = lines.get(cell.name)
         if line is not None and isinstance(line.outcome, Quantized):
             results.append(line.outcome)
-            with np.load(layout.predictions(cell)) as arrays:
-                hits[cell.seed] = arrays["predictions"] == arrays["labels"]
+            predictions, labels = read_predictions(layout.predictions(cell))
+            hits[cell.seed] = predictions == labels
     return Group(tuple(results), hits)

@@ -1,12 +1,13 @@
 """Comparisons spread over processes of this machine or over a cluster, by submitit (extra `cluster`)."""
 
+import contextlib
 import importlib.util
 import itertools
 import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from zsq.runtime.observer import Silent
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 2.0
+SAFE_PATH = "PYTHONSAFEPATH"
 WEEK_MINUTES = 7 * 24 * 60
 """Time that a job may take unless an option says otherwise."""
 
@@ -67,6 +69,19 @@ def visible_gpus() -> list[str]:
     ]
 
 
+@contextlib.contextmanager
+def _safe_path() -> Iterator[None]:
+    """Let the Python of jobs import nothing from the current folder by itself."""
+    before = os.environ.get(SAFE_PATH)
+    os.environ[SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[SAFE_PATH]
+        if before is not None:
+            os.environ[SAFE_PATH] = before
+
+
 def last_words(fault: str, log: str | None) -> str:
     """Return the line that tells most of why a job failed: its fault's last, or its log's where it left none."""
     text = log or fault if "not produced any output" in fault else fault
@@ -101,10 +116,11 @@ def run_jobs(grid: Grid, missing: Sequence[Cell], *, count: int, options: Mappin
     logger.info(f"{len(missing)} cells in {len(shares)} jobs on {executor.cluster}, logs in {layout.jobs}")
     gpus = itertools.cycle(visible_gpus() if here and teachers.device.type == "cuda" else [None])
     place = (layout.folder.resolve(), teachers.root, teachers.device.type, threads)
-    jobs = [
-        executor.submit(run_share, [cell.name for cell in share], *place, gpu)
-        for share, gpu in zip(shares, gpus, strict=False)
-    ]
+    with _safe_path():
+        jobs = [
+            executor.submit(run_share, [cell.name for cell in share], *place, gpu)
+            for share, gpu in zip(shares, gpus, strict=False)
+        ]
     try:
         while not all(job.done() for job in jobs):
             lines = read_lines(layout.lines)

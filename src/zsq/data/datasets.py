@@ -3,6 +3,8 @@
 import contextlib
 import csv
 import difflib
+import math
+import tokenize
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
@@ -15,6 +17,7 @@ import torch
 from PIL import Image, ImageOps
 
 from zsq.data import digits, shapes
+from zsq.data.image_files import READ_FAULTS, open_image
 from zsq.errors import InputError
 from zsq.types import Batch, ImageSpec
 
@@ -27,10 +30,32 @@ PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 CHANNELS_WITH_ALPHA = 4
 """Channels of a network that takes transparency, too."""
 
-READ_FAULTS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What Pillow raises for a file that is no readable image."""
+BYTES_AT_ONCE = 2**26
+"""Bytes of whole images that are in memory together before they are cropped."""
 
-ZIP_FAULTS = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 0
+"""Pixels of the largest image that is read."""
+
+MOST_IMAGES = 10**9
+
+LABEL_DIGITS = 10
+"""Most characters of a label."""
+
+ZIP_FAULTS = (
+    OSError,
+    SyntaxError,
+    tokenize.TokenError,
+    EOFError,
+    ValueError,
+    TypeError,
+    KeyError,
+    RuntimeError,
+    MemoryError,
+    OverflowError,
+    zipfile.BadZipFile,
+    zlib.error,
+    NotImplementedError,
+)
 """What reading a damaged npz raises."""
 
 KINDS = (
@@ -278,8 +303,7 @@ class _Npz(DataSet):
                 key = "labels" if truth == "identities" else truth
                 labels, labelled = np.full(shape[:1], UNKNOWN), f"{key}.npy" in archive.namelist()
                 if labelled:
-                    with archive.open(f"{key}.npy") as stream:
-                        labels = np.lib.format.read_array(stream, allow_pickle=False)
+                    labels = _read_small(name, archive, f"{key}.npy", shape, spec)
         except InputError:
             raise
         except ZIP_FAULTS as error:
@@ -299,31 +323,58 @@ class _Npz(DataSet):
                     f"{spec.shape_text}."
                 )
 
+    def _read(self, stream: IO[bytes], start: int, count: int) -> np.ndarray:
+        """Return the next `count` images, of the spec's size."""
+        size = math.prod(self._shape) * self._type.itemsize
+        data = stream.read(count * size)
+        if len(data) < count * size:
+            raise InputError(f"data set '{self.name}' ends within image {start + len(data) // size}.")
+        raw = np.frombuffer(data, self._type).reshape(count, *self._shape)
+        if self._spec.is_image:
+            return np.ascontiguousarray(_fit_array(raw, self._spec))
+        numbers = raw.astype(np.float32)
+        wrong = np.flatnonzero(~np.isfinite(numbers).reshape(count, -1).all(1))
+        if len(wrong):
+            raise InputError(f"data set '{self.name}': input {start + wrong[0]} holds a value that is not finite.")
+        return numbers
+
     def _pixels(self, batch_size: int) -> Iterator[np.ndarray]:
-        size = int(np.prod(self._shape)) * self._type.itemsize
+        at_once = max(1, min(batch_size, BYTES_AT_ONCE // max(1, math.prod(self._shape) * self._type.itemsize)))
         try:
             with zipfile.ZipFile(self._path) as archive, archive.open(f"{raw_key(self._spec)}.npy") as stream:
                 _raw_header(self.name, stream, self._spec)
                 for start in range(0, self.num_images, batch_size):
-                    count = min(batch_size, self.num_images - start)
-                    data = stream.read(count * size)
-                    if len(data) < count * size:
-                        raise InputError(f"data set '{self.name}' ends within image {start + len(data) // size}.")
-                    yield self._fit(np.frombuffer(data, self._type).reshape(count, *self._shape), start)
+                    end = min(start + batch_size, self.num_images)
+                    parts = [
+                        self._read(stream, first, min(at_once, end - first)) for first in range(start, end, at_once)
+                    ]
+                    yield parts[0] if len(parts) == 1 else np.concatenate(parts)
         except InputError:
             raise
         except ZIP_FAULTS as error:
             raise InputError(f"data set '{self.name}' cannot be read: {error}") from error
 
-    def _fit(self, raw: np.ndarray, start: int) -> np.ndarray:
-        """Bring what is read to the spec's size and type; `start` counts what is before it."""
-        if self._spec.is_image:
-            return _fit_array(raw, self._spec)
-        numbers = raw.astype(np.float32)
-        wrong = np.flatnonzero(~np.isfinite(numbers).reshape(len(numbers), -1).all(1))
-        if len(wrong):
-            raise InputError(f"data set '{self.name}': input {start + wrong[0]} holds a value that is not finite.")
-        return numbers
+
+def _read_small(
+    name: str, archive: zipfile.ZipFile, member: str, shape: tuple[int, ...], spec: ImageSpec
+) -> np.ndarray:
+    """Return what is true of images of this shape, which may not be larger than they, or than their outputs."""
+    with archive.open(member) as stream:
+        found, _, dtype = _header(stream)
+    most = 8 * (math.prod(shape) + shape[0] * sum(output.size for output in spec.outputs) + 1)
+    if math.prod(found) * max(1, dtype.itemsize) > most or dtype.hasobject:
+        raise InputError(f"data set '{name}': {member} says that it holds {dtype} {list(found)}; that is no truth.")
+    with archive.open(member) as stream:
+        array: np.ndarray = np.lib.format.read_array(stream, allow_pickle=False)
+    return array
+
+
+def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Return shape, order and type of an array, of which nothing else is read."""
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, is_fortran, dtype = read(stream)
+    return tuple(shape), is_fortran, dtype
 
 
 def _check_truth(name: str, found: np.ndarray, shape: tuple[int, ...], truth: Truth, spec: ImageSpec) -> None:
@@ -359,9 +410,9 @@ class _Masked(DataSet):
 def _read_mask(path: Path, image: Path, spec: ImageSpec) -> np.ndarray:
     """Return a mask as uint8 [height, width] of the spec's size, resized as its image is, by the nearest value."""
     try:
-        with Image.open(image) as file:
+        with open_image(image) as file:
             size = ImageOps.exif_transpose(file).size
-        with Image.open(path) as file:
+        with open_image(path) as file:
             if file.mode not in ("L", "P", "1"):
                 raise InputError(f"{path} has mode {file.mode}; a mask has one class a pixel, 0 to 255 (mode L or P).")
             mask = file if file.mode != "1" else file.convert("L").point(lambda value: value // 255)
@@ -417,7 +468,7 @@ class _Files(DataSet):
                 f"{spec.channels}. Give a .npz file."
             )
         self._files = files[:limit]
-        with contextlib.suppress(*READ_FAULTS), Image.open(files[0]) as first:  # damage is told when it is read
+        with contextlib.suppress(*READ_FAULTS), open_image(files[0]) as first:  # damage is told when it is read
             upright = ImageOps.exif_transpose(first)
             self._note_crop(upright.height, upright.width)
             if first.has_transparency_data and spec.channels != CHANNELS_WITH_ALPHA:
@@ -501,7 +552,7 @@ def _listed(table: Path, name: str) -> tuple[list[Path], list[int]]:
                 )
             for row in rows:
                 label = (row["label"] or "").strip()
-                if not label.removeprefix("-").isdecimal():
+                if not label.removeprefix("-").isdecimal() or len(label) > LABEL_DIGITS:
                     raise InputError(
                         f"data set '{name}': line {rows.line_num} of metadata.csv has the label '{label}'."
                     )
@@ -562,7 +613,7 @@ def _in_folders(
 def _images_in(folder: Path) -> tuple[list[Path], int]:
     """Return the images of a folder by name, and how many other files it holds; hidden ones do not count."""
     files = sorted(file for file in folder.iterdir() if not file.is_dir() and not file.name.startswith("."))
-    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
     return images, len(files) - len(images)
 
 
@@ -606,9 +657,7 @@ def _check_keys(name: str, archive: zipfile.ZipFile, spec: ImageSpec) -> None:
 
 def _raw_header(name: str, stream: IO[bytes], spec: ImageSpec) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Read the header of what a network takes, return its shape and type; the stream then stands at the first value."""
-    version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, is_fortran, dtype = read(stream)
+    shape, is_fortran, dtype = _header(stream)
     key = raw_key(spec)
     fits = dtype == np.uint8 if spec.is_image else dtype.kind in "fiu"
     if not fits or len(shape) not in (1 + spec.axes, 2 + spec.axes):
@@ -618,6 +667,12 @@ def _raw_header(name: str, stream: IO[bytes], spec: ImageSpec) -> tuple[tuple[in
         raise InputError(f"data set '{name}': {key} are {dtype} {list(shape)}; {needed} needed.")
     if is_fortran and len(shape) > 1:
         raise InputError(f"data set '{name}': {key} are stored column by column; save numpy.ascontiguousarray({key}).")
+    pixels = math.prod(shape[1:3] if spec.is_image else shape[1:])
+    if min(shape, default=0) < 0 or (MAX_PIXELS and pixels > MAX_PIXELS) or shape[0] > MOST_IMAGES:
+        raise InputError(
+            f"data set '{name}': {key} are {list(shape)}; up to {MOST_IMAGES:,} {key} of {MAX_PIXELS:,} "
+            f"{'pixels' if spec.is_image else 'numbers'} are read."
+        )
     return shape, dtype
 
 
@@ -642,7 +697,7 @@ def _fit_array(images: np.ndarray, spec: ImageSpec) -> np.ndarray:
 def _read_image(path: Path, spec: ImageSpec) -> np.ndarray:
     """Return an image file as uint8 [height, width, channels] of the spec's size."""
     try:
-        with Image.open(path) as file:
+        with open_image(path) as file:
             if file.mode.startswith(("I", "F")):
                 raise InputError(f"{path} has pixels of more than 8 bits (mode {file.mode}); save it with 8.")
             image = ImageOps.exif_transpose(file).convert(PILLOW_MODES[spec.channels])

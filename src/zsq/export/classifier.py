@@ -38,7 +38,7 @@ class FileClassifier(ABC):
         """
         if KEY not in self._notes:
             raise InputError(f"{self._path} does not say how its images are normalised; zsq has not written it.")
-        return from_json(self._notes[KEY])
+        return from_json(self._notes[KEY], f"{self._path}: its metadata {KEY}")
 
     def seen(self, images: Tensor) -> Tensor:
         """Return the normalised images that the file computes with: of the nearest pixels where it takes those."""
@@ -64,7 +64,16 @@ class FileClassifier(ABC):
 
     def _rows(self, array: np.ndarray) -> np.ndarray:
         rows = [np.asarray(answer).reshape(len(array), -1) for answer in self._run(array)]
-        return rows[0] if len(rows) == 1 else np.concatenate(rows, axis=1)
+        found = rows[0] if len(rows) == 1 else np.concatenate(rows, axis=1)
+        if KEY in self._notes:
+            spec = self.spec
+            wanted = sum(output.size for output in spec.outputs) or spec.classes
+            if found.shape[1] != wanted:
+                raise InputError(
+                    f"{self._path} gives {found.shape[1]} values an image, and its metadata says {wanted}; it is "
+                    "damaged, or not as zsq has written it."
+                )
+        return found
 
     @abstractmethod
     def _run(self, array: np.ndarray) -> Sequence[np.ndarray]:

@@ -3,13 +3,13 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError
 
+from zsq.checked import validated
 from zsq.errors import InputError
-from zsq.types import ImageSpec, Output
+from zsq.types import ImageSpec
 
 KEY = "image_spec"
 """Name of the metadata of an ONNX file that holds the note, and of the file in a pt2 archive but for its ending."""
@@ -42,10 +42,20 @@ def to_json(spec: ImageSpec) -> str:
     return json.dumps(values, sort_keys=True)
 
 
-def from_json(text: str) -> ImageSpec:
-    """Return what a note says."""
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(text).items()
-    }
-    values["outputs"] = tuple(Output(o["name"], o["kind"], tuple(o["shape"])) for o in values.get("outputs", ()))
-    return ImageSpec(**values)
+def from_json(text: str, place: str = "its note of the images") -> ImageSpec:
+    """Return what a note says.
+
+    Args:
+        text: the note.
+        place: what errors call it.
+
+    Raises:
+        InputError: it is no JSON, or a value is missing or of another type.
+    """
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{place} is not JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{place} holds no image spec.")
+    return validated(ImageSpec, values, place)

@@ -45,7 +45,9 @@ class OnnxClassifier(FileClassifier):
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0
+            )
         except _RUNTIME_ERRORS as error:
             raise InputError(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from error
         self._input = self._session.get_inputs()[0]

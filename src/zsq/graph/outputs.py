@@ -186,6 +186,6 @@ def _channels(classes: int) -> tuple[int, ...]:
 
 def has_unit_norm(answer: Tensor) -> bool:
     """Whether an output [N, ...] holds vectors of length 1 along its second axis."""
-    if answer.dim() < 2 or answer.shape[1] < 2:
+    if answer.dim() < 2 or answer.shape[1] < 2 or not answer.is_floating_point():
         return False
     return bool(((answer.norm(dim=1) - 1).abs() < UNIT).all())

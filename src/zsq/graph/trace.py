@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import io
 import logging
+import math
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -21,25 +22,14 @@ from zsq.graph.islands import cast_to_float32, narrowest_type
 from zsq.graph.outputs import has_unit_norm, leaves, outputs_of, pack, pack_outputs, recognised, results
 from zsq.graph.plain import plain_network
 from zsq.graph.products import name_products
+from zsq.runtime.memory import require_memory
 from zsq.types import ImageSpec
 
 log = logging.getLogger(__name__)
 
-FOREIGN_FAULTS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    NotImplementedError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    UserWarning,
-)
-"""What foreign code can raise: a user's factory or forward, a zoo's download, torch.export."""
+FOREIGN_FAULTS = (Exception, SystemExit)
+"""What foreign code can raise: a user's factory or forward, a zoo's download, torch.export. Its `sys.exit()` is none of
+zsq's: a network that leaves like that is not one that was quantized."""
 
 CHECK_BATCH = 3
 """Images of the batch on which graph and network are compared; not the size that the graph was traced with."""
@@ -109,6 +99,8 @@ def trace(net: nn.Module, spec: ImageSpec, name: str) -> fx.GraphModule:
     Raises:
         TeacherError: the forward fails, what it gives cannot be told, it cannot be exported, or the graph disagrees.
     """
+    needed = CHECK_BATCH * math.prod(spec.shape) * torch.float32.itemsize
+    require_memory(needed, f"{CHECK_BATCH} images of {spec.shape_text}", "is --input right?")
     images = torch.randn(2, *spec.shape, generator=torch.Generator().manual_seed(0))
     spec = recognised(_answer(net, images, spec, name), spec, name)
     batch = torch.export.Dim("batch", min=1)

@@ -22,7 +22,7 @@ from zsq.models import zoo
 from zsq.models.network import Network, parse_outputs
 from zsq.models.programs import is_file, read_program
 from zsq.models.weights import COUNTER, load_weights
-from zsq.models.zoo import IMPORT_FAULTS, ModelGroup, known_models
+from zsq.models.zoo import ModelGroup, known_models
 from zsq.types import ImageSpec, Output
 
 __all__ = ["ModelGroup", "Teacher", "known_models", "load_teacher", "teacher_from_module"]
@@ -30,6 +30,12 @@ __all__ = ["ModelGroup", "Teacher", "known_models", "load_teacher", "teacher_fro
 logger = logging.getLogger(__name__)
 
 Loaded = TypeVar("Loaded")
+
+STATISTICS = ("running_mean", "running_var")
+"""How the names of batch norm's statistics end."""
+
+HUGE = 1e15
+"""Larger than any trained weight or statistic; its square still fits a float."""
 
 RANDOM_SEED = 0
 """Seed of the weights of `--weights random`."""
@@ -259,7 +265,7 @@ def _import(load: Callable[[], Loaded], name: str, folder: Path) -> Loaded:
     try:
         with _importing_from(folder):
             return load()
-    except (*IMPORT_FAULTS, LookupError, SyntaxError, AssertionError) as error:
+    except FOREIGN_FAULTS as error:
         raise TeacherError(f"{name} does not import: {first_line(error)}") from error
 
 
@@ -271,6 +277,26 @@ def _importing_from(folder: Path) -> Iterator[None]:
     finally:
         with contextlib.suppress(ValueError):
             sys.path.remove(str(folder))
+
+
+def _check_values(net: nn.Module, name: str) -> None:
+    """Refuse weights and statistics that no training leaves and nothing can be learnt from.
+
+    Raises:
+        TeacherError: a value is not finite or huge, or a variance is negative; names the tensor.
+    """
+    statistics = [(key, value) for key, value in net.named_buffers() if key.endswith(STATISTICS)]
+    for key, value in [*net.named_parameters(), *statistics]:
+        if not value.is_floating_point() or not value.numel() or isinstance(value, nn.UninitializedParameter):
+            continue
+        largest = float(value.detach().abs().max())
+        if not largest <= HUGE:  # nor where it is not a number
+            raise TeacherError(
+                f"teacher '{name}' has {key} with values up to {largest:g}; weights and batch-norm statistics are "
+                f"finite and below {HUGE:g}. Is the file damaged, or did the training diverge?"
+            )
+        if key.endswith("running_var") and float(value.min()) < 0:
+            raise TeacherError(f"teacher '{name}' has {key} with the negative variance {float(value.min()):g}.")
 
 
 def _unwrapped(net: nn.Module) -> nn.Module:
@@ -298,6 +324,7 @@ def _teacher(net: nn.Module, spec: ImageSpec, name: str, source: str) -> Teacher
     if isinstance(net, torch.jit.ScriptModule):
         raise TeacherError(f"teacher '{name}' is a TorchScript module; give the torch.nn.Module that it was made of.")
     net = _unwrapped(net).cpu().float().eval()
+    _check_values(net, name)
     for parameter in net.parameters():
         parameter.requires_grad_(False)
     network = trace(net, spec, name)

@@ -5,6 +5,7 @@ import logging
 import pickle
 import warnings
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
 
 COUNTER = "num_batches_tracked"
 """Batch norm's step counter: some files hold it, and no output depends on it."""
+
+ZIP_FAULTS = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+"""What reading a damaged zip file raises."""
 
 QUOTED = 3
 """How many names an error quotes."""
@@ -107,8 +111,10 @@ def _unpickle(path: Path) -> Any:
     """Return what `torch.load` reads; of Python's own objects, only the options of a training script are let in."""
     with path.open("rb") as stream:
         start = stream.read(1)
-    if start != b"\x80" and not zipfile.is_zipfile(path):
+    if start != b"\x80" and not _is_zip(path):
         raise TeacherError(f"{path.name} is not a PyTorch checkpoint: it is neither a whole zip file nor a pickle.")
+    if start != b"\x80":
+        _check_zip(path)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
@@ -122,6 +128,29 @@ def _unpickle(path: Path) -> Any:
         ) from error
     except FOREIGN_FAULTS as error:
         raise TeacherError(f"{path.name} is not a readable PyTorch checkpoint: {first_line(error)}") from error
+
+
+def _is_zip(path: Path) -> bool:
+    """Whether a file ends as a zip file does."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # one in several parts, it says of itself
+        return False
+
+
+def _check_zip(path: Path) -> None:
+    """Check the checksums of a zip file, which `torch.load` leaves aside.
+
+    Raises:
+        TeacherError: one is wrong.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except ZIP_FAULTS as error:
+        raise TeacherError(f"{path.name} is a damaged zip file: {first_line(error)}") from error
+    if damaged is not None:
+        raise TeacherError(f"{path.name} is damaged: its part {damaged} does not match its checksum (CRC).")
 
 
 def _state_in(value: Any, path: Path) -> dict[str, Tensor]:

@@ -32,9 +32,6 @@ INSTALL = {
 }
 """What brings each zoo, by its name before the colon."""
 
-IMPORT_FAULTS = (ImportError, RuntimeError, OSError, AttributeError, ValueError, TypeError)
-"""What importing a library can raise."""
-
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 PYTORCHCV_SPECS = {
@@ -219,7 +216,7 @@ def _library(zoo: str) -> ModuleType:
         if error.name == zoo:
             raise MissingExtraError(f"{zoo} is not installed: {INSTALL[zoo]}") from error
         raise TeacherError(f"{zoo} does not import: {first_line(error)}") from error
-    except IMPORT_FAULTS as error:
+    except FOREIGN_FAULTS as error:
         raise TeacherError(f"{zoo} does not import: {first_line(error)}") from error
 
 

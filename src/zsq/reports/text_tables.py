@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from zsq.runtime.plain_text import printable
+
 LATEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -144,9 +146,9 @@ def percent(value: float | None, digits: int = 2) -> str:
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
     """Return a table to print; the first column is text, the others are figures."""
-    result = Table(title=title, title_justify="left")
+    result = Table(title=printable(title), title_justify="left")
     for index, column in enumerate(columns):
         result.add_column(column, justify="left" if index == 0 else "right")
     for row in rows:
-        result.add_row(*row)
+        result.add_row(*map(printable, row))
     return result

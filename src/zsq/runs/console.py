@@ -13,6 +13,7 @@ from rich.console import Console
 
 from zsq.runtime import distributed
 from zsq.runtime.observer import Observer, Silent
+from zsq.runtime.plain_text import printable
 
 LINE_EVERY = 30
 """Seconds between two lines where stderr is not a terminal."""
@@ -37,7 +38,7 @@ class Lines(logging.Handler):
     def format(self, record: logging.LogRecord) -> str:
         """Return the line of a record."""
         marked = "WARNING: " if record.levelno >= logging.WARNING else ""
-        return marked + record.getMessage()
+        return marked + printable(record.getMessage())
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print it."""

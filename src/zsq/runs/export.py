@@ -24,7 +24,7 @@ from zsq.models.options import option, text
 from zsq.quantization import PTQ
 from zsq.runs.console import shown
 from zsq.runs.job import file_options
-from zsq.runs.record import Record
+from zsq.runs.record import Record, verified
 from zsq.runs.request import takes
 from zsq.runs.stages import CHECK_IMAGES, ENOUGH_DECIDED, PROGRAM, file_notes
 from zsq.runtime.observer import Observer
@@ -103,7 +103,7 @@ def export_run_request(request: ExportRequest) -> Exported:
     if out.exists() and not request.overwrite:
         raise InputError(f"{out} exists; --overwrite replaces it, --out names another.")
     require_runtime(target)
-    network, spec = read_pt2(folder / PROGRAM)
+    network, spec = read_pt2(verified(folder / PROGRAM))
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix=".", dir=out.parent) as place,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from zsq.errors import StorageError
 from zsq.evaluation.accuracy import Evaluation
 from zsq.export.classifier import FileClassifier
 from zsq.export.content_hash import canonical_sha256
@@ -19,6 +20,7 @@ from zsq.runs.fitted import GENERATOR
 from zsq.runs.job import Job
 from zsq.runs.record import Artifact, Record, SampleAgreement
 from zsq.runs.settings import to_tables
+from zsq.runs.settings_file import SETTINGS
 from zsq.runs.stages import (
     PROGRAM,
     described_bits,
@@ -30,6 +32,7 @@ from zsq.runs.stages import (
     write_and_check,
 )
 from zsq.runtime import distributed
+from zsq.runtime.checksums import file_sha256
 from zsq.runtime.memory import clear_memory_errors, kept_memory
 from zsq.runtime.versions import versions
 from zsq.targets import TARGETS
@@ -111,11 +114,24 @@ def finish(job: Job, surrogate: Surrogate, recognition: float | None, watch: Sto
         evaluation = watch.timed("evaluate", lambda: evaluate_file(job, student))
         samples = watch.timed("samples", lambda: measure_agreement(job, surrogate))
         record = _record(job, surrogate, student, verification, covered, evaluation, samples, recognition, watch)
+        _check_whole(job, record)
         record.write(job.folder)
         require(verification)
         return Result(record, job.folder)
 
     return distributed.on_main(conclude)
+
+
+def _check_whole(job: Job, record: Record) -> None:
+    """Check that what was written is still there before the record says so.
+
+    Raises:
+        StorageError: somebody has deleted a part of the run's folder.
+    """
+    wanted = [SETTINGS, job.file.name, *([PROGRAM] if job.outputs.pt2 else []), *record.artifacts]
+    gone = [name for name in wanted if not (job.folder / name).is_file()]
+    if gone:
+        raise StorageError(f"{job.folder} lost {gone[0]} while the run went on; it is not finished. Start anew.")
 
 
 def _record(
@@ -149,7 +165,7 @@ def _record(
         num_eval_images=job.data.num_images if job.data else 0,
         evaluation=evaluation,
         artifacts={
-            name: Artifact(bytes=path.stat().st_size, sha256=canonical_sha256(path))
+            name: Artifact(bytes=path.stat().st_size, sha256=canonical_sha256(path), file_sha256=file_sha256(path))
             for name in HASHED
             if (path := job.folder / name).exists()
         },

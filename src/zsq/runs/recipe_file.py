@@ -31,7 +31,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         InputError: it is missing or is not TOML; the text gives the line.
     """
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

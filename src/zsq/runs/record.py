@@ -12,6 +12,8 @@ from zsq.evaluation.accuracy import Evaluation
 from zsq.evaluation.measures import Measure
 from zsq.export.verify import Verification
 from zsq.quantization.coverage import Coverage
+from zsq.runs.settings_file import SETTINGS
+from zsq.runtime.checksums import changed, file_sha256, sealed_values, unsealed_values
 from zsq.runtime.files import replacing
 from zsq.targets import target_of
 
@@ -29,6 +31,8 @@ class Artifact:
     """Its size."""
     sha256: str
     """Of its canonical content: equal for equal networks, whenever and wherever they were written."""
+    file_sha256: str = field(default="", compare=False)
+    """Of its bytes, by which damage is seen before the file is used; empty in records of before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +155,7 @@ class Record:
     def write(self, folder: Path) -> None:
         """Write `result.json` to a run's folder."""
         with replacing(folder / RECORD) as temporary:
-            temporary.write_text(json.dumps(self.as_dict(), indent=2) + "\n")
+            temporary.write_text(json.dumps(sealed_values(self.as_dict()), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> "Record":
@@ -164,11 +168,14 @@ class Record:
         if not path.is_file():
             raise InputError(f"{folder} holds no result.json; the run has not finished: --resume continues it.")
         try:
-            content = json.loads(path.read_text())
-        except ValueError as error:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path} is not JSON: {error}.") from error
         if not isinstance(content, dict):
             raise InputError(f"{path} holds no record.")
+        content = unsealed_values(content)
+        if content is None:
+            raise InputError(changed(path, "restore it, or quantize again with --overwrite"))
         schema = content.setdefault("schema", 0)
         if isinstance(schema, int) and schema > SCHEMA:
             raise InputError(f"{path} is of a newer zsq (schema {schema}; this one reads up to {SCHEMA}); update zsq.")
@@ -178,6 +185,26 @@ class Record:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
             raise InputError(f"{path} is not a record that zsq has written: {place}: {first['msg']}.") from error
+
+
+def verified(path: Path) -> Path:
+    """Return a file of a finished run's folder, checked against the record beside it; others as they are.
+
+    Raises:
+        InputError: it is not the file that the run has written, or the record is damaged.
+    """
+    folder = path.parent
+    if not path.is_file() or not (folder / RECORD).is_file():
+        return path
+    try:
+        known = Record.read(folder).artifacts.get(path.name)
+    except InputError:
+        if (folder / SETTINGS).is_file():
+            raise
+        return path  # some other program's result.json
+    if known is not None and known.file_sha256 and known.file_sha256 != file_sha256(path):
+        raise InputError(changed(path, f"{folder / RECORD} has the checksum; restore it, or quantize again"))
+    return path
 
 
 _RECORD = TypeAdapter(Record)

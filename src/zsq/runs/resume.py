@@ -11,7 +11,7 @@ from zsq.models.teacher import Teacher
 from zsq.runs.fitted import FittedRun
 from zsq.runs.recipe_file import read_toml, run_tables
 from zsq.runs.settings import Settings, resolve, to_tables
-from zsq.runs.settings_file import SETTINGS, shape_of, stored_spec
+from zsq.runs.settings_file import SETTINGS, read_settings, shape_of, stored_spec
 from zsq.runtime import distributed
 from zsq.runtime.versions import versions
 
@@ -52,7 +52,7 @@ def resumed_settings(
         InputError: what is asked for now differs from what that run was started with.
     """
     path = folder / SETTINGS
-    content = read_toml(path)
+    content = read_settings(folder)
     stored = resolve(recipe=path)
     facts = content.get("run", {})
     differing = [

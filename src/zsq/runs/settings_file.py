@@ -1,26 +1,41 @@
 """`settings.toml` of a run's folder: network, method, quantizer and what the run was started with; a recipe, too."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
+from zsq.checked import validated
 from zsq.errors import InputError
 from zsq.models.teacher import Teacher
 from zsq.runs.recipe_file import read_toml
 from zsq.runs.settings import Settings, to_tables
+from zsq.runtime.checksums import check_text, sealed_text
 from zsq.runtime.files import replacing
-from zsq.types import ImageSpec, Output
+from zsq.types import ImageSpec
 
 SETTINGS = "settings.toml"
 
 
 def write_settings(path: Path, settings: Settings, teacher: dict[str, Any], run: dict[str, Any]) -> None:
-    """Write the resolved settings; the file is a recipe that repeats the run."""
+    """Write the resolved settings and their checksum; the file is a recipe that repeats the run."""
     content = {"teacher": teacher, **to_tables(settings), "run": run}
+    text = tomli_w.dumps({name: _without_none(table) for name, table in content.items()})
     with replacing(path) as temporary:
-        temporary.write_text(tomli_w.dumps({name: _without_none(table) for name, table in content.items()}))
+        temporary.write_text(sealed_text(text), encoding="utf-8")
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return what a run's settings.toml says.
+
+    Raises:
+        InputError: there is none, it is no TOML, or not what the run has written.
+    """
+    path = folder / SETTINGS
+    content = read_toml(path)
+    check_text(path, path.read_text(encoding="utf-8"))
+    return content
 
 
 def _without_none(table: dict[str, Any]) -> dict[str, Any]:
@@ -55,22 +70,19 @@ def stored_spec(folder: Path) -> ImageSpec:
         InputError: the folder holds no settings.toml with a teacher.
     """
     path = folder / SETTINGS
-    content = read_toml(path)
+    content = read_settings(folder)
     table = content.get("teacher")
     if not isinstance(table, dict):
         raise InputError(f"{path} names no teacher; it is not a run's.")
     if "run" not in content:
         raise InputError(f"{path} is cut short: its last table, [run], is missing.")
-    sizes = {name: table.get(name, 0) for name in ("channels", "height", "width", "classes")}
-    sizes |= {name: table[name] for name in ("depth", "axes") if name in table}
-    mean, std = tuple(table.get("mean", ())), tuple(table.get("std", ()))
-    outputs = tuple(Output(o["name"], o["kind"], tuple(o["shape"])) for o in table.get("outputs", ()))
-    return ImageSpec(**sizes, mean=mean, std=std, resize=table.get("resize"), outputs=outputs)
+    known = {field.name for field in fields(ImageSpec)}
+    return validated(ImageSpec, {name: table[name] for name in table if name in known}, f"{path}, table [teacher]")
 
 
 def stored_facts(folder: Path) -> dict[str, Any]:
     """Return what a run's settings.toml says of how it was started; empty where it has no such table."""
-    return dict(read_toml(folder / SETTINGS).get("run", {}))
+    return dict(read_settings(folder).get("run", {}))
 
 
 def shape_of(spec: ImageSpec) -> str:

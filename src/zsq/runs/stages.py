@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zsq.data.datasets import DataSet, EvenSubset
-from zsq.errors import InputError
+from zsq.errors import InputError, NumericsError
 from zsq.evaluation.accuracy import Evaluation, Predict, evaluate_many
 from zsq.export.converted import output_step
 from zsq.export.files import float_operators, open_file, require_runtime, write_file
@@ -33,6 +33,7 @@ from zsq.runtime import distributed
 from zsq.runtime.files import load_tensors, replacing, save_tensors
 from zsq.runtime.versions import versions
 from zsq.targets import Target
+from zsq.training.loop import LOWER_RATE
 from zsq.types import Batch, ImageSpec, SampleSource
 
 PROGRAM, SAMPLES = "model.pt2", "samples.png"
@@ -95,6 +96,12 @@ def _keep_generator(job: Job, surrogate: Surrogate) -> None:
             logger.warning(f"{error} It is written anew.")
         else:
             return
+    lost = [name for name, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    if lost:
+        raise NumericsError(
+            f"the generator diverged: {len(lost)} of its {len(state)} tensors, such as {lost[0]}, are not finite; "
+            f"it is not stored. {LOWER_RATE}."
+        )
     save_tensors(path, state, {"method": job.settings.method.name, "weights_sha256": job.teacher.weights_sha256})
 
 

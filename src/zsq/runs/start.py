@@ -1,6 +1,7 @@
 """The start of a run: what is asked for is checked, the folder taken, the schedule chosen and written."""
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -30,9 +31,12 @@ from zsq.runs.settings import Settings, resolve
 from zsq.runs.settings_file import SETTINGS, stored_facts, teacher_table, write_settings
 from zsq.runtime import distributed
 from zsq.runtime.device import pick_device
+from zsq.runtime.memory import require_memory
 from zsq.runtime.versions import versions
 from zsq.targets import target_of
 from zsq.training.loop import Run
+
+FLOAT_BYTES = 4
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +112,10 @@ def _check_settings(wanted: Settings, teacher: Teacher, *, needs_images: bool) -
     if needs_images and "qat" not in wanted.method.quantizers:
         raise InputError(f"method {wanted.method.name} makes no images: it takes ranges and means from batch norm.")
     require_runtime(target_of(wanted.quantizer.target))
+    if batch_size := getattr(wanted.method, "batch_size", None):
+        spec = teacher.spec
+        needed = batch_size * math.prod(spec.shape) * FLOAT_BYTES
+        require_memory(needed, f"batches of {batch_size:,} images", "a smaller --set method.batch_size=N may fit")
     if wanted.quantizer.weight_bits:
         check_weight_names(fold(teacher.network)[0], wanted.quantizer.weight_bits)
 

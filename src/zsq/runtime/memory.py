@@ -4,6 +4,7 @@ import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,11 @@ KEPT = 2**31 - 1
 
 GLIBC_TRIMS, GLIBC_MAPS = 24 * 2**20, 2**16
 """What glibc comes to by itself where large blocks have been freed, and what it starts with."""
+
+LESS_MEMORY = "a smaller --set method.batch_size=N or images of fewer pixels may fit"
+
+LACKING = ("can't allocate memory", "not enough memory", "cannot allocate memory", "bad allocation")
+"""What PyTorch says on the processor where there is too little memory; it has no class for that."""
 
 _nested: list[object] = []
 """One entry a block of `kept_memory` that is open."""
@@ -60,9 +66,17 @@ def _glibc() -> Any:
     return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Whether a fault says that memory is missing, on the processor or on a device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(said in text for said in LACKING)
+
+
 @contextmanager
 def clear_memory_errors() -> Iterator[None]:
-    """Turn a device that runs out of memory into an expected fault; also a decorator.
+    """Turn a device or a processor that runs out of memory into an expected fault; also a decorator.
 
     Raises:
         InputError: it does.
@@ -74,3 +88,31 @@ def clear_memory_errors() -> Iterator[None]:
             "the device has too little memory for this network; --device cpu, a smaller --set method.batch_size=N or "
             f"images of fewer pixels may fit. ({str(error).splitlines()[0]})"
         ) from error
+    except (RuntimeError, MemoryError) as error:
+        if not lacks_memory(error):
+            raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"the machine has too little memory for this; {LESS_MEMORY}. ({reason[:200]})") from error
+
+
+def available_bytes() -> int | None:
+    """Return the memory that this machine can still give, swap left aside; None where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = next((line.split() for line in lines if line.startswith("MemAvailable:")), None)
+    return None if found is None else int(found[1]) * 1024
+
+
+def require_memory(needed: int, what: str, remedy: str) -> None:
+    """Return if so many bytes can be had, before they are asked for: the system would end the process instead.
+
+    Raises:
+        InputError: they cannot.
+    """
+    available = available_bytes()
+    if available is not None and needed > available:
+        raise InputError(
+            f"{what} need {needed / 2**30:,.0f} GiB of memory and {available / 2**30:,.1f} GiB are free; {remedy}."
+        )

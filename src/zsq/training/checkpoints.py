@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zsq.errors import InputError
 from zsq.runtime import distributed
-from zsq.runtime.files import load_tensors, replacing, save_tensors
+from zsq.runtime.files import load_tensors, replacing, save_tensors, writing
 from zsq.training.learner import Learner
 
 CHECKPOINT_SECONDS = 30.0
@@ -85,7 +85,8 @@ class Checkpoints:
         """Append a line of metrics."""
         if self.folder is not None and distributed.is_main():
             line = json.dumps({"phase": self.phase, "step": step, **losses})
-            with open(self.folder / METRICS, "a") as file:
+            path = self.folder / METRICS
+            with writing(path), path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
 
@@ -94,7 +95,7 @@ def _forget_metrics(path: Path, phase: str, last_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
             again = record["phase"] == phase and record["step"] > last_step
@@ -103,4 +104,4 @@ def _forget_metrics(path: Path, phase: str, last_step: int) -> None:
         if not again:
             kept.append(line)
     with replacing(path) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in kept))
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

@@ -22,6 +22,8 @@ from zsq.training.learner import Learner
 LOG_EVERY = 10
 """Steps between two reads of the losses: on a GPU, each read waits for the device."""
 
+LOWER_RATE = "a lower learning rate (--set method.learning_rate, --set quantizer.learning_rate) may help"
+
 Item = TypeVar("Item")
 
 logger = logging.getLogger(__name__)
@@ -88,6 +90,7 @@ class Run:
                 stop = self._stops(received, full)  # asked once: what comes later takes effect a step later
                 if due or stop:
                     log.flush()
+                    self._check_state(phase, learner, step, steps)
                     checkpoints.save(learner, done)
                 if stop or done == steps:
                     break
@@ -122,6 +125,20 @@ class Run:
             yield item
             done += size(item)
             self.observer.update(phase, done, total, {})
+
+    def _check_state(self, phase: str, learner: Learner, step: int, steps: int) -> None:
+        """Refuse to keep what a step has made of finite losses: its update may be none.
+
+        Raises:
+            NumericsError: a tensor holds what is not a number; nothing is written.
+        """
+        state = {name: value for name, value in learner.state_dict().items() if value.is_floating_point()}
+        lost = [name for name, value in state.items() if bool(value.isnan().any())]
+        if lost:
+            raise NumericsError(
+                f"{phase}: after step {step} of {steps}, {len(lost)} of {len(state)} tensors, such as {lost[0]}, are "
+                f"not numbers any more; nothing of it is kept. {LOWER_RATE}."
+            )
 
     def _stops(self, received: list[int], full: bool) -> bool:
         """Tell whether a signal ends the phase here; several processes end it after the same step."""
@@ -171,7 +188,9 @@ class _Log:
     def _check(self, step: int, losses: dict[str, float]) -> None:
         for name, value in losses.items():
             if not math.isfinite(value):
+                cause = (
+                    LOWER_RATE if step else "nothing was learnt before it, so that the network or its images cause it"
+                )
                 raise NumericsError(
-                    f"{self.checkpoints.phase}: loss '{name}' is {value} at step {step} of {self.steps}; "
-                    "a lower learning rate (--set method.learning_rate, --set quantizer.learning_rate) may help."
+                    f"{self.checkpoints.phase}: loss '{name}' is {value} at step {step} of {self.steps}; {cause}."
                 )

@@ -1,0 +1,229 @@
+"""Faults from outside, as a user's shell would meet them: kills, flipped bits, full disks, hostile files.
+
+    python benchmarks/trials.py [--kills 40] [--flips 200] [--disks 20] [--hostile 1000] [--minutes 10]
+
+A trial fails where a traceback is shown, a file is left half-written, a kill loses a run, damage changes a result
+without a word, or a hostile file is not refused in one line. Prints one JSON line of counts; `make soak` runs it.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from zsq.data.datasets import open_dataset
+from zsq.errors import ZsqError
+from zsq.export.content_hash import canonical_sha256
+from zsq.export.files import open_file
+from zsq.models.weights import read_state
+from zsq.runs.recipe_file import run_tables
+from zsq.runs.record import Record, verified
+from zsq.runs.settings_file import read_settings
+from zsq.runtime.files import load_tensors
+from zsq.types import ImageSpec
+
+ZSQ = [sys.executable, "-m", "zsq"]
+RUN = [
+    *("quantize", "digits", "--set", "method.steps=40", "--set", "method.batch_size=8", "--checkpoint-every", "5"),
+    *("--set", "quantizer.num_samples=64"),
+]
+WHOLE_SECONDS = 12.0
+"""About what a run takes from its start; kills are spread over it."""
+
+SPEC = ImageSpec(channels=3, height=8, width=8, classes=3, mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+class Trials:
+    """What was tried and what failed, within a bound of time."""
+
+    def __init__(self, folder: Path, minutes: float) -> None:
+        self.folder, self.until = folder, time.monotonic() + 60 * minutes
+        self.counts: dict[str, int] = {}
+        self.failures: list[str] = []
+
+    def each(self, kind: str, count: int, trial: Callable[[int], str]) -> None:
+        """Run a trial so many times while there is time; it returns what went wrong, or nothing."""
+        for number in range(count):
+            if time.monotonic() > self.until:
+                break
+            self.counts[kind] = self.counts.get(kind, 0) + 1
+            if wrong := trial(number):
+                self.failures.append(f"{kind} {number}: {wrong}")
+
+
+def shell(words: list[str], bytes_left: int | None = None) -> "subprocess.CompletedProcess[str]":
+    """Run zsq; no file may grow beyond `bytes_left`."""
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        if bytes_left is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, bytes_left))
+
+    return subprocess.run([*ZSQ, *words], capture_output=True, text=True, check=False, preexec_fn=limit)
+
+
+def half_files(folder: Path) -> list[str]:
+    """Return what was left half-written."""
+    return [path.name for path in folder.rglob("*.part")]
+
+
+def kill(trials: Trials, whole: str, number: int) -> str:
+    """Kill a run at some moment, continue it, and compare its file with that of a run that nobody killed."""
+    out = trials.folder / f"kill{number}"
+    process = subprocess.Popen([*ZSQ, *RUN, "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    time.sleep(random.Random(number).uniform(0.5, WHOLE_SECONDS))
+    process.send_signal((signal.SIGKILL, signal.SIGINT, signal.SIGTERM)[number % 3])
+    process.wait()
+    again = shell([*RUN, "--out", str(out), "--resume"])
+    wrong = "" if again.returncode == 0 else again.stderr[-200:]
+    if not wrong and canonical_sha256(out / "model.onnx") != whole:
+        wrong = "the file of the resumed run differs"
+    wrong = wrong or ", ".join(half_files(out))
+    shutil.rmtree(out, ignore_errors=True)
+    return wrong
+
+
+def disk(trials: Trials, number: int) -> str:
+    """Run where no file may be larger than so many bytes: an error of one line, and no half file."""
+    out = trials.folder / f"disk{number}"
+    found = shell([*RUN, "--out", str(out)], bytes_left=2 ** (7 * number % 20) * 4)
+    errors = [line for line in found.stderr.splitlines() if line.startswith("Error: ")]
+    wrong = "a traceback" if "Traceback" in found.stderr else ""
+    wrong = wrong or ("" if found.returncode == 0 or len(errors) == 1 else f"{len(errors)} errors")
+    wrong = wrong or ", ".join(half_files(out) if out.exists() else [])
+    shutil.rmtree(out, ignore_errors=True)
+    return wrong
+
+
+def flip(run: Path, place: Path, number: int) -> str:
+    """Flip a bit of a file of a run, and read it as zsq does: an error, or what was written."""
+    readers: dict[str, Callable[[Path], object]] = {
+        "generator.safetensors": lambda path: sorted((k, v.sum().item()) for k, v in load_tensors(path)[0].items()),
+        "checkpoints/fit.safetensors": lambda path: sorted(
+            (k, v.sum().item()) for k, v in load_tensors(path)[0].items()
+        ),
+        "model.onnx": lambda path: open_file(verified(path)).spec,
+        "model.pt2": lambda path: canonical_sha256(verified(path)),
+        "settings.toml": lambda path: read_settings(path.parent),
+        "result.json": lambda path: Record.read(path.parent),
+    }
+    name = list(readers)[number % len(readers)]
+    shutil.copytree(run, place, dirs_exist_ok=True)
+    path = place / name
+    wanted, content, draw = readers[name](path), bytearray(path.read_bytes()), random.Random(number)
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    path.write_bytes(content)
+    try:
+        found = readers[name](path)
+    except ZsqError:
+        return ""
+    return "" if found == wanted else f"{name}: damage changed what is read"
+
+
+def hostile(trials: Trials, seeds: dict[str, bytes], number: int) -> str:
+    """Give a reader a file that was made to harm it: one expected fault, or a harmless read."""
+    draw = random.Random(number)
+    name = list(seeds)[number % len(seeds)]
+    content = bytearray(seeds[name])
+    match draw.randrange(4):
+        case 0:  # bytes changed
+            for _ in range(draw.randrange(1, 9)):
+                content[draw.randrange(len(content))] = draw.randrange(256)
+        case 1:  # cut short
+            del content[draw.randrange(len(content)) :]
+        case 2:  # another kind of file under this name
+            content = bytearray(seeds[draw.choice(list(seeds))])
+        case _:  # something put in
+            at = draw.randrange(len(content))
+            content[at:at] = draw.choice([b"\x00" * 64, b"\xff" * 9, b"9" * 30, b"[" * 5000, b"\x1b[2J", b"../../etc"])
+    folder = trials.folder / "hostile"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    path = folder / name
+    path.write_bytes(content)
+    (folder / "a.png").exists() or (folder / "a.png").write_bytes(seeds["a.png"])
+    readers: dict[str, Callable[[], object]] = {
+        ".png": lambda: list(open_dataset(str(folder), SPEC).batches()),
+        ".csv": lambda: list(open_dataset(str(folder), SPEC).batches()),
+        ".npz": lambda: list(open_dataset(str(path), SPEC).batches()),
+        ".pth": lambda: read_state(path),
+        ".safetensors": lambda: load_tensors(path),
+        ".onnx": lambda: open_file(path)(torch.zeros(1, 1, 8, 8)),
+        ".toml": lambda: run_tables(path),
+        ".json": lambda: Record.read(folder),
+    }
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            readers[path.suffix]()
+    except ZsqError:
+        return ""
+    except Exception as error:  # noqa: BLE001 - what is looked for
+        return f"{name}: {type(error).__name__}: {str(error)[:120]}"
+    return ""
+
+
+def seeds_of(run: Path) -> dict[str, bytes]:
+    """Return a whole file for each reader."""
+    from PIL import Image
+
+    images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3)).astype(np.uint8)
+    png, npz, pth, lying = io.BytesIO(), io.BytesIO(), io.BytesIO(), io.BytesIO()
+    Image.fromarray(images[0]).save(png, "PNG")
+    np.savez(npz, images=images, labels=np.arange(6) % 3)
+    torch.save({"a": torch.ones(3, 4)}, pth)
+    with zipfile.ZipFile(lying, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("images.npy", "w") as member:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (10**6, 10**4, 10**4, 3)}
+        np.lib.format.write_array_header_1_0(member, header)
+        member.write(bytes(10**6))
+    return {
+        "a.png": png.getvalue(),
+        "metadata.csv": b"file_name,label\na.png,1\n",
+        "a.npz": npz.getvalue(),
+        "lying.npz": lying.getvalue(),
+        "a.pth": pth.getvalue(),
+        **{name: (run / name).read_bytes() for name in ("generator.safetensors", "model.onnx", "settings.toml")},
+        "result.json": (run / "result.json").read_bytes(),
+    }
+
+
+def main() -> None:
+    """Run the trials and print their counts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, count in (("kills", 40), ("flips", 200), ("disks", 20), ("hostile", 1000)):
+        parser.add_argument(f"--{name}", type=int, default=count)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="zsq-trials-") as place:
+        trials = Trials(Path(place), asked.minutes)
+        whole = trials.folder / "whole"
+        first = shell([*RUN, "--out", str(whole)])
+        if first.returncode:
+            sys.exit(f"Error: the run that is tried fails by itself: {first.stderr[-500:]}")
+        sha256, seeds = canonical_sha256(whole / "model.onnx"), seeds_of(whole)
+        trials.each("hostile", asked.hostile, lambda number: hostile(trials, seeds, number))
+        trials.each("flips", asked.flips, lambda number: flip(whole, trials.folder / "flip", number))
+        trials.each("disks", asked.disks, lambda number: disk(trials, number))
+        trials.each("kills", asked.kills, lambda number: kill(trials, sha256, number))
+    for failure in trials.failures:
+        print(failure, file=sys.stderr)
+    print(json.dumps({**trials.counts, "failures": len(trials.failures)}))
+    sys.exit(bool(trials.failures))
+
+
+if __name__ == "__main__":
+    main()
