@@ -5,6 +5,7 @@ import inspect
 import operator
 import os
 import sys
+from dataclasses import replace
 from typing import Annotated, Any, NoReturn
 
 import tyro
@@ -23,12 +24,17 @@ from zsq.cli.quantize import Quantize
 from zsq.cli.synthesize import Synthesize
 from zsq.errors import InputError, LostProcessError, ZsqError
 from zsq.runs.console import lines_on
+from zsq.runs.origin import lacking, resumed
+from zsq.runs.request import Request
 from zsq.runtime import distributed
 from zsq.runtime.device import pick_device
 from zsq.runtime.versions import versions
 
 WORKER = (sys.executable, "-m", "zsq")
 """What starts this command line in a process of its own."""
+
+WRONG_USAGE = 2
+"""Exit status where arguments are missing or unknown."""
 
 COMMANDS: dict[str, Any] = {
     "quantize": Quantize,
@@ -74,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(", ".join(f"{name} {number}" for name, number in versions().items()))
             return
         try:
-            command = parse(arguments)
+            command = _complete(parse(arguments))
         finally:
             sys.stdout.flush()  # help that nobody reads is a fault here, not at exit
         watch_starter()
@@ -97,6 +103,17 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print(STOPPED, file=sys.stderr)
         sys.exit(130)
+
+
+def _complete(command: Any) -> Any:
+    """Return a command with the folder of `--resume DIR` where it belongs; exits 2 where an argument is missing."""
+    if not isinstance(command, Quantize | Synthesize | Allocate):
+        return command
+    request: Request = resumed(command.request)
+    if reason := lacking(request):
+        print(f"Error: {reason}", file=sys.stderr)
+        sys.exit(WRONG_USAGE)
+    return replace(command, request=request)  # type: ignore[arg-type]
 
 
 def _needs_workers(command: Quantize | Synthesize) -> bool:

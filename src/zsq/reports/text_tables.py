@@ -143,10 +143,13 @@ def percent(value: float | None, digits: int = 2) -> str:
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
-    """Return a table to print; the first column is text, the others are figures."""
+    """Return a table to print; the first column is text, which wraps where it must, the others are figures."""
     result = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
-        result.add_column(column, justify="left" if index == 0 else "right")
+        if index == 0:
+            result.add_column(column, overflow="fold")
+        else:
+            result.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         result.add_row(*row)
     return result

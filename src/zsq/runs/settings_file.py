@@ -1,5 +1,7 @@
 """`settings.toml` of a run's folder: network, method, quantizer and what the run was started with; a recipe, too."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from zsq.models.teacher import Teacher
 from zsq.runs.recipe_file import read_toml
 from zsq.runs.settings import Settings, to_tables
 from zsq.runtime.files import replacing
+from zsq.runtime.versions import versions
 from zsq.types import ImageSpec, Output
 
 SETTINGS = "settings.toml"
@@ -33,6 +36,7 @@ def teacher_table(teacher: Teacher) -> dict[str, Any]:
     return {
         "model": teacher.name,
         "weights": teacher.weights_source,
+        "weights_file": teacher.weights_file,
         "weights_sha256": teacher.weights_sha256,
         "channels": spec.channels,
         "height": spec.height,
@@ -44,13 +48,12 @@ def teacher_table(teacher: Teacher) -> dict[str, Any]:
     } | ({"outputs": [asdict(output) for output in spec.outputs]} if spec.outputs else {})
 
 
-def stored_spec(folder: Path) -> ImageSpec:
-    """Return the image spec of a run's teacher.
+def stored_spec(path: Path) -> ImageSpec:
+    """Return the image spec of the teacher in a run's settings.toml.
 
     Raises:
-        InputError: the folder holds no settings.toml with a teacher.
+        InputError: the file names no teacher.
     """
-    path = folder / SETTINGS
     content = read_toml(path)
     table = content.get("teacher")
     if not isinstance(table, dict):
@@ -73,3 +76,20 @@ def shape_of(spec: ImageSpec) -> str:
     values = f"mean {list(spec.mean)}, std {list(spec.std)}"
     given = f", {', '.join(f'{o.name} {o.kind} {list(o.shape)}' for o in spec.outputs)}" if spec.outputs else ""
     return f"{spec.channels}x{spec.height}x{spec.width} in {spec.classes} classes, {values}{given}"
+
+
+@contextmanager
+def of_version(path: Path) -> Iterator[None]:
+    """Name the version that has written a settings.toml, where it is another one, in what is wrong with it.
+
+    Raises:
+        InputError: as the block does.
+    """
+    try:
+        yield
+    except InputError as error:
+        facts = read_toml(path).get("run", {}) if path.is_file() else {}
+        was, now = facts.get("zsq") if isinstance(facts, dict) else None, versions()["zsq"]
+        if was in (None, now):
+            raise
+        raise InputError(f"{path} was written by zsq {was}, and this is zsq {now}. {error}") from error

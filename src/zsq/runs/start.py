@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from zsq.data.datasets import EvenSubset, open_dataset
+from zsq.data.datasets import EvenSubset, class_list, open_dataset
 from zsq.errors import InputError
 from zsq.export.files import require_runtime
 from zsq.graph.fold import fold
@@ -27,7 +27,7 @@ from zsq.runs.rehearsal import rehearse
 from zsq.runs.request import Request
 from zsq.runs.resume import chosen_seed, resumed_settings, warn_of_recipe
 from zsq.runs.settings import Settings, resolve
-from zsq.runs.settings_file import SETTINGS, stored_facts, teacher_table, write_settings
+from zsq.runs.settings_file import SETTINGS, of_version, stored_facts, teacher_table, write_settings
 from zsq.runtime import distributed
 from zsq.runtime.device import pick_device
 from zsq.runtime.versions import versions
@@ -45,7 +45,7 @@ def started(
     bits: str | int | None = None,
     flags: Mapping[str, str | int | None] | None = None,
     data: str | os.PathLike[str] | None = None,
-    class_names: str | Path | None = None,
+    class_names: str | Path | Sequence[str] | None = None,
     checkpoint_every: int | None = None,
     needs_images: bool = False,
     rehearsed: bool = False,
@@ -82,7 +82,9 @@ def started(
             for notice in images.notices if images else ():
                 logger.info(notice)
             job = Job(teacher=teacher, run=run, folder=request.folder, settings=wanted, data=images, fitted=fitted)
-            facts = {"data": data if data is None else os.fspath(data)}
+            facts: dict[str, Any] = {"data": data if data is None else os.fspath(data)}
+            if class_names is not None:
+                facts["class_names"] = class_list(class_names, teacher.spec.classes)
             resumed = _open_or_resume(job, request)
             begin = time.perf_counter()
             if resumed is None and rehearsed:
@@ -124,6 +126,9 @@ def wanted_settings(
     Raises:
         InputError: a name or value is wrong, or would change the generator that is reused.
     """
+    if request.recipe_path is not None:
+        with of_version(request.recipe_path):
+            resolve(recipe=request.recipe_path)
     tables: dict[str, dict[str, Any]] = {}
     names: dict[str, str | None] = {}
     for section, given in (("method", request.method), ("quantizer", quantizer)):
@@ -197,11 +202,10 @@ def _plan_and_write(job: Job, request: Request, said: dict[str, Any], spent: flo
     if request.overwrite and job.fitted is None and not measured:
         settings.method.with_steps(0).fit(job.teacher, Run(seed=job.run.seed, device=job.run.device))
     facts: dict[str, Any] = {"seed": job.run.seed, "device": job.run.device.type, "processes": distributed.processes()}
-    facts |= said | {"threads": torch.get_num_threads()} | measured | versions()
+    facts |= said | {"threads": torch.get_num_threads(), "directory": os.getcwd()} | measured | versions()
     if job.fitted:
-        facts["generator_sha256"] = job.fitted.sha256
+        facts |= {"generator_sha256": job.fitted.sha256, "from": str(job.fitted.folder)}
     if distributed.is_main():
         clear_folder(job.folder, everything=True)
-        network = teacher_table(job.teacher) | {"weights_file": request.weights_file()}
-        write_settings(job.folder / SETTINGS, settings, network, facts)
+        write_settings(job.folder / SETTINGS, settings, teacher_table(job.teacher), facts)
     return _evaluated_on(replace(job, settings=settings), measured.get(EVALUATED))
