@@ -213,6 +213,16 @@ def test_models_searches_the_zoos():
     assert "mobilenet_w1" not in found.out
 
 
+def test_models_searches_bundled_networks_too():
+    assert zsq("models", "SHAPES_mob").out.splitlines()[0] == "  shapes_mobilenet"
+
+
+def test_a_mistyped_command_is_corrected():
+    found = zsq("quantise", "digits")
+    assert found.code == 2
+    assert found.err.startswith("Error: Unknown command 'quantise'. Did you mean 'quantize'? Known: allocate, compare,")
+
+
 @pytest.mark.slow
 def test_doctor_checks_the_machine():
     found = zsq("doctor")
@@ -696,7 +706,7 @@ def test_the_version_is_told():
 
 
 def test_a_search_without_a_match_says_so():
-    assert "no zoo network that can be used here has 'zzzz' in its name\n" in zsq("models", "zzzz").out
+    assert "no network that can be used here has 'zzzz' in its name\n" in zsq("models", "zzzz").out
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from zsq.cli.methods import Methods
 from zsq.cli.models import Models
 from zsq.cli.quantize import Quantize
 from zsq.cli.synthesize import Synthesize
-from zsq.errors import InputError, LostProcessError, ZsqError
+from zsq.errors import InputError, LostProcessError, ZsqError, unknown_name
 from zsq.runs.console import lines_on
 from zsq.runs.origin import lacking, resumed
 from zsq.runs.request import Request
@@ -58,6 +58,9 @@ def _described(kind: type, with_examples: bool) -> str:
 def parse(arguments: list[str] | None = None) -> Any:
     """Return the command that the arguments ask for, ready to run; exits 2 on wrong usage."""
     asked = (sys.argv[1:] if arguments is None else arguments)[:1]
+    if asked and not asked[0].startswith("-") and asked[0] not in COMMANDS:
+        print(f"Error: {unknown_name('command', asked[0], COMMANDS)}", file=sys.stderr)
+        sys.exit(WRONG_USAGE)
     forms = tuple(
         Annotated[kind, subcommand(name, description=_described(kind, with_examples=asked == [name]))]
         for name, kind in COMMANDS.items()

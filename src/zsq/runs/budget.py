@@ -31,6 +31,9 @@ DEFAULT_BUDGET = "10m"
 EVALUATED = "evaluated_images"
 """Fact of a run whose budget leaves only so many images of the data."""
 
+EXPECTED = "expected_seconds"
+"""Fact of a run with a budget: what it should take from the moment that its steps are chosen."""
+
 MOST_FIT_STEPS = 200_000
 MOST_DISTILL_STEPS = 50_000
 """The paper's schedule (section 3): a budget never chooses more."""
@@ -305,6 +308,7 @@ def choose_schedule(
         "budget_seconds": seconds,
         "fit_step_seconds": round(planned.costs.fit_step, 4),
         "distill_step_seconds": round(planned.costs.distill_step, 4),
+        EXPECTED: round(planned.expected_seconds, 1),
     }
     if planned.num_eval_images < num_eval_images:
         facts[EVALUATED] = planned.num_eval_images

@@ -18,8 +18,8 @@ from zsq.graph.fold import fold
 from zsq.models.teacher import Teacher
 from zsq.quantization import PTQ
 from zsq.quantization.prepare import check_weight_names
-from zsq.runs.budget import EVALUATED, choose_schedule, sized
-from zsq.runs.console import shown
+from zsq.runs.budget import EVALUATED, EXPECTED, choose_schedule, sized
+from zsq.runs.console import TerminalProgress, shown
 from zsq.runs.fitted import FittedRun
 from zsq.runs.folder import claimed, clear_folder, open_folder
 from zsq.runs.job import Job
@@ -199,6 +199,8 @@ def _plan_and_write(job: Job, request: Request, said: dict[str, Any], spent: flo
         fitted=job.fitted is not None,
         spent=spent,
     )
+    if EXPECTED in measured and isinstance(job.run.observer, TerminalProgress):
+        job.run.observer.expect(measured[EXPECTED])
     if request.overwrite and job.fitted is None and not measured:
         settings.method.with_steps(0).fit(job.teacher, Run(seed=job.run.seed, device=job.run.device))
     facts: dict[str, Any] = {"seed": job.run.seed, "device": job.run.device.type, "processes": distributed.processes()}
