@@ -88,6 +88,8 @@ class Costs:
     image: float
     fixed: float
     """Prior, writing the files, and measuring."""
+    fitted_bytes: int = 0
+    """Size of what a fit leaves: a generator, or images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,13 +178,14 @@ def plan(
         fitted: the method is already fitted (`--from`).
     """
     with forgetting(), kept_memory():
-        costs = _measured(settings, teacher, run, budget_seconds, fitted)
+        costs = measured(settings, teacher, run, budget_seconds, fitted)
     return distributed.on_main(  # clocks differ
         lambda: fill(settings, costs, budget_seconds, num_eval_images=num_eval_images, fitted=fitted)
     )
 
 
-def _measured(settings: Settings, teacher: Teacher, run: Run, budget_seconds: float, fitted: bool) -> Costs:
+def measured(settings: Settings, teacher: Teacher, run: Run, budget_seconds: float, fitted: bool) -> Costs:
+    """Return what a step of each phase, an image and all else cost, steps timed for a small share of a budget."""
     begin = time.perf_counter()
     patience = MEASURING_SHARE * budget_seconds
     method, quantizer = settings.method, settings.quantizer
@@ -211,7 +214,8 @@ def _measured(settings: Settings, teacher: Teacher, run: Run, budget_seconds: fl
         distill_seconds = seconds_each(partial(probe.take, distiller), at_least_seconds=patience)
     layers = sum(1 for name, _ in student.network.named_children() if name.startswith("weight_"))
     fixed += EXPORT_SECONDS_PER_LAYER * layers + time.perf_counter() - begin
-    return Costs(fit_seconds, distill_seconds, forward / count, fixed)
+    size = sum(value.numel() * value.element_size() for value in source.state_dict().values())
+    return Costs(fit_seconds, distill_seconds, forward / count, fixed, size)
 
 
 def sized(settings: Settings, spec: ImageSpec) -> Settings:
