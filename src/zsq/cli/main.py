@@ -1,5 +1,6 @@
 """The command line: parse, call the library, print; one handler turns every expected fault into one line."""
 
+import contextlib
 import functools
 import inspect
 import operator
@@ -14,6 +15,7 @@ from tyro.conf import DisallowNone, FlagCreatePairsOff, PositionalMetavarFromFie
 
 from zsq.cli.allocate import Allocate
 from zsq.cli.compare import Compare
+from zsq.cli.completion import script_of_shell
 from zsq.cli.doctor import Doctor
 from zsq.cli.evaluate import Evaluate
 from zsq.cli.export import Export
@@ -70,7 +72,8 @@ def parse(arguments: list[str] | None = None) -> Any:
         any_of,
         prog="zsq",
         description="Quantize a pretrained image classifier without any of its training data.\n\n"
-        "`zsq COMMAND --help` has examples, `zsq --version` names the versions.",
+        "`zsq COMMAND --help` has examples, `zsq --version` names the versions,\n"
+        "`zsq --install-completion` sets up the shell.",
         args=arguments,
         config=(FlagCreatePairsOff, DisallowNone, PositionalMetavarFromFieldName),
     )
@@ -81,6 +84,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
             print(", ".join(f"{name} {number}" for name, number in versions().items()))
+            return
+        if (sys.argv[1:] if arguments is None else arguments) == ["--install-completion"]:
+            _install_completion()
             return
         try:
             command = _complete(parse(arguments))
@@ -106,6 +112,15 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print(STOPPED, file=sys.stderr)
         sys.exit(130)
+
+
+def _install_completion() -> None:
+    """Write the completion script of the user's shell."""
+    shell, path, hint = script_of_shell()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(SystemExit):
+        parse(["--tyro-write-completion", shell, str(path)])
+    print(f"{path}: {hint}")
 
 
 def _complete(command: Any) -> Any:

@@ -56,8 +56,8 @@ class ExportRequest:
     """Replace the file if it is there."""
     observer: Suppress[Observer | None] = None
     """Is told how far the work is; None shows it on stderr."""
-    quiet: Suppress[bool] = False
-    """Show nothing."""
+    quiet: bool = False
+    """Show no progress, notices or warnings."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,8 +74,8 @@ class Request:
     """Discard what --out holds."""
     observer: Suppress[Observer | None] = None
     """Is told how far the work is; None shows it on stderr."""
-    quiet: Suppress[bool] = False
-    """Show and print nothing, warnings included; the logger `zsq` has them all the same."""
+    quiet: bool = False
+    """Show no progress, notices or warnings; the logger `zsq` has them all the same."""
 
     def __post_init__(self) -> None:
         assignments(self.settings)
