@@ -51,6 +51,11 @@ class Target:
         """How the name of its file ends, such as `.onnx`."""
         return PurePath(self.file).suffix
 
+    @property
+    def exported_file(self) -> str:
+        """Name of its file in the folder of a run for another target, such as `model_openvino.onnx`."""
+        return f"model_{self.name}{self.suffix}"
+
     def check_bits(self, text: str, activation: int) -> None:
         """Check that the file can hold activations of a width.
 

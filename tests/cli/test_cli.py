@@ -213,6 +213,36 @@ def test_models_searches_the_zoos():
     assert "mobilenet_w1" not in found.out
 
 
+def test_models_searches_bundled_networks_too():
+    assert zsq("models", "SHAPES_mob").out.splitlines()[0] == "  shapes_mobilenet"
+
+
+@pytest.mark.parametrize(
+    ("shell", "file"), [("bash", ".local/share/bash-completion/completions/zsq"), ("zsh", ".zfunc/_zsq")]
+)
+def test_completion_is_installed(tmp_path, monkeypatch, shell, file):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SHELL", f"/usr/bin/{shell}")
+    found = zsq("--install-completion")
+    assert (found.code, found.out.split(":")[0]) == (0, str(tmp_path / file))
+    script = (tmp_path / file).read_text()
+    assert all(word in script for word in ("quantize", "--budget"))
+    monkeypatch.setenv("SHELL", "/bin/fish")
+    assert "the shell is 'fish', and completion is for bash and zsh" in error_of(zsq("--install-completion"))
+
+
+def test_quiet_leaves_the_result_alone(place):
+    found = zsq("quantize", "digits", *NOISE, "--out", "run", "--quiet")
+    assert (found.code, found.err) == (0, "")
+    assert "folder:" in found.out
+
+
+def test_a_mistyped_command_is_corrected():
+    found = zsq("quantise", "digits")
+    assert found.code == 2
+    assert found.err.startswith("Error: Unknown command 'quantise'. Did you mean 'quantize'? Known: allocate, compare,")
+
+
 @pytest.mark.slow
 def test_doctor_checks_the_machine():
     found = zsq("doctor")
@@ -228,14 +258,14 @@ def test_doctor_checks_the_machine():
 
 HELP_FLAGS = {
     "quantize": "weights input classes outputs mean std resize method quantizer bits target pixels batch class-names "
-    "recipe budget set from seed device data resume overwrite checkpoint-every out json devices",
+    "recipe budget set from seed device data resume overwrite checkpoint-every out json devices quiet",
     "synthesize": "weights input classes outputs mean std resize method recipe budget set from seed device resume "
-    "overwrite out count devices",
+    "overwrite out count devices quiet",
     "evaluate": "file weights input classes outputs mean std resize data class-names device json",
-    "export": "out target pixels batch packed data overwrite json",
+    "export": "out target pixels batch packed data overwrite json quiet",
     "compare": "out only data-root device resume overwrite dry-run json jobs job-set",
     "allocate": "weights input classes outputs mean std resize method recipe budget set from seed device resume "
-    "overwrite out average size widths activation images",
+    "overwrite out average size widths activation images quiet",
     "methods": "",
     "models": "",
     "doctor": "",
@@ -696,7 +726,7 @@ def test_the_version_is_told():
 
 
 def test_a_search_without_a_match_says_so():
-    assert "no zoo network that can be used here has 'zzzz' in its name\n" in zsq("models", "zzzz").out
+    assert "no network that can be used here has 'zzzz' in its name\n" in zsq("models", "zzzz").out
 
 
 @pytest.mark.slow

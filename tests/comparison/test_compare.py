@@ -16,7 +16,8 @@ from PIL import Image
 
 from zsq.cli import main
 from zsq.comparison import cell as cell_module
-from zsq.comparison.compare import check, compare, list_cells
+from zsq.comparison.compare import compare, estimate, list_cells
+from zsq.comparison.grid import _Clock
 from zsq.comparison.layout import Layout
 from zsq.comparison.lines import read_lines
 from zsq.comparison.recipe import cells, read_recipe
@@ -515,10 +516,21 @@ def zsq(*arguments: object) -> None:
 
 def test_a_dry_run_lists_the_cells_and_writes_nothing(recipe, tmp_path, capsys):
     zsq("compare", recipe, "--out", tmp_path / "out", "--dry-run", "--only", "*/qat-4/seed1")
-    assert capsys.readouterr().out.splitlines() == [
-        f"digits/{name}/qat-4/seed1" for name in ("zscgan", "noise", "real")
-    ]
+    *cells, counted = capsys.readouterr().out.splitlines()
+    assert cells == [f"digits/{name}/qat-4/seed1" for name in ("zscgan", "noise", "real")]
+    assert re.fullmatch(r"3 of 3 cells, 3 fits that they share, about \d:\d\d and \d\.\d MB", counted)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_shared_fit_counts_once_in_the_time_left(recipe, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("zsq.comparison.grid.time.monotonic", lambda: now)
+    grid = [cell for cell in cells(read_recipe(recipe)) if cell.method.name == "zscgan"]
+    fits = len({cell.fit_name for cell in grid})
+    clock = _Clock(grid)
+    now = 100.0 + 3.0  # a fit of 100 s, and a cell of 3
+    clock.add(100.0)
+    assert clock.left(1) == pytest.approx(100 * (fits - 1) + 3 * (len(grid) - 1))
 
 
 def test_progress_goes_to_stderr_and_json_to_stdout(ran, recipe, tmp_path, capsys):
@@ -640,8 +652,10 @@ def test_a_cell_that_failed_is_told_by_the_exit_code(ran, recipe, tmp_path, caps
 
 def test_a_dry_run_checks_networks_and_data(recipe, tmp_path):
     recipe.write_text(recipe.read_text().replace('data = "digits"', 'data = "gone.npz"'))
-    with pytest.raises(InputError, match=r"no such data set: 'gone.npz'"):
-        check(recipe)
+    found = estimate(recipe, "*/qat-4/*")
+    assert len(found.lacking) == len(found.cells) == 6
+    assert found.reasons[0].startswith("6 cells lack something: no such data set: 'gone.npz'")
+    assert (found.fits, found.seconds, found.bytes) == (set(), 0.0, 0)
 
 
 def test_a_failed_job_is_told_by_its_fault_or_its_log() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from zsq.errors import InputError, MissingExtraError, TeacherError
+from zsq.graph.trace import first_line
 from zsq.models import teacher, zoo
 from zsq.models.teacher import known_models, load_teacher
 from zsq.types import ImageSpec
@@ -180,3 +181,15 @@ class TestPytorchcv:
         with pytest.raises(TeacherError, match=r"could not be fetched \(File is downloaded but.*--weights random"):
             load_teacher("pytorchcv:resnet18")
         assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("HTTPSConnectionPool(host='x', port=443): Max retries exceeded (Caused by NameResolutionError('x'))"),
+        RuntimeError("<urlopen error [Errno -3] Temporary failure in name resolution>"),
+    ],
+)
+def test_a_machine_without_a_connection_is_told_in_plain_words(error):
+    assert zoo._why(error) == "the server that has them cannot be reached from here"
+    assert zoo._why(ValueError("checksum is wrong")) == first_line(ValueError("checksum is wrong"))

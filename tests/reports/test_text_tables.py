@@ -5,8 +5,9 @@ import io
 import re
 
 import pytest
+from rich.console import Console
 
-from zsq.reports.text_tables import Entry, latex, text_table, to_csv, to_latex, to_markdown
+from zsq.reports.text_tables import Entry, fitting, latex, text_table, to_csv, to_latex, to_markdown
 
 TABLE = text_table(
     ["net_work", "a & b", "c|d"],
@@ -68,3 +69,17 @@ def test_what_latex_would_read_otherwise_is_escaped(text, wanted):
 def test_rows_have_the_headers_length():
     with pytest.raises(AssertionError):
         text_table(["a", "b"], [["1"]])
+
+
+@pytest.mark.parametrize("methods", [2, 12])
+def test_a_table_of_a_terminal_is_no_wider_than_it(methods):
+    header = ["network", "bits", *(f"METHOD{i} DF-PTQ" for i in range(methods))]
+    entries = [Entry(f"9{i}.00 ± 0.10", bold=i == 1) for i in range(methods)]
+    found = fitting(text_table(header, [["digits", "INT8", *entries]], text_columns=2), "title", 80)
+    text = io.StringIO()
+    Console(file=text, width=80).print(found)
+    lines = text.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    for i in range(methods):
+        assert f"9{i}.00 ± 0.10" in text.getvalue()
+    assert ("digits, INT8" in text.getvalue()) == (methods == 12)  # an entry a row

@@ -267,14 +267,14 @@ def test_a_resumed_run_keeps_its_generator(run_folder, teacher, tmp_path):
 
 
 def test_the_image_spec_comes_back(run_folder, teacher):
-    assert stored_spec(run_folder) == teacher.spec
+    assert stored_spec(run_folder / "settings.toml") == teacher.spec
 
 
 @pytest.mark.parametrize("text", ["[method]\nsteps = 3\n", "teacher = 3\n"])
 def test_settings_without_a_teacher_are_refused(tmp_path, text):
     (tmp_path / "settings.toml").write_text(text)
     with pytest.raises(InputError, match=r"settings\.toml names no teacher"):
-        stored_spec(tmp_path)
+        stored_spec(tmp_path / "settings.toml")
 
 
 @pytest.mark.parametrize(

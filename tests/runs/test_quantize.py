@@ -306,7 +306,7 @@ def test_two_classes_work(tmp_path):
 
 def test_one_logit_tells_two_classes_apart(tmp_path):
     record = quantize(network(4, 1), replace(SPEC, classes=1), out=tmp_path / "run", settings=PTQ).record
-    assert stored_spec(tmp_path / "run").classes == 2
+    assert stored_spec(tmp_path / "run" / "settings.toml").classes == 2
     assert record.samples is not None
     assert {measure.name for measure in record.samples.measures} == {"same class"}
 

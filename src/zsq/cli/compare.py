@@ -1,6 +1,7 @@
 """The command line's verb that runs a grid and writes its tables."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,9 +9,13 @@ from typing import Annotated, Literal
 from rich.console import Console
 from tyro.conf import Positional, UseAppendAction, arg
 
-from zsq.comparison.compare import check, compare
+from zsq.comparison.compare import compare, estimate
+from zsq.comparison.estimate import Estimate
+from zsq.comparison.tables import main_table
 from zsq.errors import InputError, ZsqError
 from zsq.models.options import option
+from zsq.reports.text_tables import fitting
+from zsq.runs.console import clock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +49,15 @@ class Compare:
     overwrite: bool = False
     """Discard the comparison that --out holds."""
     dry_run: bool = False
-    """Check networks and data, list the cells, and run none."""
+    """List the cells, and count cells, fits, time and disk; what is missing is told. Nothing is run."""
     json: bool = False
     """Print one JSON object: the lines of the cells, and the claims."""
 
     def run(self, console: Console) -> None:
         """Do it and print the table."""
         if self.dry_run:
-            for cell in check(self.recipe, self.only, self.data_root):
-                console.print(f"{cell.name}{': skipped: ' if cell.reason else ''}{cell.reason}", soft_wrap=True)
+            for line in _told(estimate(self.recipe, self.only, self.data_root, self.device)):
+                console.print(line, soft_wrap=True)
             return
         done = compare(
             self.recipe,
@@ -68,13 +73,28 @@ class Compare:
         if self.json:
             print(json.dumps(done.as_dict()))
         else:
-            console.print(done.layout.document.read_text(), soft_wrap=True)
+            if done.recipe.quantizers:
+                console.print(fitting(main_table(done.outcomes), done.recipe.title, console.width))
+            console.print(f"{'all tables:':24} {done.layout.document}", soft_wrap=True)
             console.print(f"{'folder:':24} {done.folder}", soft_wrap=True)
         if failed := done.failed(self.only):
             raise ZsqError(
                 f"{len(failed)} of {len(done.lines)} cells failed, such as {failed[0].cell}: "
                 f"{failed[0].reason.rstrip('.')}. --resume tries them again."
             )
+
+
+def _told(found: Estimate) -> Iterator[str]:
+    """Yield the lines of a dry run."""
+    for cell in found.cells:
+        reason = cell.reason or found.lacking.get(cell.name, "")
+        yield f"{cell.name}{': skipped: ' if reason else ''}{reason}"
+    yield from found.reasons
+    run = sum(not cell.reason and cell.name not in found.lacking for cell in found.cells)
+    yield (
+        f"{run} of {len(found.cells)} cells, {len(found.fits)} fits that they share, about {clock(found.seconds)} "
+        f"and {found.bytes / 1e6:.1f} MB"
+    )
 
 
 def _job_options(assignments: tuple[str, ...]) -> dict[str, str | int]:

@@ -2,7 +2,7 @@
 
 import json as json_format
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,20 +22,25 @@ from zsq.reports.text_tables import percent, table
 from zsq.runs.console import shown
 from zsq.runs.folder import file_in
 from zsq.runs.record import verified
+from zsq.runs.settings_file import SETTINGS, stored_facts
 from zsq.runs.stages import warn_of_chance
+from zsq.runs.stored_network import is_run, stored_network
 from zsq.runs.summary import figure
 from zsq.runtime.device import pick_device
 from zsq.types import ImageSpec
 
 logger = logging.getLogger(__name__)
 
+Progress = Callable[[int, int], None]
+"""Is told how many images of how many are done."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluatedNetwork(Network):
     """A network, or what a run has made of one."""
 
-    model: Positional[str]
-    """Folder of a run, its file, or a network as for `zsq quantize`."""
+    model: Annotated[Positional[str], arg(help_behavior_hint="")] = ""
+    """Folder of a run, its file, or a network as for `zsq quantize`. Unset, the network of --file's run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +51,12 @@ class Evaluate:
     Examples:
       zsq evaluate runs/digits --data digits
       zsq evaluate runs/digits/model.onnx --data digits --json
-      zsq evaluate digits --file runs/digits --data digits
+      zsq evaluate --file runs/digits --data digits
     """
 
     network: Annotated[EvaluatedNetwork, arg(name=""), OmitArgPrefixes]
     file: Annotated[Path | None, option("FILE")] = None
-    """Beside a network: folder of a run or its file that is compared with it."""
+    """Folder of a run or its file that is compared with the network, by default with the run's own."""
     data: Annotated[str, option("SET", required=True)]
     """Images: digits, FILE.npz, or a folder with metadata.csv, with one folder a class, or of images without labels."""
     class_names: Annotated[Path | None, option("FILE")] = None
@@ -67,61 +72,79 @@ class Evaluate:
         if self.json:
             print(json_format.dumps({name: value.as_dict() for name, value in found.items()}))
             return
-        title = f"{self.network.model} on {self.data}"
+        title = f"{self.network.model or self.file} on {self.data}"
         if any(evaluation.measures or evaluation.truths for evaluation in found.values()):
             console.print(table(title, ("network", "output", "measure", "value"), list(_measures(found))))
             return
-        columns = ("network", "top-1 %", "95 % interval", "top-5 %", "agreement %", "correct", "images")
+        columns = ("network", "top-1 %", "95 % interval", "top-5 %", "agree %", "correct")
         console.print(table(title, columns, [_row(*item) for item in found.items()]))
 
     def _measure(self) -> dict[str, Evaluation]:
+        if not self.network.model and self.file is None:
+            raise InputError("what is to be evaluated? Give a run's folder, its file, or a network.")
         with shown(None, quiet=False) as observer:
 
             def show(done: int, total: int) -> None:
                 observer.update("evaluate", done, total, {})
 
             path = Path(self.network.model)
-            if (path.is_dir() and self.network.model != "digits") or is_file_of_ours(path):
-                self._check_alone()
-                path = verified(file_in(path))
-                file = open_file(path)
-                data = self._open(file.spec)
-                if not data.labelled:
-                    raise InputError(
-                        f"data set '{self.data}' has no labels; how often {path.name} and the float network agree on "
-                        f"it is what zsq evaluate NETWORK --file {path} --data {self.data} measures."
-                    )
-                return evaluate_many({path.name: file}, data, outputs=file.spec.outputs, progress=show)
-            place = None if self.file is None else verified(file_in(self.file))
-            beside = None if place is None else open_file(place)
-            teacher = self._loaded().to(pick_device(self.device))
-            if beside is not None and replace(beside.spec, resize=None) != replace(teacher.spec, resize=None):
-                raise InputError(f"{self.file} takes {beside.spec}, and {teacher.name} {teacher.spec}.")
-            data = self._open(teacher.spec)
-            networks: dict[str, Predict] = {teacher.name: teacher.network}
-            if beside is None or place is None:
-                if not data.labelled:
-                    raise InputError(f"data set '{self.data}' has no labels; --file RUN measures agreement on it.")
-                found = evaluate_many(networks, data, outputs=teacher.spec.outputs, progress=show)
-                warn_of_chance(found[teacher.name], teacher.spec, data)
-                return found
+            if self.network.model and ((path.is_dir() and path.name != "digits") or is_file_of_ours(path)):
+                return self._of_run(verified(file_in(path)), show)
+            if self.file is None:
+                return self._of_network(self._loaded(), None, show)
+            place = verified(file_in(self.file))
+            return self._of_network(self._float(place), place, show)
+
+    def _of_run(self, place: Path, show: Progress) -> dict[str, Evaluation]:
+        """Measure a run's file on labelled images, and how often it agrees with its float network on others."""
+        file = open_file(place)
+        data = self._open(file.spec, place)
+        if data.labelled or not is_run(place.parent):
+            self._check_alone(data)
+            return evaluate_many({place.name: file}, data, outputs=file.spec.outputs, progress=show)
+        return self._of_network(self._stored(place), place, show)
+
+    def _of_network(self, teacher: Teacher, place: Path | None, show: Progress) -> dict[str, Evaluation]:
+        """Measure a float network, and beside it the file at a place."""
+        teacher = teacher.to(pick_device(self.device))
+        beside = None if place is None else open_file(place)
+        if beside is not None and replace(beside.spec, resize=None) != replace(teacher.spec, resize=None):
+            raise InputError(f"{place} takes {beside.spec}, and {teacher.name} {teacher.spec}.")
+        data = self._open(teacher.spec, place)
+        networks: dict[str, Predict] = {teacher.name: teacher.network}
+        if beside is None and not data.labelled:
+            raise InputError(f"data set '{self.data}' has no labels; --file RUN measures agreement on it.")
+        if beside is not None and place is not None:
             networks |= {place.name: beside}
-            outputs = teacher.spec.outputs
-            found = evaluate_many(networks, data, teacher=teacher.network, outputs=outputs, progress=show)
-            warn_of_chance(found[teacher.name], teacher.spec, data)
-            return found
+        against = None if beside is None else teacher.network
+        found = evaluate_many(networks, data, teacher=against, outputs=teacher.spec.outputs, progress=show)
+        warn_of_chance(found[teacher.name], teacher.spec, data)
+        return found
+
+    def _float(self, place: Path) -> Teacher:
+        """Return the network that is named, or that of the run of a file."""
+        return self._loaded() if self.network.model else self._stored(place)
+
+    def _stored(self, place: Path) -> Teacher:
+        """Return the float network of the run of a file, with what is said of it anew."""
+        network = stored_network(place.parent / SETTINGS, replace(self.network, model=""))
+        with prints_to_stderr():
+            return network.load()
 
     def _loaded(self) -> Teacher:
         with prints_to_stderr():
             return load(self.network)
 
-    def _open(self, spec: ImageSpec) -> DataSet:
-        data = open_dataset(self.data, spec, class_names=self.class_names)
+    def _open(self, spec: ImageSpec, place: Path | None) -> DataSet:
+        names: Path | tuple[str, ...] | None = self.class_names
+        if names is None and place is not None and is_run(place.parent):
+            names = tuple(stored_facts(place.parent).get("class_names", ())) or None
+        data = open_dataset(self.data, spec, class_names=names)
         for notice in data.notices:
             logger.info(notice)
         return data
 
-    def _check_alone(self) -> None:
+    def _check_alone(self, data: DataSet) -> None:
         """Refuse what is said of a network where there is none."""
         model = self.network.model
         said = {field.name: getattr(self.network, field.name) for field in fields(Network)} | {"file": self.file}
@@ -131,6 +154,11 @@ class Evaluate:
                     f"--{name} goes with a network, and {model} is a quantized file, which knows its images; "
                     f"zsq evaluate NETWORK --file {model} measures both."
                 )
+        if not data.labelled:
+            raise InputError(
+                f"data set '{self.data}' has no labels, and {model} lies in no run's folder, which would know its "
+                f"float network; zsq evaluate NETWORK --file {model} --data {self.data} measures how often both agree."
+            )
 
 
 def _measures(found: dict[str, Evaluation]) -> Iterator[list[str]]:
@@ -144,7 +172,7 @@ def _measures(found: dict[str, Evaluation]) -> Iterator[list[str]]:
 
 
 def _row(name: str, found: Evaluation) -> list[str]:
-    interval = "-" if found.top1_interval is None else "{:.2f} to {:.2f}".format(*found.top1_interval)
+    interval = "-" if found.top1_interval is None else "{:.2f}-{:.2f}".format(*found.top1_interval)
     shares = [percent(found.top1), interval, percent(found.top5), percent(found.teacher_agreement)]
     correct = "-" if found.top1_correct is None else str(found.top1_correct)
-    return [name, *shares, correct, str(found.num_images)]
+    return [name, *shares, f"{correct} of {found.num_images}"]

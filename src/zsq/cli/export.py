@@ -18,7 +18,7 @@ class Export:
     """Write the network of a finished run for another runtime, where its integers allow that.
 
     Examples:
-      zsq export runs/digits --target openvino --out digits.onnx
+      zsq export runs/digits --target openvino
       zsq export runs/digits --pixels nhwc --batch 1 --out camera.onnx
       zsq export runs/phone --target litert --pixels nhwc --out phone.tflite
     """

@@ -7,6 +7,7 @@ import operator
 import os
 import sys
 import traceback
+from dataclasses import replace
 from typing import Annotated, Any, NoReturn
 
 import tyro
@@ -14,6 +15,7 @@ from tyro.conf import DisallowNone, FlagCreatePairsOff, PositionalMetavarFromFie
 
 from zsq.cli.allocate import Allocate
 from zsq.cli.compare import Compare
+from zsq.cli.completion import script_of_shell
 from zsq.cli.doctor import Doctor
 from zsq.cli.evaluate import Evaluate
 from zsq.cli.export import Export
@@ -23,9 +25,11 @@ from zsq.cli.models import Models
 from zsq.cli.output import PlainConsole, open_streams
 from zsq.cli.quantize import Quantize
 from zsq.cli.synthesize import Synthesize
-from zsq.errors import InputError, LostProcessError, ZsqError
+from zsq.errors import InputError, LostProcessError, ZsqError, unknown_name
 from zsq.graph.trace import first_line
 from zsq.runs.console import lines_on
+from zsq.runs.origin import lacking, resumed
+from zsq.runs.request import Request
 from zsq.runtime import distributed
 from zsq.runtime.device import pick_device
 from zsq.runtime.memory import LESS_MEMORY, lacks_memory
@@ -37,6 +41,9 @@ WORKER = (sys.executable, "-P", "-m", "zsq")
 
 DEBUG = "--debug"
 """Shows the traceback of a fault, wherever it stands in the command line."""
+
+WRONG_USAGE = 2
+"""Exit status where arguments are missing or unknown."""
 
 COMMANDS: dict[str, Any] = {
     "quantize": Quantize,
@@ -60,6 +67,9 @@ def _described(kind: type, with_examples: bool) -> str:
 def parse(arguments: list[str] | None = None) -> Any:
     """Return the command that the arguments ask for, ready to run; exits 2 on wrong usage."""
     asked = (sys.argv[1:] if arguments is None else arguments)[:1]
+    if asked and not asked[0].startswith("-") and asked[0] not in COMMANDS:
+        print(f"Error: {unknown_name('command', asked[0], COMMANDS)}", file=sys.stderr)
+        sys.exit(WRONG_USAGE)
     forms = tuple(
         Annotated[kind, subcommand(name, description=_described(kind, with_examples=asked == [name]))]
         for name, kind in COMMANDS.items()
@@ -69,8 +79,8 @@ def parse(arguments: list[str] | None = None) -> Any:
         any_of,
         prog="zsq",
         description="Quantize a pretrained image classifier without any of its training data.\n\n"
-        "`zsq COMMAND --help` has examples, `zsq --version` names the versions; --debug shows the "
-        "traceback of a fault.",
+        "`zsq COMMAND --help` has examples, `zsq --version` names the versions,\n"
+        "`zsq --install-completion` sets up the shell; --debug shows the traceback of a fault.",
         args=arguments,
         config=(FlagCreatePairsOff, DisallowNone, PositionalMetavarFromFieldName),
     )
@@ -107,8 +117,11 @@ def _run(words: list[str]) -> None:
     if words == ["--version"]:
         print(", ".join(f"{name} {number}" for name, number in versions().items()))
         return
+    if words == ["--install-completion"]:
+        _install_completion()
+        return
     try:
-        command = parse(words)
+        command = _complete(parse(words))
     finally:
         sys.stdout.flush()  # help that nobody reads is a fault here, not at exit
     watch_starter()
@@ -137,6 +150,26 @@ def _leave_stdout() -> None:
     """Let nothing more be written to a standard output that takes nothing, at exit either."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _install_completion() -> None:
+    """Write the completion script of the user's shell."""
+    shell, path, hint = script_of_shell()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(SystemExit):
+        parse(["--tyro-write-completion", shell, str(path)])
+    print(f"{path}: {hint}")
+
+
+def _complete(command: Any) -> Any:
+    """Return a command with the folder of `--resume DIR` where it belongs; exits 2 where an argument is missing."""
+    if not isinstance(command, Quantize | Synthesize | Allocate):
+        return command
+    request: Request = resumed(command.request)
+    if reason := lacking(request):
+        print(f"Error: {reason}", file=sys.stderr)
+        sys.exit(WRONG_USAGE)
+    return replace(command, request=request)  # type: ignore[arg-type]
 
 
 def _needs_workers(command: Quantize | Synthesize) -> bool:

@@ -177,7 +177,7 @@ def _begin(run: Run, settings: Settings, teacher: Teacher, mark: str) -> bool:
 def _mark_of(folder: Path) -> str | None:
     """Return by what settings a folder was started; None where its settings.toml is damaged."""
     try:
-        mark = read_settings(folder).get("run", {}).get("mark")
+        mark = read_settings(folder / SETTINGS).get("run", {}).get("mark")
     except InputError as error:
         logger.warning(f"{error} {folder} is made anew.")
         return None

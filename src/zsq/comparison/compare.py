@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from zsq.comparison.document import write_tables
+from zsq.comparison.estimate import Estimate, estimated
 from zsq.comparison.grid import Grid
 from zsq.comparison.layout import Layout
 from zsq.comparison.lines import read_lines
@@ -37,17 +38,22 @@ def list_cells(recipe: Recipe, only: str = "*") -> list[Cell]:
     return chosen
 
 
-def check(recipe: str | Path, only: str = "*", data_root: str | Path | None = None) -> list[Cell]:
-    """Load the networks and open the data sets of the cells with such names, and return the cells.
+def estimate(
+    recipe: str | Path, only: str = "*", data_root: str | Path | None = None, device: str = "auto"
+) -> Estimate:
+    """Return what the cells with such names take, of a few steps each, and which lack weights or images.
 
     Raises:
-        InputError: something does not fit.
+        InputError: the recipe itself does not fit.
     """
     read = read_recipe(Path(recipe))
-    chosen = list_cells(read, only)
-    root = None if data_root is None else Path(data_root)
-    Teachers(root, pick_device("cpu"), read.figure).check(chosen)
-    return chosen
+    chosen, root = list_cells(read, only), None if data_root is None else Path(data_root)
+    with shown(None, quiet=False) as observer:
+
+        def show(done: int, total: int) -> None:
+            observer.update("estimate", done, total, {})
+
+        return estimated(chosen, Teachers(root, pick_device(device), read.figure), show)
 
 
 def compare(

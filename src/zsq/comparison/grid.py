@@ -20,6 +20,25 @@ from zsq.runtime.observer import Observer
 logger = logging.getLogger(__name__)
 
 
+class _Clock:
+    """Time left of cells, of which those that share a fit wait for it once."""
+
+    def __init__(self, cells: Sequence[Cell]) -> None:
+        self.names = [cell.fit_name for cell in cells]
+        self.begin = time.monotonic()
+        self.fitting = 0.0
+
+    def add(self, fit_seconds: float) -> None:
+        """Take note of a cell that is done, and of what its fit took where it was the first to need it."""
+        self.fitting += fit_seconds
+
+    def left(self, done: int) -> float:
+        """Return the seconds that the cells behind the first `done` take, as those did."""
+        before, behind = set(self.names[:done]), set(self.names[done:])
+        rest = max(0.0, time.monotonic() - self.begin - self.fitting) / done
+        return self.fitting / len(before) * len(behind - before) + rest * (len(self.names) - done)
+
+
 @dataclass(slots=True)
 class Grid:
     """The cells of a comparison and what its folder says of them."""
@@ -68,15 +87,16 @@ class Grid:
         if len(missing) < len(chosen):
             logger.info(f"{len(chosen) - len(missing)} of {len(chosen)} cells are finished")
         runner = CellRunner(self.layout, self.teachers, self.observer)
-        begin, done = time.monotonic(), 0
+        done, clock = 0, _Clock(missing)
         try:
             for _, sharing in itertools.groupby(missing, key=lambda cell: cell.fit_name):
                 fit: Fit | ZsqError | None = None
                 for cell in sharing:
-                    seconds = (time.monotonic() - begin) / max(done, 1) * (len(missing) - done)
-                    left = f", about {seconds:.0f} s left" if done else ""
+                    left = f", about {clock.left(done):.0f} s left" if done else ""
                     logger.info(f"== cell {done + 1} of {len(missing)}: {cell.name}{left}")
+                    first = fit is None and not cell.reason
                     fit = self._one(runner, cell, fit)
+                    clock.add(fit.seconds if first and isinstance(fit, Fit) else 0.0)
                     done += 1
         finally:
             write_tables(self.comparison())

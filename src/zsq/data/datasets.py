@@ -8,7 +8,7 @@ import tokenize
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -481,7 +481,7 @@ class _Files(DataSet):
 
 
 def open_dataset(
-    name: str, spec: ImageSpec, *, limit: int | None = None, class_names: str | Path | None = None
+    name: str, spec: ImageSpec, *, limit: int | None = None, class_names: str | Path | Sequence[str] | None = None
 ) -> DataSet:
     """Return the images that a name or path stands for.
 
@@ -501,7 +501,8 @@ def open_dataset(
             `values` [N, ...].
         spec: what the teacher takes.
         limit: use the first so many images only.
-        class_names: a file with the name of one class a line, in the network's order: which class a folder is.
+        class_names: a file with the name of one class a line, in the network's order, or those names: which class a
+            folder is.
 
     Raises:
         InputError: there is no such set, it is empty or damaged, or its images or labels do not fit the teacher.
@@ -568,7 +569,7 @@ def _listed(table: Path, name: str) -> tuple[list[Path], list[int]]:
 
 
 def _in_folders(
-    path: Path, name: str, spec: ImageSpec, class_names: str | Path | None
+    path: Path, name: str, spec: ImageSpec, class_names: str | Path | Sequence[str] | None
 ) -> tuple[list[Path], list[int], str, str]:
     """Return files and labels of a folder of class folders, or of images; what to say of them; and the mapping."""
     folders = [folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith(".")]
@@ -582,12 +583,13 @@ def _in_folders(
         left = f"; {others} other files are left out" if others else ""
         return files, [UNKNOWN] * len(files), f"data set '{name}' has {len(files)} images and no labels{left}", ""
     if class_names is not None:
-        names = read_class_names(class_names, spec.classes)
+        names = class_list(class_names, spec.classes)
         unknown = sorted(folder.name for folder in folders if folder.name not in names)
         if unknown:
             near = difflib.get_close_matches(unknown[0], names, n=1)
             hint = f" Did you mean '{near[0]}'?" if near else ""
-            raise InputError(f"data set '{name}' has a folder '{unknown[0]}', which {class_names} does not name.{hint}")
+            source = class_names if isinstance(class_names, str | Path) else "the list of class names"
+            raise InputError(f"data set '{name}' has a folder '{unknown[0]}', which {source} does not name.{hint}")
         numbers = {folder: names.index(folder.name) for folder in folders}
     else:
         if all(folder.name.isdecimal() for folder in folders):
@@ -623,6 +625,11 @@ def _mapping(numbers: dict[Path, int]) -> str:
     if len(pairs) > SHOWN_CLASSES:
         pairs = [*pairs[: SHOWN_CLASSES // 2], "...", pairs[-1]]
     return ", ".join(pairs)
+
+
+def class_list(names: str | Path | Sequence[str], classes: int) -> list[str]:
+    """Return the names of classes, from a file (see `read_class_names`) or as they are."""
+    return read_class_names(names, classes) if isinstance(names, str | Path) else list(names)
 
 
 def read_class_names(path: str | Path, classes: int) -> list[str]:

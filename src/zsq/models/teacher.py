@@ -61,6 +61,8 @@ class Teacher:
     """`bundled`, the file's name, `zoo`, `factory`, `random` or `memory`."""
     weights_sha256: str
     """Hash over the sorted state dict (name, dtype, shape, bytes), whatever file it came from."""
+    weights_file: str | None = None
+    """Where the weights lay, where they are a file of the user's: an absolute path."""
 
     def to(self, device: torch.device | str) -> "Teacher":
         """Return the same teacher on another device; this one stays where it is."""
@@ -153,6 +155,8 @@ def load(network: Network) -> Teacher:
         load_weights(net, Path(weights), spec, said)
         source = Path(weights).name
     teacher = _teacher(net, spec, model, source)
+    if weights not in (None, "random"):
+        teacher = replace(teacher, weights_file=str(Path(str(weights)).absolute()))
     unit = not any(spec.mean) and set(spec.std) == {1.0}
     if spec.is_image and unit and network.mean is None and network.std is None:
         logger.info("pixels go into the network as they are, from 0 to 1; --mean and --std normalise them")

@@ -32,6 +32,9 @@ INSTALL = {
 }
 """What brings each zoo, by its name before the colon."""
 
+NO_NETWORK = ("NameResolution", "name resolution", "getaddrinfo", "Max retries", "Name or service")
+"""What errors of a machine without a connection hold."""
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 PYTORCHCV_SPECS = {
@@ -178,11 +181,19 @@ def build(zoo: str, name: str, spec: ImageSpec, default: ImageSpec, *, pretraine
     except FOREIGN_FAULTS as error:
         if pretrained:
             raise TeacherError(
-                f"{zoo}:{name}: its weights could not be fetched ({first_line(error)}). "
+                f"{zoo}:{name}: its weights could not be fetched ({_why(error)}). "
                 "Give --weights FILE, or --weights random."
             ) from error
         wanted = ", ".join(f"{key}={value}" for key, value in options.items())
         raise TeacherError(f"{zoo}:{name} cannot be built with {wanted or 'defaults'}: {first_line(error)}") from error
+
+
+def _why(error: BaseException) -> str:
+    """Return why a download failed, in plain words where it is the network."""
+    text = f"{type(error).__name__} {error}"
+    if any(sign in text for sign in NO_NETWORK):
+        return "the server that has them cannot be reached from here"
+    return first_line(error)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rich.table import Table
+from rich.text import Text
 
 from zsq.runtime.plain_text import printable
 
@@ -145,10 +146,49 @@ def percent(value: float | None, digits: int = 2) -> str:
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
-    """Return a table to print; the first column is text, the others are figures."""
+    """Return a table to print; the first column is text, which wraps where it must, the others are figures."""
     result = Table(title=printable(title), title_justify="left")
     for index, column in enumerate(columns):
-        result.add_column(column, justify="left" if index == 0 else "right")
+        if index == 0:
+            result.add_column(column, overflow="fold")
+        else:
+            result.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         result.add_row(*map(printable, row))
     return result
+
+
+def fitting(found: TextTable, title: str, width: int) -> Table:
+    """Return a table to print that is no wider than a terminal: where it would be, an entry a row."""
+    least = _widths(found)
+    if sum(least) + 3 * len(least) + 1 > width:
+        found = _entry_a_row(found)
+        least = _widths(found)
+    result = Table(title=title, title_justify="left")
+    for index, (heading, needed) in enumerate(zip(found.header, least, strict=True)):
+        figures = index >= found.text_columns
+        result.add_column(
+            heading, justify="right" if figures else "left", min_width=needed if figures else None, overflow="fold"
+        )
+    for row in found.rows:
+        result.add_row(*(Text(entry.text, style="bold" if entry.bold else "") for entry in row))
+    return result
+
+
+def _widths(found: TextTable) -> list[int]:
+    """Return the least width of each column: no entry and no word of a heading is broken."""
+    rows = [[entry.text for entry in row] for row in found.rows]
+    words = [heading.split() for heading in found.header]
+    return [max(map(len, [*words[index], *(row[index] for row in rows)])) for index in range(len(words))]
+
+
+def _entry_a_row(found: TextTable) -> TextTable:
+    """Return a table with one row for each figure of another."""
+    first = found.text_columns
+    rows = [
+        (Entry(", ".join(e.text for e in row[:first])), Entry(name), entry)
+        for row in found.rows
+        for name, entry in zip(found.header[first:], row[first:], strict=True)
+        if entry.text != EMPTY
+    ]
+    return TextTable((", ".join(found.header[:first]), "figure", "top-1 %"), tuple(rows), 2)

@@ -17,6 +17,7 @@ from zsq.methods import Surrogate
 from zsq.models.teacher import Teacher
 from zsq.quantization.sensitivity import Allocation, Frontier, pareto_frontier, sensitivities, weight_sizes
 from zsq.runs.job import Job
+from zsq.runs.origin import completed
 from zsq.runs.request import AllocateRequest, takes
 from zsq.runs.stages import fit
 from zsq.runs.start import started
@@ -61,6 +62,7 @@ def allocate_request(request: AllocateRequest) -> Allocated:
     Raises:
         InputError: an argument does not fit, no allocation is small enough, or the folder holds a run already.
     """
+    request = completed(request)
     tried = _checked_widths(request.widths, request.activation)
     if request.num_images < 1:
         raise InputError(f"images is {request.num_images}; at least 1 is needed.")

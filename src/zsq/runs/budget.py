@@ -31,6 +31,9 @@ DEFAULT_BUDGET = "10m"
 EVALUATED = "evaluated_images"
 """Fact of a run whose budget leaves only so many images of the data."""
 
+EXPECTED = "expected_seconds"
+"""Fact of a run with a budget: what it should take from the moment that its steps are chosen."""
+
 MOST_FIT_STEPS = 200_000
 MOST_DISTILL_STEPS = 50_000
 """The paper's schedule (section 3): a budget never chooses more."""
@@ -85,6 +88,8 @@ class Costs:
     image: float
     fixed: float
     """Prior, writing the files, and measuring."""
+    fitted_bytes: int = 0
+    """Size of what a fit leaves: a generator, or images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,13 +178,14 @@ def plan(
         fitted: the method is already fitted (`--from`).
     """
     with forgetting(), kept_memory():
-        costs = _measured(settings, teacher, run, budget_seconds, fitted)
+        costs = measured(settings, teacher, run, budget_seconds, fitted)
     return distributed.on_main(  # clocks differ
         lambda: fill(settings, costs, budget_seconds, num_eval_images=num_eval_images, fitted=fitted)
     )
 
 
-def _measured(settings: Settings, teacher: Teacher, run: Run, budget_seconds: float, fitted: bool) -> Costs:
+def measured(settings: Settings, teacher: Teacher, run: Run, budget_seconds: float, fitted: bool) -> Costs:
+    """Return what a step of each phase, an image and all else cost, steps timed for a small share of a budget."""
     begin = time.perf_counter()
     patience = MEASURING_SHARE * budget_seconds
     method, quantizer = settings.method, settings.quantizer
@@ -208,7 +214,8 @@ def _measured(settings: Settings, teacher: Teacher, run: Run, budget_seconds: fl
         distill_seconds = seconds_each(partial(probe.take, distiller), at_least_seconds=patience)
     layers = sum(1 for name, _ in student.network.named_children() if name.startswith("weight_"))
     fixed += EXPORT_SECONDS_PER_LAYER * layers + time.perf_counter() - begin
-    return Costs(fit_seconds, distill_seconds, forward / count, fixed)
+    size = sum(value.numel() * value.element_size() for value in source.state_dict().values())
+    return Costs(fit_seconds, distill_seconds, forward / count, fixed, size)
 
 
 def sized(settings: Settings, spec: ImageSpec) -> Settings:
@@ -305,6 +312,7 @@ def choose_schedule(
         "budget_seconds": seconds,
         "fit_step_seconds": round(planned.costs.fit_step, 4),
         "distill_step_seconds": round(planned.costs.distill_step, 4),
+        EXPECTED: round(planned.expected_seconds, 1),
     }
     if planned.num_eval_images < num_eval_images:
         facts[EVALUATED] = planned.num_eval_images

@@ -10,6 +10,8 @@ from typing import TextIO
 
 from rich import progress as bars
 from rich.console import Console
+from rich.table import Column
+from rich.text import Text
 
 from zsq.runtime import distributed
 from zsq.runtime.observer import Observer, Silent
@@ -103,24 +105,79 @@ def shown(observer: Observer | None, *, quiet: bool) -> Iterator[Observer]:
             yield terminal
 
 
+class TimeLeft(bars.ProgressColumn):
+    """Time left of the phase, and of the whole run where it is known."""
+
+    max_refresh = 0.5
+
+    def __init__(self) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
+        self.ends: float | None = None
+        """When the run should end, by `time.monotonic`."""
+
+    def render(self, task: bars.Task) -> Text:
+        """Return such as `0:31 left, run 4:05`."""
+        known = "-:--" if task.time_remaining is None else clock(task.time_remaining)
+        whole = "" if self.ends is None else f", run {clock(self.ends - time.monotonic())}"
+        return Text(f"{known} left{whole}", style="progress.remaining")
+
+
+def clock(seconds: float) -> str:
+    """Return a time as minutes and seconds, with hours where there are any.
+
+    >>> clock(245.2), clock(3700), clock(-3)
+    ('4:05', '1:01:40', '0:00')
+    """
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+
+
 class TerminalProgress:
-    """Shows each phase with its latest losses and the time left; use it as a context."""
+    """Shows each phase with the time left and its latest losses, a finished one as one line; use it as a context.
+
+    Where the terminal is narrow, losses go first.
+    """
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
+        self._left = TimeLeft()
         self._bars = bars.Progress(
-            bars.TextColumn("{task.description:14}"),
-            bars.BarColumn(bar_width=24),
-            bars.MofNCompleteColumn(),
-            bars.TimeElapsedColumn(),
-            bars.TextColumn("left"),
-            bars.TimeRemainingColumn(),
-            bars.TextColumn("{task.fields[losses]}"),
+            bars.TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            bars.BarColumn(bar_width=16),
+            bars.MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            self._left,
+            bars.TextColumn("{task.fields[losses]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
             console=self._console,
+            expand=True,
         )
-        self._tasks: dict[str, int] = {}
+        self._task: tuple[str, bars.TaskID] | None = None
         self._shown = 0.0
         self._begun: dict[str, tuple[float, int, int, int]] = {}
+
+    def expect(self, seconds: float) -> None:
+        """Take note that the whole run should take so many seconds from now."""
+        self._left.ends = time.monotonic() + seconds
+
+    def _show(self, phase: str, done: int, total: int, losses: str) -> None:
+        """Show a phase in the terminal, alone; what was shown before it, and it when it is finished, becomes a line."""
+        if self._task is not None and (self._task[0] != phase or self._bars.tasks[0].total != total):
+            self._fold()
+        if self._task is None:
+            self._task = phase, self._bars.add_task(phase, total=total, losses="")
+        self._bars.update(self._task[1], completed=done, total=total, losses=losses)
+        if done >= total:
+            self._fold()
+
+    def _fold(self) -> None:
+        """Replace the phase that is shown by one line of text."""
+        if self._task is None:
+            return
+        (task,) = self._bars.tasks
+        text = f"{task.description:15} {task.completed:.0f}/{task.total:.0f} in {clock(task.elapsed or 0)}"
+        self._bars.remove_task(task.id)
+        self._task = None
+        line = f"{text}  {task.fields['losses']}".rstrip()
+        self._bars.console.print(line, markup=False, highlight=False, no_wrap=True, overflow="ellipsis", crop=True)
 
     def __enter__(self) -> "TerminalProgress":
         if self._console.is_terminal:
@@ -131,6 +188,7 @@ class TerminalProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._console.is_terminal:
+            self._fold()
             self._bars.stop()
 
     def update(self, phase: str, done: int, total: int, values: dict[str, float]) -> None:
@@ -142,11 +200,7 @@ class TerminalProgress:
             start, first = now, done
         self._begun[phase] = (start, first, done, total)
         if self._console.is_terminal:
-            if phase not in self._tasks:
-                self._tasks[phase] = self._bars.add_task(phase, total=total, losses="")
-            elif start == now:
-                self._bars.reset(self._tasks[phase], total=total)  # type: ignore[arg-type]
-            self._bars.update(self._tasks[phase], completed=done, total=total, losses=losses)  # type: ignore[arg-type]
+            self._show(phase, done, total, losses)
             return
         if done >= total and values:
             say_line(f"{phase}: {done}/{total}, done in {now - start:.0f} s {losses}")

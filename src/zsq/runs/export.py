@@ -40,8 +40,8 @@ class ExportRequest:
     run: Annotated[Positional[str | Path], text("RUN", Path)]
     """Folder of a finished run."""
     _: KW_ONLY
-    out: Annotated[str | Path, text("FILE", Path), option("FILE", required=True)]
-    """The file to write."""
+    out: Annotated[str | Path | None, text("FILE", Path), option("FILE")] = None
+    """The file to write. Unset, one in the run's folder that is named for the target."""
     target: Annotated[str, text("NAME"), option("NAME")] = "onnxruntime"
     """Runtime that the file is for: onnxruntime, openvino, litert, executorch or tensorrt."""
     pixels: Annotated[Literal["nchw", "nhwc"] | None, option("nchw|nhwc")] = None
@@ -56,8 +56,8 @@ class ExportRequest:
     """Replace the file if it is there."""
     observer: Suppress[Observer | None] = None
     """Is told how far the work is; None shows it on stderr."""
-    quiet: Suppress[bool] = False
-    """Show nothing."""
+    quiet: bool = False
+    """Show no progress, notices or warnings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ def export_run_request(request: ExportRequest) -> Exported:
         batch="dynamic" if request.batch is None else request.batch,
         packed=request.packed,
     )
-    out = Path(request.out)
+    out = folder / target.exported_file if request.out is None else Path(request.out)
     endings = [target.suffix, *([IR] if target.name == "openvino" else [])]
     if out.suffix not in endings:
         raise InputError(f"--out is {out.name}, and files for {target.title} end in {' or '.join(endings)}.")

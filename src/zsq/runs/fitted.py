@@ -10,7 +10,7 @@ from zsq.errors import InputError
 from zsq.methods import Method
 from zsq.models.teacher import Teacher
 from zsq.runs.settings import resolve
-from zsq.runs.settings_file import SETTINGS, shape_of, stored_spec
+from zsq.runs.settings_file import SETTINGS, of_version, shape_of, stored_spec
 from zsq.runtime.files import load_tensors
 
 GENERATOR = "generator.safetensors"
@@ -42,10 +42,15 @@ class FittedRun:
                 f"{path} was fitted to other weights (sha256 {meta.get('weights_sha256', 'unknown')[:12]}) "
                 f"than those of '{teacher.name}' ({teacher.weights_sha256[:12]})."
             )
-        was = stored_spec(folder)
+        with of_version(folder / SETTINGS):
+            was, method = stored_spec(folder / SETTINGS), resolve(recipe=folder / SETTINGS).method
         if shape_of(was) != shape_of(teacher.spec):
             raise InputError(
                 f"{path} was fitted to images of {shape_of(was)}; '{teacher.name}' takes {shape_of(teacher.spec)}."
             )
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        return cls(folder, resolve(recipe=folder / SETTINGS).method, state, sha256)
+        return cls(folder, method, state, file_sha256(path))
+
+
+def file_sha256(path: Path) -> str:
+    """Return the hash of a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

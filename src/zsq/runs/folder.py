@@ -23,7 +23,7 @@ ARTIFACTS = (
 
 WRITTEN = (
     *ARTIFACTS,
-    *sorted({target.file for target in TARGETS.values()}),
+    *sorted({target.file for target in TARGETS.values()} | {target.exported_file for target in TARGETS.values()}),
     "images.npz",
     "bits.toml",
     "frontier.csv",

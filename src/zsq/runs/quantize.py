@@ -2,6 +2,7 @@
 
 import time
 
+from zsq.runs.origin import completed
 from zsq.runs.pipeline import Result, carry_out
 from zsq.runs.request import QuantizeRequest, takes
 from zsq.runs.start import started
@@ -22,7 +23,7 @@ def quantize_request(request: QuantizeRequest) -> Result:
         ExportError: the network has no file, which is known before anything is learnt; or the file does not compute
             what was simulated, and all files are kept.
     """
-    begin = time.perf_counter()
+    begin, request = time.perf_counter(), completed(request)
     with started(
         request,
         quantizer=request.quantizer,

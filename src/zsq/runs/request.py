@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
 from torch import nn
-from tyro.conf import OmitArgPrefixes, Suppress, UseAppendAction, arg
+from tyro.conf import OmitArgPrefixes, Positional, Suppress, UseAppendAction, arg
 
 from zsq.errors import InputError
 from zsq.methods import Method
@@ -18,6 +18,7 @@ from zsq.models.options import option, text
 from zsq.models.teacher import Teacher, load, teacher_from_module
 from zsq.quantization import PTQ
 from zsq.runs.docstrings import field_texts
+from zsq.runs.stored_network import StoredNetwork
 from zsq.runtime.observer import Observer
 from zsq.types import ImageSpec
 
@@ -26,21 +27,33 @@ Parameters = ParamSpec("Parameters")
 Outcome = TypeVar("Outcome")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskedNetwork(Network):
+    """A network to quantize, or that of another run."""
+
+    model: Annotated[Positional[str], arg(help_behavior_hint="")] = ""
+    """digits, shapes_mobilenet, pytorchcv:NAME, timm:NAME, torchvision:NAME, FILE.py:FACTORY or MODULE:FACTORY.
+    Unset, that of --resume, --from or --recipe."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """What every run is asked: the network, what stands in for its training data, how long it may take, and where."""
 
-    network: Annotated[Network | Teacher | nn.Module | str, OmitArgPrefixes, arg(name="", constructor=Network)]
-    """A `Teacher` (see `load_teacher`), a module in memory with its `spec`, a `Network`, or a name such as `digits`."""
+    network: Annotated[
+        Network | Teacher | nn.Module | str | None, OmitArgPrefixes, arg(name="", constructor=AskedNetwork)
+    ] = None
+    """A `Teacher` (see `load_teacher`), a module in memory with its `spec`, a `Network`, or a name such as `digits`;
+    None takes that of the run that is resumed, built on (`from_run`) or repeated (`recipe`)."""
     spec: Suppress[ImageSpec | None] = None
     """What a module in memory takes and gives."""
     _: KW_ONLY
-    out: Annotated[str | Path, text("DIR", Path), option("DIR", required=True)]
-    """Folder of what is written."""
+    out: Annotated[str | Path | None, text("DIR", Path), option("DIR")] = None
+    """Folder of what is written; unset without MODEL, one beside that of --from or --recipe."""
     method: Annotated[str | Method | None, text("NAME"), option("NAME")] = None
     """What stands in for the training data; see `zsq methods`. Default zscgan."""
     recipe: Annotated[str | Path | None, text("FILE", Path), option("FILE")] = None
-    """TOML file of settings, such as a run's settings.toml."""
+    """TOML file of settings; a run's settings.toml, without MODEL, repeats the run."""
     budget: Annotated[str | float | None, text("TIME"), option("TIME")] = None
     """Wall-clock time to fill, such as 90s, 5m or 1h; 10m without recipe and chosen steps."""
     settings: Annotated[
@@ -50,19 +63,19 @@ class Request:
     ] = ()
     """A setting, such as method.steps=500 or quantizer.range_rule=minmax; may be repeated. `zsq methods` lists them."""
     from_run: Annotated[str | Path | None, text("DIR", Path), option("DIR", name="from")] = None
-    """Use the generator that another run has fitted."""
+    """Use the generator that another run has fitted, and without MODEL its network and images."""
     seed: Annotated[int | None, option("N")] = None
     """Of every random draw; unset, that of the recipe or of the run that is resumed, else 0."""
     device: Literal["cpu", "cuda", "auto"] = "auto"
     """Where to compute."""
     resume: bool = False
-    """Continue what --out holds."""
+    """Continue what --out holds; in place of MODEL, --resume DIR."""
     overwrite: bool = False
     """Discard what --out holds."""
     observer: Suppress[Observer | None] = None
     """Is told how far the work is; None shows it on stderr."""
-    quiet: Suppress[bool] = False
-    """Show and print nothing, warnings included; the logger `zsq` has them all the same."""
+    quiet: bool = False
+    """Show no progress, notices or warnings; the logger `zsq` has them all the same."""
 
     def __post_init__(self) -> None:
         assignments(self.settings)
@@ -70,6 +83,7 @@ class Request:
     @property
     def folder(self) -> Path:
         """`out`."""
+        assert self.out is not None
         return Path(self.out)
 
     @property
@@ -82,10 +96,10 @@ class Request:
         """`settings`, each as `method.steps=500`."""
         return assignments(self.settings)
 
-    def weights_file(self) -> str | None:
-        """Return the absolute path of the network's weights where they are a file of the user's."""
-        weights = self.network.weights if isinstance(self.network, Network) else None
-        return None if weights in (None, "random") else str(Path(str(weights)).absolute())
+    @property
+    def made(self) -> str:
+        """What is made, for the name of its folder."""
+        return "again"
 
     def teacher(self) -> Teacher:
         """Return the float network.
@@ -96,10 +110,13 @@ class Request:
         network = self.network
         if isinstance(network, str):
             network = Network(model=network)
+        if isinstance(network, StoredNetwork):
+            return network.load()
         if isinstance(network, Network):
             return load(network)
         if isinstance(network, Teacher):
             return network
+        assert network is not None
         if self.spec is None:
             raise InputError("a module in memory needs its ImageSpec: zsq.quantize(module, spec, ...).")
         return teacher_from_module(network, self.spec)
@@ -170,7 +187,7 @@ class QuantizeRequest(Request):
     """Images that the file takes at once. Default dynamic: any number."""
     data: Annotated[str | os.PathLike[str] | None, text("SET"), option("SET")] = None
     """Images on which teacher and result are evaluated: digits, FILE.npz or a folder; without labels, agreement is."""
-    class_names: Annotated[str | Path | None, text("FILE", Path), option("FILE")] = None
+    class_names: Annotated[str | Path | tuple[str, ...] | None, text("FILE", Path), option("FILE")] = None
     """File with the name of one class a line, in the network's order: which class a folder of --data is."""
     checkpoint_every: Annotated[int | None, option("N")] = None
     """Steps between checkpoints; unset, every 30 seconds, or in 2 % of the time."""
@@ -183,6 +200,11 @@ class SynthesizeRequest(Request):
     _: KW_ONLY
     count: int = 1000
     """Number of images."""
+
+    @property
+    def made(self) -> str:
+        """What is made, for the name of its folder."""
+        return "images"
 
 
 def parse_widths(value: str) -> tuple[int, ...]:
@@ -212,3 +234,8 @@ class AllocateRequest(Request):
     """Width of the activations; it is written down, sensitivities are of weights alone."""
     num_images: Annotated[int, arg(name="images")] = 256
     """Images on which sensitivities are measured."""
+
+    @property
+    def made(self) -> str:
+        """What is made, for the name of its folder."""
+        return "bits"

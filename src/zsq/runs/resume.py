@@ -11,7 +11,7 @@ from zsq.models.teacher import Teacher
 from zsq.runs.fitted import FittedRun
 from zsq.runs.recipe_file import read_toml, run_tables
 from zsq.runs.settings import Settings, resolve, to_tables
-from zsq.runs.settings_file import SETTINGS, read_settings, shape_of, stored_spec
+from zsq.runs.settings_file import SETTINGS, of_version, read_settings, shape_of, stored_spec
 from zsq.runtime import distributed
 from zsq.runtime.versions import versions
 
@@ -52,8 +52,9 @@ def resumed_settings(
         InputError: what is asked for now differs from what that run was started with.
     """
     path = folder / SETTINGS
-    content = read_settings(folder)
-    stored = resolve(recipe=path)
+    content = read_settings(path)
+    with of_version(path):
+        stored = resolve(recipe=path)
     facts = content.get("run", {})
     differing = [
         *_differing_settings(stored, wanted),
@@ -83,7 +84,7 @@ def _differing_settings(stored: Settings, wanted: Settings) -> list[str]:
 def _differing_network(was: dict[str, Any], folder: Path, teacher: Teacher) -> list[str]:
     if was.get("weights_sha256") != teacher.weights_sha256:
         return [f"its network '{was.get('model')}' had other weights"]
-    spec = stored_spec(folder)
+    spec = stored_spec(folder / SETTINGS)
     if shape_of(spec) != shape_of(teacher.spec):
         return [f"its images were {shape_of(spec)}, not {shape_of(teacher.spec)}"]
     return []

@@ -1,5 +1,7 @@
 """`settings.toml` of a run's folder: network, method, quantizer and what the run was started with; a recipe, too."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from zsq.runs.recipe_file import read_toml
 from zsq.runs.settings import Settings, to_tables
 from zsq.runtime.checksums import check_text, sealed_text
 from zsq.runtime.files import replacing
+from zsq.runtime.versions import versions
 from zsq.types import ImageSpec
 
 SETTINGS = "settings.toml"
@@ -26,13 +29,12 @@ def write_settings(path: Path, settings: Settings, teacher: dict[str, Any], run:
         temporary.write_text(sealed_text(text), encoding="utf-8")
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
     """Return what a run's settings.toml says.
 
     Raises:
         InputError: there is none, it is no TOML, or not what the run has written.
     """
-    path = folder / SETTINGS
     content = read_toml(path)
     check_text(path, path.read_text(encoding="utf-8"))
     return content
@@ -49,6 +51,7 @@ def teacher_table(teacher: Teacher) -> dict[str, Any]:
         {
             "model": teacher.name,
             "weights": teacher.weights_source,
+            "weights_file": teacher.weights_file,
             "weights_sha256": teacher.weights_sha256,
             "channels": spec.channels,
             "height": spec.height,
@@ -63,14 +66,13 @@ def teacher_table(teacher: Teacher) -> dict[str, Any]:
     )
 
 
-def stored_spec(folder: Path) -> ImageSpec:
-    """Return the image spec of a run's teacher.
+def stored_spec(path: Path, *, sealed: bool = True) -> ImageSpec:
+    """Return the image spec of the teacher in a run's settings.toml, or with `sealed` off in an edited copy.
 
     Raises:
-        InputError: the folder holds no settings.toml with a teacher.
+        InputError: the file names no teacher.
     """
-    path = folder / SETTINGS
-    content = read_settings(folder)
+    content = read_settings(path) if sealed else read_toml(path)
     table = content.get("teacher")
     if not isinstance(table, dict):
         raise InputError(f"{path} names no teacher; it is not a run's.")
@@ -82,7 +84,7 @@ def stored_spec(folder: Path) -> ImageSpec:
 
 def stored_facts(folder: Path) -> dict[str, Any]:
     """Return what a run's settings.toml says of how it was started; empty where it has no such table."""
-    return dict(read_settings(folder).get("run", {}))
+    return dict(read_settings(folder / SETTINGS).get("run", {}))
 
 
 def shape_of(spec: ImageSpec) -> str:
@@ -90,3 +92,20 @@ def shape_of(spec: ImageSpec) -> str:
     values = f"mean {list(spec.mean)}, std {list(spec.std)}"
     given = f", {', '.join(f'{o.name} {o.kind} {list(o.shape)}' for o in spec.outputs)}" if spec.outputs else ""
     return f"{spec.shape_text} in {spec.classes} classes, {values}{given}"
+
+
+@contextmanager
+def of_version(path: Path) -> Iterator[None]:
+    """Name the version that has written a settings.toml, where it is another one, in what is wrong with it.
+
+    Raises:
+        InputError: as the block does.
+    """
+    try:
+        yield
+    except InputError as error:
+        facts = read_toml(path).get("run", {}) if path.is_file() else {}
+        was, now = facts.get("zsq") if isinstance(facts, dict) else None, versions()["zsq"]
+        if was in (None, now):
+            raise
+        raise InputError(f"{path} was written by zsq {was}, and this is zsq {now}. {error}") from error

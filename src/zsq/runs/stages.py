@@ -163,9 +163,13 @@ def write_and_check(job: Job, student: Student, surrogate: Surrogate) -> tuple[V
     logger.info(f"writing and checking {job.file.name}{f' and {PROGRAM}' if job.outputs.pt2 else ''}")
     converted, spec = convert(student), job.teacher.spec
     notes = file_notes(described_bits(job, student), job.target, job.teacher.weights_sha256)
+    told, files = job.run.observer, 1 + job.outputs.pt2
+    told.update("write", 0, files, {})
     lowered = write_file(converted, spec, job.file, job.target, job.file_options, notes)
+    told.update("write", 1, files, {})
     if job.outputs.pt2:
         write_pt2(converted, spec, job.folder / PROGRAM)
+        told.update("write", files, files, {})
 
     def simulate(images: Tensor) -> Tensor:
         logits: Tensor = student(images.to(job.run.device))

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from zsq.data.datasets import EvenSubset, open_dataset
+from zsq.data.datasets import EvenSubset, class_list, open_dataset
 from zsq.errors import InputError
 from zsq.export.files import require_runtime
 from zsq.graph.fold import fold
 from zsq.models.teacher import Teacher
 from zsq.quantization import PTQ
 from zsq.quantization.prepare import check_weight_names
-from zsq.runs.budget import EVALUATED, choose_schedule, sized
-from zsq.runs.console import shown
+from zsq.runs.budget import EVALUATED, EXPECTED, choose_schedule, sized
+from zsq.runs.console import TerminalProgress, shown
 from zsq.runs.fitted import FittedRun
 from zsq.runs.folder import claimed, clear_folder, open_folder
 from zsq.runs.job import Job
@@ -28,7 +28,7 @@ from zsq.runs.rehearsal import rehearse
 from zsq.runs.request import Request
 from zsq.runs.resume import chosen_seed, resumed_settings, warn_of_recipe
 from zsq.runs.settings import Settings, resolve
-from zsq.runs.settings_file import SETTINGS, stored_facts, teacher_table, write_settings
+from zsq.runs.settings_file import SETTINGS, of_version, stored_facts, teacher_table, write_settings
 from zsq.runtime import distributed
 from zsq.runtime.device import pick_device
 from zsq.runtime.memory import require_memory
@@ -49,7 +49,7 @@ def started(
     bits: str | int | None = None,
     flags: Mapping[str, str | int | None] | None = None,
     data: str | os.PathLike[str] | None = None,
-    class_names: str | Path | None = None,
+    class_names: str | Path | Sequence[str] | None = None,
     checkpoint_every: int | None = None,
     needs_images: bool = False,
     rehearsed: bool = False,
@@ -86,7 +86,9 @@ def started(
             for notice in images.notices if images else ():
                 logger.info(notice)
             job = Job(teacher=teacher, run=run, folder=request.folder, settings=wanted, data=images, fitted=fitted)
-            facts = {"data": data if data is None else os.fspath(data)}
+            facts: dict[str, Any] = {"data": data if data is None else os.fspath(data)}
+            if class_names is not None:
+                facts["class_names"] = class_list(class_names, teacher.spec.classes)
             resumed = _open_or_resume(job, request)
             begin = time.perf_counter()
             if resumed is None and rehearsed:
@@ -132,6 +134,9 @@ def wanted_settings(
     Raises:
         InputError: a name or value is wrong, or would change the generator that is reused.
     """
+    if request.recipe_path is not None:
+        with of_version(request.recipe_path):
+            resolve(recipe=request.recipe_path)
     tables: dict[str, dict[str, Any]] = {}
     names: dict[str, str | None] = {}
     for section, given in (("method", request.method), ("quantizer", quantizer)):
@@ -202,14 +207,15 @@ def _plan_and_write(job: Job, request: Request, said: dict[str, Any], spent: flo
         fitted=job.fitted is not None,
         spent=spent,
     )
+    if EXPECTED in measured and isinstance(job.run.observer, TerminalProgress):
+        job.run.observer.expect(measured[EXPECTED])
     if request.overwrite and job.fitted is None and not measured:
         settings.method.with_steps(0).fit(job.teacher, Run(seed=job.run.seed, device=job.run.device))
     facts: dict[str, Any] = {"seed": job.run.seed, "device": job.run.device.type, "processes": distributed.processes()}
-    facts |= said | {"threads": torch.get_num_threads()} | measured | versions()
+    facts |= said | {"threads": torch.get_num_threads(), "directory": os.getcwd()} | measured | versions()
     if job.fitted:
-        facts["generator_sha256"] = job.fitted.sha256
+        facts |= {"generator_sha256": job.fitted.sha256, "from": str(job.fitted.folder)}
     if distributed.is_main():
         clear_folder(job.folder, everything=True)
-        network = teacher_table(job.teacher) | {"weights_file": request.weights_file()}
-        write_settings(job.folder / SETTINGS, settings, network, facts)
+        write_settings(job.folder / SETTINGS, settings, teacher_table(job.teacher), facts)
     return _evaluated_on(replace(job, settings=settings), measured.get(EVALUATED))

@@ -10,6 +10,7 @@ import numpy as np
 from zsq.data.datasets import raw_key
 from zsq.errors import InputError
 from zsq.methods.pool import PoolSource
+from zsq.runs.origin import completed
 from zsq.runs.request import SynthesizeRequest, takes
 from zsq.runs.stages import SAMPLES, fit
 from zsq.runs.start import started
@@ -33,6 +34,7 @@ def synthesize_request(request: SynthesizeRequest) -> list[Path]:
     Raises:
         InputError: an argument does not fit, or the folder holds a run or images already.
     """
+    request = completed(request)
     if request.count < 1:
         raise InputError(f"count is {request.count}; at least 1 image is made.")
     with started(request, quantizer="ptq", needs_images=True) as job:

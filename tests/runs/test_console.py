@@ -1,0 +1,108 @@
+"""What a terminal of 80 columns shows, read back through a terminal emulator."""
+
+import fcntl
+import os
+import pty
+import struct
+import sys
+import termios
+import time
+
+import pytest
+
+from zsq.runs import console
+from zsq.runs.console import TerminalProgress
+
+pyte = pytest.importorskip("pyte", reason="the extra dev brings it")
+
+
+class Terminal:
+    """A terminal of so many columns, whose other end is stderr."""
+
+    def __init__(self, monkeypatch, columns: int) -> None:
+        self.screen = pyte.Screen(columns, 24)
+        self._stream = pyte.ByteStream(self.screen)
+        self._reader, writer = pty.openpty()
+        fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        os.set_blocking(self._reader, False)
+        self.file = os.fdopen(writer, "w")
+        monkeypatch.setattr(sys, "stderr", self.file)
+        monkeypatch.setenv("TERM", "xterm-256color")
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.delenv("NO_COLOR", raising=False)
+
+    def lines(self) -> list[str]:
+        """Return what stands on the screen, line by line."""
+        self.file.flush()
+        try:
+            while data := os.read(self._reader, 65536):
+                self._stream.feed(data)
+        except BlockingIOError:
+            pass
+        return [line.rstrip() for line in self.screen.display if line.strip()]
+
+    def close(self) -> None:
+        self.file.close()
+        os.close(self._reader)
+
+
+@pytest.fixture
+def terminal_of(monkeypatch):
+    """Makes a terminal of so many columns."""
+    made = []
+
+    def make(columns: int) -> Terminal:
+        made.append(Terminal(monkeypatch, columns))
+        return made[-1]
+
+    yield make
+    monkeypatch.undo()
+    for terminal in made:
+        terminal.close()
+
+
+LOSSES = {"ce": 0.1234, "bns": 312.0, "label_recognition": 87.5}
+
+
+def shown_by(progress: TerminalProgress, terminal: Terminal) -> list[str]:
+    progress._bars.refresh()
+    return terminal.lines()
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_phase_step_and_time_left_stay_and_losses_go_first(terminal_of, columns):
+    terminal = terminal_of(columns)
+    with TerminalProgress() as progress:
+        progress.expect(245)
+        progress.update("compare samples", 0, 200_000, {})
+        time.sleep(0.05)
+        progress.update("compare samples", 100_000, 200_000, LOSSES)
+        (line,) = shown_by(progress, terminal)
+        assert line.startswith("compare samples ")
+        assert "100000/200000" in line
+        assert "left, run 4:0" in line
+        assert len(line) <= columns
+        assert ("label_recognition 87.5" in line) == (columns == 120)
+
+
+def test_finished_phases_are_one_line_each(terminal_of):
+    terminal = terminal_of(80)
+    with TerminalProgress() as progress:
+        progress.update("fit", 10, 20, LOSSES)
+        progress.update("fit", 20, 20, LOSSES)
+        progress.update("check", 5, 500, {})  # ends early
+        progress.update("evaluate", 100, 899, {})
+        *folded, current = shown_by(progress, terminal)
+        assert [line.split()[:2] for line in folded] == [["fit", "20/20"], ["check", "5/500"]]
+        assert folded[0] == "fit             20/20 in 0:00  ce 0.123 bns 312 label_recognition 87.5"
+        assert current.startswith("evaluate ")
+        assert "100/899" in current
+    assert [line.split()[0] for line in terminal.lines()] == ["fit", "check", "evaluate"]
+
+
+def test_lines_that_are_said_stand_above_the_bar(terminal_of):
+    terminal = terminal_of(80)
+    with TerminalProgress() as progress:
+        progress.update("fit", 10, 20, {})
+        console.say_line("WARNING: look")
+        assert [line.split()[0] for line in shown_by(progress, terminal)] == ["WARNING:", "fit"]
