@@ -70,6 +70,7 @@ class Compare:
         else:
             console.print(done.layout.document.read_text(), soft_wrap=True)
             console.print(f"{'folder:':24} {done.folder}", soft_wrap=True)
+            console.print(f"{'report:':24} {done.layout.report}", soft_wrap=True)
         if failed := done.failed(self.only):
             raise ZsqError(
                 f"{len(failed)} of {len(done.lines)} cells failed, such as {failed[0].cell}: "

@@ -20,6 +20,7 @@ from zsq.cli.launcher import LOST, STOPPED, SUPERVISED, run_workers, watch_start
 from zsq.cli.methods import Methods
 from zsq.cli.models import Models
 from zsq.cli.quantize import Quantize
+from zsq.cli.report import Report
 from zsq.cli.synthesize import Synthesize
 from zsq.errors import InputError, LostProcessError, ZsqError
 from zsq.runs.console import lines_on
@@ -37,6 +38,7 @@ COMMANDS: dict[str, Any] = {
     "export": Export,
     "compare": Compare,
     "allocate": Allocate,
+    "report": Report,
     "methods": Methods,
     "models": Models,
     "doctor": Doctor,

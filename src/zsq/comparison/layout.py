@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zsq.comparison.recipe import Cell
+from zsq.reports.html import REPORT
 from zsq.runs.stages import PREDICTIONS
 
 
@@ -43,6 +44,11 @@ class Layout:
     def figures_csv(self) -> Path:
         """Plain numbers, one row a group of seeds."""
         return self.folder / "figures.csv"
+
+    @property
+    def report(self) -> Path:
+        """All of it as a page."""
+        return self.folder / REPORT
 
     @property
     def cells(self) -> Path:
@@ -88,5 +94,5 @@ class Layout:
         """Delete what a comparison writes; other files stay, and the recipe for the next one to replace."""
         for folder in (self.cells, self.fits, self.pictures, self.jobs):
             shutil.rmtree(folder, ignore_errors=True)
-        for path in (self.lines, self.document, self.table_csv, self.table_latex, self.figures_csv):
+        for path in (self.lines, self.document, self.table_csv, self.table_latex, self.figures_csv, self.report):
             path.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from zsq.quantization.prepare import Student
 from zsq.runs.fitted import GENERATOR
 from zsq.runs.job import Job
 from zsq.runs.record import Artifact, Record, SampleAgreement
+from zsq.runs.report import write_report
 from zsq.runs.settings import to_tables
 from zsq.runs.stages import (
     PROGRAM,
@@ -112,6 +113,7 @@ def finish(job: Job, surrogate: Surrogate, recognition: float | None, watch: Sto
         samples = watch.timed("samples", lambda: measure_agreement(job, surrogate))
         record = _record(job, surrogate, student, verification, covered, evaluation, samples, recognition, watch)
         record.write(job.folder)
+        write_report(job.folder)
         require(verification)
         return Result(record, job.folder)
 
