@@ -47,7 +47,7 @@ def _counts(cell: Cell, line: CellLine, layout: Layout) -> bool:
         return isinstance(line.outcome, Skipped) or layout.result(cell).exists()
     try:
         with np.load(layout.predictions(cell)) as arrays:
-            return arrays["predictions"].shape == arrays["labels"].shape
+            return bool(arrays["predictions"].shape == arrays["labels"].shape)
     except UNREADABLE:
         return False
 

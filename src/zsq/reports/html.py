@@ -4,7 +4,7 @@ import base64
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,7 +142,7 @@ class Point:
 
 
 def scatter(
-    title: str, x_label: str, series: dict[str, Sequence[Point]], level: tuple[str, float] | None = None
+    title: str, x_label: str, series: Mapping[str, Sequence[Point]], level: tuple[str, float] | None = None
 ) -> Markup:
     """Return points with intervals, one colour and marker a series; `level` is a line across with its name."""
     figure, panel = _panel(title, (5.2, 3.2))
