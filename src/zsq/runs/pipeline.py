@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,6 +26,7 @@ from zsq.runs.stages import (
     evaluate_file,
     fit,
     measure_agreement,
+    measure_layers,
     measure_recognition,
     quantize_network,
     write_and_check,
@@ -111,7 +112,9 @@ def finish(job: Job, surrogate: Surrogate, recognition: float | None, watch: Sto
         verification, covered = watch.timed("export", lambda: write_and_check(job, student, surrogate))
         evaluation = watch.timed("evaluate", lambda: evaluate_file(job, student))
         samples = watch.timed("samples", lambda: measure_agreement(job, surrogate))
+        layers, latency = watch.timed("layers", lambda: measure_layers(job, surrogate, student))
         record = _record(job, surrogate, student, verification, covered, evaluation, samples, recognition, watch)
+        record = replace(record, layers=layers, latency=latency)
         record.write(job.folder)
         write_report(job.folder)
         require(verification)
