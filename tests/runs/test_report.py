@@ -108,6 +108,14 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_warnings_say_what_to_do(tmp_path: Path) -> None:
+    page = page_of(folder_with(tmp_path, label_recognition=12.0, distillation_undone=True))
+    (section,) = [section for section in page.sections if section.title == "Warnings"]
+    first, second = section.blocks[0].lines  # type: ignore[union-attr]
+    assert first.startswith("The float network recognises 12.0 % of the samples' labels")
+    assert "--quantizer ptq" in second
+
+
 PROBE = """<script>
 const button = [...document.querySelectorAll("th button")].find(b => b.textContent === "how much");
 const column = () => [...button.closest("table").tBodies[0].rows].map(row => row.cells[1].textContent.trim());

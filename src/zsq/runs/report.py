@@ -16,7 +16,7 @@ from zsq.reports.html import REPORT, Block, Cell, Drawings, Lines, Page, Section
 from zsq.runs.recipe_file import read_toml
 from zsq.runs.record import RECORD, Record
 from zsq.runs.settings_file import SETTINGS
-from zsq.runs.stages import SAMPLES
+from zsq.runs.stages import LOW_RECOGNITION, SAMPLES
 from zsq.runs.summary import figure, summary_rows
 from zsq.training.checkpoints import METRICS
 
@@ -60,7 +60,13 @@ def page_of(folder: Path) -> Page:
     except (InputError, OSError, UnicodeDecodeError) as error:
         missing.append(str(error))
     settings = _settings(folder, missing)
-    sections = [*_of_record(record), *_samples(folder, missing), *_curves(folder, missing), *_layers(record)]
+    sections = [
+        *_warnings(record),
+        *_of_record(record),
+        *_samples(folder, missing),
+        *_curves(folder, missing),
+        *_layers(record),
+    ]
     sections += [*_floats(record), *_origin(folder, settings, record)]
     if missing:
         sections.insert(0, Section("What is missing", (Lines(tuple(missing)),)))
@@ -231,6 +237,25 @@ def _curves(folder: Path, missing: list[str]) -> Iterator[Section]:
         yield Section(f"Losses: {phase}", (Drawings(drawn),), note)
 
 
+def _warnings(record: Record | None) -> Iterator[Section]:
+    """Yield what the record gives reason to warn of, and what to do."""
+    if record is None:
+        return
+    found = []
+    if (covered := record.coverage) is not None and (text := covered.warning()):
+        found.append(f"{text[0].upper()}{text[1:]} The section 'What stayed in float' lists it all.")
+    if (share := record.label_recognition) is not None and share < LOW_RECOGNITION:
+        found.append(
+            f"The float network recognises {share:.1f} % of the samples' labels: the samples do not show its classes. "
+            "A longer --budget, another --method or real images without labels (--method real) may help."
+        )
+    if record.distillation_undone:
+        found.append("Distillation made it worse and is undone; try --quantizer ptq, more samples or more bits.")
+    found += [f"The target's rules are broken: {rule}" for rule in record.verification.broken_rules]
+    if found:
+        yield Section("Warnings", (Lines(tuple(found)),))
+
+
 def _layers(record: Record | None) -> Iterator[Section]:
     """Yield what rounding does to each layer."""
     if record is None or not record.layers:
@@ -263,8 +288,8 @@ def _layers(record: Record | None) -> Iterator[Section]:
     ]
     note = (
         "On a few samples. Share of damage: how far the answers move when this layer alone is rounded. SQNR: signal "
-        "over quantization noise behind the layer, noise of earlier layers included. Batch-norm gap: KL divergence of the "
-        "samples' statistics from the stored ones, nats a channel. Use: how much of the integers' reach weights fill, "
+        "over quantization noise behind the layer, noise of earlier layers included. Batch-norm gap: KL divergence of "
+        "the samples' statistics from the stored ones, nats a channel. Use: share of the reach that weights fill, "
         "and how many of the activation's integers occur. A click on a heading sorts."
     )
     yield Section("Layers", (table(header, rows),), note)
