@@ -266,6 +266,7 @@ HELP_FLAGS = {
     "compare": "out only data-root device resume overwrite dry-run json jobs job-set",
     "allocate": "weights input classes outputs mean std resize method recipe budget set from seed device resume "
     "overwrite out average size widths activation images quiet",
+    "report": "open",
     "methods": "",
     "models": "",
     "doctor": "",

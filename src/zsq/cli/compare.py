@@ -77,6 +77,7 @@ class Compare:
                 console.print(fitting(main_table(done.outcomes), done.recipe.title, console.width))
             console.print(f"{'all tables:':24} {done.layout.document}", soft_wrap=True)
             console.print(f"{'folder:':24} {done.folder}", soft_wrap=True)
+            console.print(f"{'report:':24} {done.layout.report}", soft_wrap=True)
         if failed := done.failed(self.only):
             raise ZsqError(
                 f"{len(failed)} of {len(done.lines)} cells failed, such as {failed[0].cell}: "

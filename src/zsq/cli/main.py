@@ -24,6 +24,7 @@ from zsq.cli.methods import Methods
 from zsq.cli.models import Models
 from zsq.cli.output import PlainConsole, open_streams
 from zsq.cli.quantize import Quantize
+from zsq.cli.report import Report
 from zsq.cli.synthesize import Synthesize
 from zsq.errors import InputError, LostProcessError, ZsqError, unknown_name
 from zsq.graph.trace import first_line
@@ -52,6 +53,7 @@ COMMANDS: dict[str, Any] = {
     "export": Export,
     "compare": Compare,
     "allocate": Allocate,
+    "report": Report,
     "methods": Methods,
     "models": Models,
     "doctor": Doctor,

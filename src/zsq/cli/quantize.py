@@ -8,6 +8,7 @@ from rich.console import Console
 from tyro.conf import OmitArgPrefixes, arg
 
 from zsq.cli.output import prints_to_stderr
+from zsq.reports.html import REPORT
 from zsq.runs.quantize import quantize_request
 from zsq.runs.request import QuantizeRequest
 from zsq.runs.summary import summary_rows
@@ -45,3 +46,4 @@ class Quantize:
         for name, text in summary_rows(result.record):
             console.print(f"{name + ':':24} {text}", soft_wrap=True)
         console.print(f"{'folder:':24} {result.folder}", soft_wrap=True)
+        console.print(f"{'report:':24} {result.folder / REPORT}", soft_wrap=True)

@@ -116,7 +116,7 @@ class CellRunner:
         settings = self.teachers.located(cell.settings)
         run = self._run(cell, folder)
         resumed = _begin(run, settings, loaded.teacher, digest(cell) + loaded.teacher.weights_sha256)
-        outputs = Outputs(pt2=False, predictions=True, simulation=False, float_results=known)
+        outputs = Outputs(pt2=False, predictions=True, simulation=False, layers=False, float_results=known)
         job = Job(
             teacher=loaded.teacher, run=run, folder=folder, settings=settings, data=loaded.images, outputs=outputs
         )

@@ -12,6 +12,7 @@ from zsq.comparison.grid import Grid
 from zsq.comparison.layout import Layout
 from zsq.comparison.lines import read_lines
 from zsq.comparison.recipe import Cell, Recipe, cells, read_recipe
+from zsq.comparison.report import write_comparison_report
 from zsq.comparison.result import Comparison
 from zsq.comparison.submit import available, run_jobs
 from zsq.comparison.teachers import Teachers
@@ -102,7 +103,10 @@ def compare(
             layout.discard()
         with replacing(layout.recipe) as temporary:
             temporary.write_bytes(text)
-        return _run(Grid.open(read, layout, teachers, watching), chosen, jobs, job_options or {})
+        try:
+            return _run(Grid.open(read, layout, teachers, watching), chosen, jobs, job_options or {})
+        finally:
+            write_comparison_report(layout.folder)
 
 
 def _run(grid: Grid, chosen: list[Cell], jobs: int, options: Mapping[str, Any]) -> Comparison:

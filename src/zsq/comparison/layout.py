@@ -11,6 +11,7 @@ import numpy as np
 
 from zsq.comparison.recipe import Cell
 from zsq.errors import InputError
+from zsq.reports.html import REPORT
 from zsq.runs.stages import PREDICTIONS
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,11 @@ class Layout:
         return self.folder / "figures.csv"
 
     @property
+    def report(self) -> Path:
+        """All of it as a page."""
+        return self.folder / REPORT
+
+    @property
     def cells(self) -> Path:
         """Folder of the folders of cells."""
         return self.folder / "cells"
@@ -127,5 +133,5 @@ class Layout:
         """Delete what a comparison writes; other files stay, and the recipe for the next one to replace."""
         for folder in (self.cells, self.fits, self.pictures, self.jobs):
             shutil.rmtree(folder, ignore_errors=True)
-        for path in (self.lines, self.document, self.table_csv, self.table_latex, self.figures_csv):
+        for path in (self.lines, self.document, self.table_csv, self.table_latex, self.figures_csv, self.report):
             path.unlink(missing_ok=True)

@@ -28,6 +28,7 @@ WRITTEN = (
     "bits.toml",
     "frontier.csv",
     "frontier.png",
+    "report.html",
 )
 """Those, and what a synthesis or an allocation writes."""
 

@@ -24,6 +24,8 @@ class Outputs:
     """Write the class that the file names for each image of the data, and the true one."""
     simulation: bool = True
     """Measure the accuracy of the simulation, too."""
+    layers: bool = True
+    """Measure what rounding does to each layer, and the latency."""
     float_results: Evaluation | None = None
     """The float network's results on the data where they are known; None measures them."""
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,6 +19,7 @@ from zsq.quantization.prepare import Student
 from zsq.runs.fitted import GENERATOR
 from zsq.runs.job import Job
 from zsq.runs.record import Artifact, Record, SampleAgreement
+from zsq.runs.report import write_report
 from zsq.runs.settings import to_tables
 from zsq.runs.settings_file import SETTINGS
 from zsq.runs.stages import (
@@ -27,6 +28,7 @@ from zsq.runs.stages import (
     evaluate_file,
     fit,
     measure_agreement,
+    measure_layers,
     measure_recognition,
     quantize_network,
     write_and_check,
@@ -113,9 +115,12 @@ def finish(job: Job, surrogate: Surrogate, recognition: float | None, watch: Sto
         verification, covered = watch.timed("export", lambda: write_and_check(job, student, surrogate))
         evaluation = watch.timed("evaluate", lambda: evaluate_file(job, student))
         samples = watch.timed("samples", lambda: measure_agreement(job, surrogate))
+        layers, latency = watch.timed("layers", lambda: measure_layers(job, surrogate, student))
         record = _record(job, surrogate, student, verification, covered, evaluation, samples, recognition, watch)
+        record = replace(record, layers=layers, latency=latency)
         _check_whole(job, record)
         record.write(job.folder)
+        write_report(job.folder)
         require(verification)
         return Result(record, job.folder)
 

@@ -12,6 +12,7 @@ from zsq.evaluation.accuracy import Evaluation
 from zsq.evaluation.measures import Measure
 from zsq.export.verify import Verification
 from zsq.quantization.coverage import Coverage
+from zsq.quantization.layer_report import LayerReport
 from zsq.runs.settings_file import SETTINGS
 from zsq.runtime.checksums import changed, file_sha256, sealed_values, unsealed_values
 from zsq.runtime.files import replacing
@@ -47,6 +48,18 @@ class SampleAgreement:
     """Percent of them; None where they show too few classes to tell anything."""
     measures: tuple[Measure, ...] = ()
     """Agreement in the measures of each output, where the network gives something else."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latency:
+    """Milliseconds for one image, medians; measured once and briefly, so that other load on the machine shows."""
+
+    file: float
+    """Of the file in its target's runtime here."""
+    float_pytorch: float
+    """Of the float network in PyTorch."""
+    threads: int
+    """Threads that both may use."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +116,10 @@ class Record:
     """Images from which ranges were chosen."""
     distillation_undone: bool = False
     """Whether distillation took the student away from the teacher, so that the file is what calibration gave."""
+    layers: tuple[LayerReport, ...] = ()
+    """What rounding does to each layer, on a few samples."""
+    latency: Latency | None = None
+    """How long the file takes for one image, on the machine of the run."""
     seconds: float = 0.0
     """Wall-clock time of the run."""
     seconds_by_phase: dict[str, float] = field(default_factory=dict)
@@ -148,6 +165,8 @@ class Record:
         content["coverage"] = None if self.coverage is None else self.coverage.as_dict()
         content["evaluation"] = {name: value.as_dict() for name, value in self.evaluation.items()}
         content["artifacts"] = {name: asdict(value) for name, value in self.artifacts.items()}
+        content["layers"] = [asdict(layer) for layer in self.layers]
+        content["latency"] = None if self.latency is None else asdict(self.latency)
         content["samples"] = None if self.samples is None else asdict(self.samples)
         derived = ("float_top1", "quantized_top1", "simulated_top1", "teacher_agreement", "runtime_agreement")
         return content | {name: getattr(self, name) for name in derived}

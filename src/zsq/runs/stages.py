@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,13 +23,14 @@ from zsq.methods.labels import label_terms
 from zsq.quantization import PTQ
 from zsq.quantization.convert import convert
 from zsq.quantization.coverage import Coverage, coverage
+from zsq.quantization.layer_report import LayerReport, layer_reports
 from zsq.quantization.prepare import Bits, Student, mean_weight_bits
 from zsq.quantization.ptq import quantize_ptq
 from zsq.quantization.quantizers import answered_shaken
 from zsq.reports.pictures import save_grid
 from zsq.runs.fitted import GENERATOR
 from zsq.runs.job import Job
-from zsq.runs.record import SampleAgreement
+from zsq.runs.record import Latency, SampleAgreement
 from zsq.runtime import distributed
 from zsq.runtime.files import load_tensors, replacing, save_tensors
 from zsq.runtime.versions import versions
@@ -48,6 +50,12 @@ RECOGNITION_IMAGES = 1000
 AGREEMENT_IMAGES = 500
 LEAST_IMAGES = 100
 """Samples on which something is measured at most; as many as calibrate are enough, and no fewer than this."""
+
+FEW, FEW_LARGE = 32, 4
+"""Samples on which layers are measured; large ones have more positions."""
+
+LEAST_CALLS, MOST_CALLS, MOST_SECONDS = 3, 50, 0.3
+"""Calls from which a latency is taken, and seconds after which no more are made."""
 
 LOW_AGREEMENT = 80.0
 """Percent of fresh samples on which file and teacher agree, below which the file is not worth much as it is."""
@@ -326,3 +334,28 @@ def _warn_of_agreement(job: Job, agreement: float, classes: int, *, meaningful: 
             f"{job.file.name} and the float network name the same class for only {agreement:.1f} % of the "
             f"samples; {hint}more bits may help, and labelled images (--data) tell the accuracy."
         )
+
+
+def measure_layers(job: Job, surrogate: Surrogate, student: Student) -> tuple[tuple[LayerReport, ...], Latency | None]:
+    """Return what rounding does to each layer on a few samples, and how long file and float network take for one."""
+    if not job.outputs.layers:
+        return (), None
+    spec = job.teacher.spec
+    count = min(FEW_LARGE if spec.is_large else FEW, spec.images_at_once)
+    images = torch.cat([batch.images for batch in surrogate.source.sample(count, count)])[:count].to(job.run.device)
+    one, threads = images[:1], torch.get_num_threads()
+    file, in_pytorch = (_milliseconds(predict, one) for predict in (opened_file(job), job.teacher.network))
+    latency = Latency(file=file, float_pytorch=in_pytorch, threads=threads)
+    return layer_reports(student, job.teacher.network, images), latency
+
+
+@torch.no_grad()
+def _milliseconds(predict: Predict, image: Tensor) -> float:
+    """Return the median of some calls after a first one."""
+    predict(image).cpu()
+    times: list[float] = []
+    while len(times) < LEAST_CALLS or (sum(times) < MOST_SECONDS and len(times) < MOST_CALLS):
+        begin = time.perf_counter()
+        predict(image).cpu()
+        times.append(time.perf_counter() - begin)
+    return round(1000 * float(np.median(times)), 4)

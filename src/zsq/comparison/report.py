@@ -1,0 +1,135 @@
+"""The report of a comparison, made from its folder alone; nothing here runs a network."""
+
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from zsq.comparison.digests import digest
+from zsq.comparison.layout import Layout
+from zsq.comparison.lines import CellLine, Drawn, Quantized, Skipped, read_lines
+from zsq.comparison.recipe import Cell, TeacherEntry, cells, read_recipe
+from zsq.comparison.result import Comparison
+from zsq.comparison.statistics import Group
+from zsq.comparison.tables import claims_table, costs_table, gaps_table, main_table
+from zsq.evaluation.measures import CONFIDENCE_Z
+from zsq.reports import html
+from zsq.reports.html import REPORT, Drawings, Lines, Page, Point, Section
+from zsq.reports.text_tables import TextTable
+
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+"""What reading predictions that are missing or damaged raises."""
+
+
+def write_comparison_report(folder: Path) -> Path:
+    """Write `report.html` to a comparison's folder from its recipe, lines and predictions, and return its path.
+
+    Cells that have not been run, whose settings have changed, or whose predictions are lost, are named as missing.
+
+    Raises:
+        InputError: the recipe cannot be read.
+    """
+    layout = Layout(folder)
+    recipe, lines = read_recipe(layout.recipe), read_lines(layout.lines)
+    wanted = cells(recipe)
+    found = {c.name: line for c in wanted if (line := lines.get(c.name)) is not None and _counts(c, line, layout)}
+    path = folder / REPORT
+    html.write_page(_page(Comparison(layout, recipe, found), [c.name for c in wanted if c.name not in found]), path)
+    return path
+
+
+def _counts(cell: Cell, line: CellLine, layout: Layout) -> bool:
+    """Whether a line is of the recipe as it is now, and what it is about is there."""
+    if line.digest != digest(cell):
+        return False
+    if not isinstance(line.outcome, Quantized):
+        return isinstance(line.outcome, Skipped) or layout.result(cell).exists()
+    try:
+        with np.load(layout.predictions(cell)) as arrays:
+            return bool(arrays["predictions"].shape == arrays["labels"].shape)
+    except UNREADABLE:
+        return False
+
+
+def _page(comparison: Comparison, missing: list[str]) -> Page:
+    recipe, outcomes = comparison.recipe, comparison.outcomes
+    count = len(cells(recipe))
+    reasons = [f"{verdict.claim.label or 'claim'}: {verdict.word}." for verdict in outcomes.verdicts()]
+    done = f"{sum(line.status == 'finished' for line in comparison.lines.values())} of {count} cells are finished."
+    title = f"zsq: {recipe.title}"
+    return Page(title, comparison.folder.name, "weak", done, tuple(reasons), tuple(_sections(comparison, missing)))
+
+
+def _sections(comparison: Comparison, missing: list[str]) -> Iterator[Section]:
+    recipe, outcomes = comparison.recipe, comparison.outcomes
+    if recipe.quantizers:
+        note = "Top-1 in percent of the quantized files. DF: data-free; DD: made with real images."
+        yield Section("Accuracy", (_table(main_table(outcomes)),), note)
+    for teacher in recipe.teachers:
+        if drawings := _drawings(comparison, teacher):
+            note = "Labels: quantizer and bits. Intervals of 95 % are about other test images, not about other seeds."
+            yield Section(f"{teacher.title}: accuracy against size and time", (drawings,), note)
+    for title, found in (("Claims", claims_table(outcomes)), ("Share of the gap", gaps_table(outcomes))):
+        if found is not None:
+            yield Section(title, (_table(found),))
+    if outcomes.groups:
+        yield Section("Cost", (_table(costs_table(outcomes)),))
+    drawn = [line.outcome.figure for line in comparison.lines.values() if isinstance(line.outcome, Drawn)]
+    if drawn:
+        yield Section("Samples", tuple(html.picture(comparison.folder / path, path) for path in drawn))
+    skipped = [
+        f"{n}: {line.outcome.reason}" for n, line in comparison.lines.items() if isinstance(line.outcome, Skipped)
+    ]
+    if skipped:
+        yield Section("Skipped", (Lines(tuple(skipped)),))
+    if missing:
+        note = "Not run, of other settings than the recipe's, or without their files; --resume runs them."
+        yield Section("Missing cells", (Lines(tuple(missing)),), note)
+    lines = (f"zsq compare {comparison.layout.recipe.name} --out AGAIN",)
+    yield Section("Repeat it", (Lines(lines, verbatim=True),))
+
+
+def _table(found: TextTable) -> html.Table:
+    return html.table(
+        found.header,
+        [[_cell(e.text, number=i >= found.text_columns) for i, e in enumerate(row)] for row in found.rows],
+    )
+
+
+def _cell(text: str, *, number: bool) -> html.Cell:
+    """Return a cell that sorts by the number it begins with, where it is a figure."""
+    try:
+        return html.Cell(text, float(text.removeprefix("≥ ").split()[0]) if number else None)
+    except (ValueError, IndexError):
+        return html.Cell(text)
+
+
+def _drawings(comparison: Comparison, teacher: TeacherEntry) -> Drawings | None:
+    """Return accuracy against bytes and against seconds of one network; None before a cell is finished."""
+    axes: dict[str, Callable[[Group], float]] = {
+        "size of the file, KiB": lambda group: group.model_bytes / 1024,
+        "fit and quantization, seconds": lambda group: group.fit_seconds + group.cell_seconds,
+    }
+    drawings = []
+    level = comparison.outcomes.float_top1(teacher)
+    for x_label, place in axes.items():
+        series: dict[str, list[Point]] = {}
+        for (label, method, quantizer, bits), group in comparison.outcomes.groups.items():
+            if label == teacher.label:
+                low, high = _interval(group)
+                point = Point(place(group), group.mean, low, high, f"{quantizer} {bits}")
+                series.setdefault(method, []).append(point)
+        if series:
+            drawn = html.scatter("top-1, %", x_label, series, None if level is None else ("float", level))
+            drawings.append(drawn)
+    return Drawings(tuple(drawings)) if drawings else None
+
+
+def _interval(group: Group) -> tuple[float, float]:
+    """Return the ends of the 95 % interval of the mean over seeds, about other images, in percent."""
+    if len(group.results) == 1:
+        return group.results[0].top1_interval
+    shares = 100 * np.mean(list(group.hits.values()), axis=0)
+    reach = CONFIDENCE_Z * float(shares.std()) / len(shares) ** 0.5
+    return max(0.0, group.mean - reach), min(100.0, group.mean + reach)
