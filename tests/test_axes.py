@@ -7,6 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import zsq
+from tests.heads import NETWORKS
+from tests.heads import spec_of as heads_spec
 from zsq.data.datasets import open_dataset
 from zsq.errors import InputError
 from zsq.methods.generators import GENERATORS, make_generator, shifted, shuffled
@@ -15,6 +18,8 @@ from zsq.models.network import parse_shape
 from zsq.reports.pictures import as_pictures
 from zsq.training.losses import blurred, total_variation
 from zsq.types import REACH, ImageSpec
+
+FEW = {"quantizer.num_samples": 16}
 
 SHAPES = [(2, 40), (3, 12, 20), (1, 9, 12, 10)]
 
@@ -169,3 +174,10 @@ def test_an_npz_that_does_not_fit(tmp_path, arrays, text) -> None:
 def test_a_folder_holds_images_only(tmp_path) -> None:
     with pytest.raises(InputError, match=r"give a \.npz file with inputs"):
         open_dataset(str(tmp_path), spec_of((2, 10)))
+
+
+def test_pixels_are_for_images(tmp_path) -> None:
+    with pytest.raises(InputError, match="only images have pixels, and this network takes 3x40"):
+        zsq.quantize(
+            NETWORKS["signals"](), heads_spec("signals"), method="noise", pixels="nchw", settings=FEW, out=tmp_path
+        )

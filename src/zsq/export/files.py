@@ -53,8 +53,13 @@ def write_file(
         notes: what else stands in the metadata, by name.
     Raises:
         ExportError: an operation has no form in such a file, or its integers do not fit.
+        InputError: pixels are asked for, and the network takes no images.
         MissingExtraError: the target's package is not installed.
     """
+    if options.pixels is not None and not spec.is_image:
+        raise InputError(
+            f"a file takes pixels of images only, and this network takes {spec.shape_text}; omit --pixels."
+        )
     if target.suffix == EXECUTORCH:
         lowered = write_executorch(converted, spec, path, options, notes=notes)
         if lowered.left:
