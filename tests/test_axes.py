@@ -177,7 +177,7 @@ def test_a_folder_holds_images_only(tmp_path) -> None:
 
 
 def test_pixels_are_for_images(tmp_path) -> None:
-    with pytest.raises(InputError, match="only images have pixels, and this network takes 3x40"):
+    with pytest.raises(InputError, match="takes pixels of images only, and this network takes 3x40"):
         zsq.quantize(
             NETWORKS["signals"](), heads_spec("signals"), method="noise", pixels="nchw", settings=FEW, out=tmp_path
         )
