@@ -23,6 +23,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
         ("mobilenet_v1.py:mobilenet_v1_075", 2_585_560, 27),
         ("mobilenet_v2.py:mobilenet_v2", 3_504_872, 52),
         ("efficientnet_lite.py:efficientnet_lite0", 4_652_008, 49),
+        ("crepe.py:crepe_tiny", 486_552, 6),
     ],
 )
 def test_definitions(model, parameters, norms) -> None:

@@ -14,9 +14,11 @@ from zsq.cli.output import prints_to_stderr
 from zsq.data.datasets import DataSet, open_dataset
 from zsq.errors import InputError
 from zsq.evaluation.accuracy import Evaluation, Predict, evaluate_many
+from zsq.evaluation.measures import Decoder
 from zsq.export.files import is_file_of_ours, open_file
 from zsq.models.network import Network
 from zsq.models.options import option
+from zsq.models.own_code import own_function
 from zsq.models.teacher import Teacher, load
 from zsq.reports.text_tables import percent, table
 from zsq.runs.console import shown
@@ -61,6 +63,10 @@ class Evaluate:
     """Images: digits, FILE.npz, or a folder with metadata.csv, with one folder a class, or of images without labels."""
     class_names: Annotated[Path | None, option("FILE")] = None
     """File with the name of one class a line, in the network's order: which class a folder is."""
+    decode: Annotated[str | None, option("FILE.py:FUNCTION")] = None
+    """What reads boxes from the outputs, or MODULE:FUNCTION: it is given each output, NumPy [N, ...], in order, and
+    returns an array for each image, [boxes, 6]: left, top, right, bottom in pixels, score, class. The .npz of --data
+    then holds `boxes` [N, M, 5], corners and class (below 0: none), and AP50 is measured."""
     device: Literal["cpu", "cuda", "auto"] = "auto"
     """Where the float network computes."""
     json: bool = False
@@ -101,7 +107,9 @@ class Evaluate:
         data = self._open(file.spec, place)
         if data.labelled or not is_run(place.parent):
             self._check_alone(data)
-            return evaluate_many({place.name: file}, data, outputs=file.spec.outputs, progress=show)
+            return evaluate_many(
+                {place.name: file}, data, outputs=file.spec.outputs, decoder=self._decoder(file.spec), progress=show
+            )
         return self._of_network(self._stored(place), place, show)
 
     def _of_network(self, teacher: Teacher, place: Path | None, show: Progress) -> dict[str, Evaluation]:
@@ -117,9 +125,21 @@ class Evaluate:
         if beside is not None and place is not None:
             networks |= {place.name: beside}
         against = None if beside is None else teacher.network
-        found = evaluate_many(networks, data, teacher=against, outputs=teacher.spec.outputs, progress=show)
+        outputs, decoder = teacher.spec.outputs, self._decoder(teacher.spec)
+        found = evaluate_many(networks, data, teacher=against, outputs=outputs, decoder=decoder, progress=show)
         warn_of_chance(found[teacher.name], teacher.spec, data)
         return found
+
+    def _decoder(self, spec: ImageSpec) -> Decoder | None:
+        """Return what reads boxes from the outputs."""
+        if self.decode is None:
+            return None
+        if not spec.outputs:
+            raise InputError(f"--decode is {self.decode}, and the network gives one vector of logits, which no box is.")
+        place, colon, name = self.decode.rpartition(":")
+        if not colon or not place or not name:
+            raise InputError(f"--decode is '{self.decode}'; FILE.py:FUNCTION or MODULE:FUNCTION is expected.")
+        return own_function(place, name, "function")
 
     def _float(self, place: Path) -> Teacher:
         """Return the network that is named, or that of the run of a file."""
@@ -139,7 +159,7 @@ class Evaluate:
         names: Path | tuple[str, ...] | None = self.class_names
         if names is None and place is not None and is_run(place.parent):
             names = tuple(stored_facts(place.parent).get("class_names", ())) or None
-        data = open_dataset(self.data, spec, class_names=names)
+        data = open_dataset(self.data, spec, class_names=names, boxes=self.decode is not None)
         for notice in data.notices:
             logger.info(notice)
         return data

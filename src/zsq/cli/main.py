@@ -80,7 +80,7 @@ def parse(arguments: list[str] | None = None) -> Any:
     return tyro.cli(
         any_of,
         prog="zsq",
-        description="Quantize a pretrained image classifier without any of its training data.\n\n"
+        description="Quantize a trained network without any of its training data.\n\n"
         "`zsq COMMAND --help` has examples, `zsq --version` names the versions,\n"
         "`zsq --install-completion` sets up the shell; --debug shows the traceback of a fault.",
         args=arguments,

@@ -80,7 +80,10 @@ SHOWN_CLASSES = 10
 IGNORED = 255
 """Class in a mask of what nobody has said, and which no measure counts."""
 
-Truth = Literal["labels", "masks", "identities", "values"]
+BOX_VALUES = 5
+"""Numbers of a box: left, top, right, bottom in pixels, and class, below 0 for none."""
+
+Truth = Literal["labels", "masks", "identities", "values", "boxes"]
 
 
 def truth_of(spec: ImageSpec) -> Truth:
@@ -232,7 +235,7 @@ class _Drawn(DataSet):
     an image, with masks for one that names the class of each pixel.
     """
 
-    def __init__(self, name: str, spec: ImageSpec, limit: int | None, *, train: bool) -> None:
+    def __init__(self, name: str, spec: ImageSpec, limit: int | None, *, train: bool, boxes: bool) -> None:
         if spec.channels != 3 or spec.height != spec.width or spec.height < SMALLEST_DRAWN:
             raise InputError(
                 f"data set '{name}' is of square color images from {SMALLEST_DRAWN} pixels on; the teacher takes "
@@ -241,7 +244,7 @@ class _Drawn(DataSet):
         self._seed = shapes.TRAIN_SEED if train else shapes.TEST_SEED
         count = shapes.TRAIN_IMAGES if train else shapes.TEST_IMAGES
         count = count if limit is None else min(count, max(limit, 1))
-        self._kind = truth_of(spec)
+        self._kind: Truth = "boxes" if boxes else truth_of(spec)
         labels = np.arange(count) // VIEWS
         if self._kind == "labels":
             labels = shapes.labels(count, seed=self._seed)
@@ -265,10 +268,12 @@ class _Drawn(DataSet):
         return shapes.scenes(count, size=size, seed=seed, start=start).images
 
     def _truth(self, start: int, end: int) -> np.ndarray:
-        if self._kind != "masks":
+        if self._kind not in ("masks", "boxes"):
             return super()._truth(start, end)
-        found = shapes.scenes(end - start, size=self._spec.height, seed=self._seed, start=start).masks
-        return _masks(found, self._spec, self.name, start)
+        scenes = shapes.scenes(end - start, size=self._spec.height, seed=self._seed, start=start)
+        if self._kind == "boxes":
+            return np.concatenate([scenes.boxes, scenes.labels[..., None]], axis=2).astype(np.float32)
+        return _masks(scenes.masks, self._spec, self.name, start)
 
 
 class _Signals(DataSet):
@@ -293,13 +298,13 @@ class _Signals(DataSet):
 class _Npz(DataSet):
     """An npz file, of which one batch at a time is in memory, compressed or not."""
 
-    def __init__(self, name: str, path: Path, spec: ImageSpec, limit: int | None) -> None:
+    def __init__(self, name: str, path: Path, spec: ImageSpec, limit: int | None, *, boxes: bool) -> None:
         try:
             with zipfile.ZipFile(path) as archive:
                 _check_keys(name, archive, spec)
                 with archive.open(f"{raw_key(spec)}.npy") as stream:
                     shape, self._type = _raw_header(name, stream, spec)
-                truth = truth_of(spec)
+                truth: Truth = "boxes" if boxes else truth_of(spec)
                 key = "labels" if truth == "identities" else truth
                 labels, labelled = np.full(shape[:1], UNKNOWN), f"{key}.npy" in archive.namelist()
                 if labelled:
@@ -382,6 +387,8 @@ def _check_truth(name: str, found: np.ndarray, shape: tuple[int, ...], truth: Tr
     wanted, kinds, what = [*shape[:1]], "iu", "integers"
     if truth == "masks":
         wanted = [*shape[:3]] if spec.is_image else [*shape[:1], *spec.sides]
+    elif truth == "boxes":
+        wanted, kinds, what = [*shape[:1], *found.shape[1:2], BOX_VALUES], "fiu", "numbers"
     elif truth == "values":
         wanted, kinds, what = [*shape[:1], *spec.outputs[0].shape], "fiu", "numbers"
     if list(found.shape) != wanted or found.dtype.kind not in kinds:
@@ -481,7 +488,12 @@ class _Files(DataSet):
 
 
 def open_dataset(
-    name: str, spec: ImageSpec, *, limit: int | None = None, class_names: str | Path | Sequence[str] | None = None
+    name: str,
+    spec: ImageSpec,
+    *,
+    limit: int | None = None,
+    class_names: str | Path | Sequence[str] | None = None,
+    boxes: bool = False,
 ) -> DataSet:
     """Return the images that a name or path stands for.
 
@@ -503,6 +515,8 @@ def open_dataset(
         limit: use the first so many images only.
         class_names: a file with the name of one class a line, in the network's order, or those names: which class a
             folder is.
+        boxes: whether boxes are what is true of the images: `boxes` [N, M, 5] of an npz hold left, top, right and
+            bottom in pixels and the class, below 0 where an image has fewer than M.
 
     Raises:
         InputError: there is no such set, it is empty or damaged, or its images or labels do not fit the teacher.
@@ -511,17 +525,14 @@ def open_dataset(
         images, labels = digits.split(train=name == "digits:train")
         return _Array(name, spec, images, labels, limit)
     if name in ("shapes", "shapes:train"):
-        return _Drawn(name, spec, limit, train=name == "shapes:train")
+        return _Drawn(name, spec, limit, train=name == "shapes:train", boxes=boxes)
     if name in ("heartbeats", "heartbeats:train"):
         return _Signals(name, spec, limit, train=name == "heartbeats:train")
     path = Path(name)
     if path.is_file() and path.suffix == ".npz":
-        return _Npz(name, path, spec, limit)
-    if path.is_dir() and not spec.is_image:
-        raise InputError(
-            f"data set '{name}' is a folder, and the teacher takes {spec.shape_text}; give a .npz file with inputs "
-            f"{['N', *spec.shape]}."
-        )
+        return _Npz(name, path, spec, limit, boxes=boxes)
+    if path.is_dir():
+        _check_folder(name, spec, boxes=boxes)
     if path.is_dir() and truth_of(spec) == "masks" and (path / "masks").is_dir() and (path / "images").is_dir():
         return _Masked(name, spec, _pairs_in(path, name), limit)
     if path.is_dir():
@@ -538,6 +549,17 @@ def open_dataset(
     if path.exists():
         raise InputError(f"data set '{name}' is of no known kind. Known: {KINDS}.")
     raise InputError(f"no such data set: '{name}'. Known: {KINDS}.")
+
+
+def _check_folder(name: str, spec: ImageSpec, *, boxes: bool) -> None:
+    """Refuse a folder where an npz alone can hold what is needed."""
+    if boxes:
+        raise InputError(f"data set '{name}' is a folder; give a .npz file with images and boxes [N, M, {BOX_VALUES}].")
+    if not spec.is_image:
+        raise InputError(
+            f"data set '{name}' is a folder, and the teacher takes {spec.shape_text}; give a .npz file with inputs "
+            f"{['N', *spec.shape]}."
+        )
 
 
 def _listed(table: Path, name: str) -> tuple[list[Path], list[int]]:

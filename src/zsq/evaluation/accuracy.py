@@ -11,7 +11,7 @@ from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from zsq.errors import InputError, NumericsError
-from zsq.evaluation.measures import CONFIDENCE_Z, Measure, TeacherTally, TruthTally, mean_interval
+from zsq.evaluation.measures import CONFIDENCE_Z, BoxTally, Decoder, Measure, TeacherTally, TruthTally, mean_interval
 from zsq.runtime.gpu import full_float32
 from zsq.types import Batch, Output
 
@@ -188,6 +188,7 @@ def evaluate(
     *,
     teacher: Predict | None = None,
     outputs: Sequence[Output] = (),
+    decoder: Decoder | None = None,
     batch_size: int = 100,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
@@ -198,6 +199,7 @@ def evaluate(
         data: the images; without labels, agreement alone is measured.
         teacher: the float network, for the agreement.
         outputs: what the networks give, where it is not one vector of logits; then agreement alone is measured.
+        decoder: reads boxes from the outputs; the data then say which there are.
         batch_size: images a batch.
         progress: called after each batch with the images done and the images in all.
 
@@ -206,7 +208,15 @@ def evaluate(
         NumericsError: a logit is not finite.
     """
     networks = {"network": predict}
-    found = evaluate_many(networks, data, teacher=teacher, outputs=outputs, batch_size=batch_size, progress=progress)
+    found = evaluate_many(
+        networks,
+        data,
+        teacher=teacher,
+        outputs=outputs,
+        decoder=decoder,
+        batch_size=batch_size,
+        progress=progress,
+    )
     return found["network"]
 
 
@@ -216,6 +226,7 @@ def evaluate_many(
     *,
     teacher: Predict | Evaluation | None = None,
     outputs: Sequence[Output] = (),
+    decoder: Decoder | None = None,
     batch_size: int = 100,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Evaluation]:
@@ -223,7 +234,8 @@ def evaluate_many(
 
     A teacher that was evaluated on the same data before is given as its `Evaluation`.
     """
-    counts = {name: _Tallies(outputs, known=data.labelled) if outputs else _Counts() for name in predictors}
+    known = data.labelled
+    counts = {name: _Tallies(outputs, known=known, decoder=decoder) if outputs else _Counts() for name in predictors}
     done = 0
     with torch.no_grad():
         for batch in data.batches(batch_size):
@@ -287,11 +299,12 @@ class _Tallies:
     Args:
         outputs: what it gives.
         known: whether labels are what is true of the images.
+        decoder: reads boxes, where those are what is true.
     """
 
-    def __init__(self, outputs: Sequence[Output], *, known: bool) -> None:
+    def __init__(self, outputs: Sequence[Output], *, known: bool, decoder: Decoder | None = None) -> None:
         self.num_images, self.teacher, self.told = 0, TeacherTally(outputs), False
-        self.truth, self.known = TruthTally(outputs), known
+        self.truth, self.known = BoxTally(outputs, decoder) if decoder else TruthTally(outputs), known
 
     def add(self, answers: Tensor, labels: Tensor, told: Tensor | None) -> None:
         self.num_images += len(labels)

@@ -1,13 +1,16 @@
 """How near a network's answers are to another's, or to what is true, in the measures that suit each kind of output."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zsq.data.shapes import average_precision
+from zsq.errors import InputError
 from zsq.training.answers import SMALLEST, Answers, two_sided
 from zsq.types import Output
 
@@ -23,7 +26,7 @@ class Measure:
     """Name of the output."""
     name: str
     """`same class`, `top-1` and `pixel accuracy` (shares of images or positions), `mean IoU`, `cosine`,
-    `relative error`, `R2`, `verification accuracy` (of pairs)."""
+    `relative error`, `R2`, `verification accuracy` (of pairs), `AP50` (of boxes, the mean over classes)."""
     value: float
     """From 0 to 1 where the name does not say otherwise; 1 is best, but for `relative error`, where 0 is."""
     low: float | None = None
@@ -140,6 +143,54 @@ class TeacherTally:
             else:
                 found.append(Measure(output.name, "cosine", *mean_interval(torch.cat(self.cosines[output.name]))))
         return tuple(found)
+
+
+Decoder = Callable[..., Sequence[np.ndarray]]
+"""Reads boxes: a network's outputs, each [N, ...], to an array an image, [M, 6]: left, top, right, bottom in pixels,
+score, class."""
+
+BOX_VALUES = 6
+"""Numbers of a box that a decoder reads."""
+
+
+class BoxTally:
+    """How well boxes are found, over a data set.
+
+    Args:
+        outputs: what the network gives; not empty.
+        decoder: reads boxes from them.
+    """
+
+    def __init__(self, outputs: Sequence[Output], decoder: Decoder) -> None:
+        self.answers, self.decoder = Answers(outputs), decoder
+        self.found: list[np.ndarray] = []
+        self.truth: list[np.ndarray] = []
+
+    def add(self, answers: Tensor, truth: Tensor) -> None:
+        """Add a batch of answers [N, K] and the boxes there are, [N, M, 5]: corners and class, below 0 for none.
+
+        Raises:
+            InputError: the decoder fails, or gives something else than boxes.
+        """
+        parts = [part.float().numpy() for part in self.answers.parts(answers)]
+        try:
+            found = [np.asarray(boxes, np.float32) for boxes in self.decoder(*parts)]
+        except Exception as error:
+            raise InputError(f"the decoder fails on {len(answers)} images: {type(error).__name__}: {error}") from error
+        shapes = [boxes.shape for boxes in found]
+        if len(found) != len(answers) or any(len(shape) != 2 or shape[1] != BOX_VALUES for shape in shapes):
+            raise InputError(
+                f"the decoder gives {len(found)} arrays ({', '.join(map(str, shapes[:3]))}) for {len(answers)} images; "
+                "one [boxes, 6] an image is needed: left, top, right, bottom, score, class."
+            )
+        self.found += found
+        self.truth += list(truth.numpy())
+
+    def measures(self) -> tuple[Measure, ...]:
+        """Return the average precision at an overlap of a half."""
+        most = max(len(boxes) for boxes in self.truth)
+        rows = np.stack([np.pad(b, ((0, most - len(b)), (0, 0)), constant_values=-1) for b in self.truth])
+        return (Measure("boxes", "AP50", average_precision(self.found, rows[..., :4], rows[..., 4])),)
 
 
 class TruthTally:

@@ -1,17 +1,11 @@
 """Where a network comes from: a name, a file or a module in; its exported graph, image spec and hash out."""
 
-import contextlib
 import copy
 import hashlib
-import importlib
-import importlib.util
 import logging
-import sys
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,6 +14,7 @@ from zsq.errors import InputError, TeacherError, unknown_name
 from zsq.graph.trace import FOREIGN_FAULTS, described, first_line, full_spec, trace
 from zsq.models import zoo
 from zsq.models.network import Network, parse_outputs
+from zsq.models.own_code import own_function
 from zsq.models.programs import is_file, read_program
 from zsq.models.weights import COUNTER, load_weights
 from zsq.models.zoo import ModelGroup, known_models
@@ -28,8 +23,6 @@ from zsq.types import ImageSpec, Output
 __all__ = ["ModelGroup", "Teacher", "known_models", "load_teacher", "teacher_from_module"]
 
 logger = logging.getLogger(__name__)
-
-Loaded = TypeVar("Loaded")
 
 STATISTICS = ("running_mean", "running_var")
 """How the names of batch norm's statistics end."""
@@ -222,11 +215,7 @@ def _from_factory(network: Network) -> tuple[nn.Module, ImageSpec]:
         near = [f"{library}:{model}" for library in ("pytorchcv",) if _has(library, model)]
         forms = [*zoo.BUNDLED, *(f"{library}:NAME" for library in zoo.INSTALL), "FILE.py:FACTORY", "MODULE:FACTORY"]
         raise unknown_name("model", model, [*near, *forms])
-    module = _file_module(Path(place)) if place.endswith(".py") else _named_module(place)
-    factory = getattr(module, name, None)
-    if not callable(factory):
-        own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise unknown_name(f"factory of {place}", name, own)
+    factory = own_function(place, name, "factory")
     default = getattr(factory, "image_spec", None)
     spec = network.spec_over(default) if isinstance(default, ImageSpec) else network.spec_alone()
     try:
@@ -245,42 +234,6 @@ def _has(library: str, name: str) -> bool:
         return False
     except ImportError:
         return False
-
-
-def _file_module(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise TeacherError(f"no such file: {path}")
-    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
-    spec = importlib.util.spec_from_file_location(f"zsq_model_{path.stem}_{digest}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickles look their module up
-    loader = spec.loader
-    _import(lambda: loader.exec_module(module), str(path), path.resolve().parent)
-    return module
-
-
-def _named_module(name: str) -> ModuleType:
-    return _import(lambda: importlib.import_module(name), name, Path.cwd())
-
-
-def _import(load: Callable[[], Loaded], name: str, folder: Path) -> Loaded:
-    try:
-        with _importing_from(folder):
-            return load()
-    except FOREIGN_FAULTS as error:
-        raise TeacherError(f"{name} does not import: {first_line(error)}") from error
-
-
-@contextlib.contextmanager
-def _importing_from(folder: Path) -> Iterator[None]:
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(str(folder))
 
 
 def _check_values(net: nn.Module, name: str) -> None:

@@ -235,8 +235,10 @@ def evaluate_file(job: Job, student: Student) -> dict[str, Evaluation]:
 
 def warn_of_chance(found: Evaluation, spec: ImageSpec, data: DataSet | EvenSubset) -> None:
     """Warn loudly where the float network recognises no more of labelled images than guessing would."""
+    if found.top1 is None or found.top1_interval is None:
+        return
     chance = 100 / spec.classes
-    if found.top1 is None or found.top1_interval is None or found.top1_interval[0] > chance:
+    if found.top1_interval[0] > chance:
         return
     mapping = f" ({data.mapping}; --class-names says otherwise)" if data.mapping else ""
     logger.warning(
