@@ -1,4 +1,4 @@
-"""How good are files of networks that give classes of pixels, embeddings or boxes, with and without real images?
+"""How good are files of the bundled networks, of every kind of output and input, with and without real data?
 
     python benchmarks/heads.py                                   # all bundled networks, seed 0
     python benchmarks/heads.py shapes_unet --seeds 0 1 2 --bits 4
@@ -13,7 +13,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from machine import processor
 from records import append
@@ -24,39 +23,31 @@ from zsq.data.datasets import open_dataset
 from zsq.evaluation.accuracy import evaluate
 from zsq.export.files import open_file
 from zsq.models.teacher import Teacher, load_teacher
-from zsq.training.answers import Answers
 
-NETWORKS = ("shapes_mobilenet", "shapes_unet", "shapes_embedder", "shapes_detector")
+NETWORKS = ("shapes_mobilenet", "shapes_unet", "shapes_embedder", "shapes_detector", "signals_net")
 METHODS = ("zscgan", "noise", "real")
 TESTED = 1000
 SETTINGS = {"quantizer.num_samples": 256, "method.batch_size": 32}
 STEPS, DISTILLED = 400, 200
 
 
+def data_of(name: str) -> str:
+    """Return the data set that a network is of."""
+    return "heartbeats" if name == "signals_net" else "shapes"
+
+
 def figures(teacher: Teacher, predict: Any) -> dict[str, float]:
     """Return what is true of a network's answers to the test images, and how near they are to the teacher's."""
     spec = teacher.spec
-    data = open_dataset("shapes", spec, limit=TESTED)
-    found = evaluate(predict, data, teacher=teacher.network, outputs=spec.outputs)
-    values = {measure.name: measure.value for measure in found.truths}
+    decoder = shapes.decode if teacher.name == "shapes_detector" else None
+    data = open_dataset(data_of(teacher.name), spec, limit=TESTED, boxes=decoder is not None)
+    found = evaluate(predict, data, teacher=teacher.network, outputs=spec.outputs, decoder=decoder)
+    values = {"AP" if measure.name == "AP50" else measure.name: measure.value for measure in found.truths}
     if found.top1 is not None:
         values["top-1"] = found.top1 / 100
-    if teacher.name == "shapes_detector":
-        values["AP"] = precision(teacher, predict)
     return {name: round(value, 5) for name, value in values.items()} | {
         "agreement": round((found.teacher_agreement or 0) / 100, 5)
     }
-
-
-@torch.no_grad()
-def precision(teacher: Teacher, predict: Any) -> float:
-    """Return the average precision of the decoded boxes."""
-    boxes: list[np.ndarray] = []
-    for batch in open_dataset("shapes", teacher.spec, limit=TESTED).batches():
-        heat, size, offset = (part.numpy() for part in Answers(teacher.spec.outputs).parts(predict(batch.images)))
-        boxes += shapes.decode(heat, size, offset)
-    there = shapes.scenes(TESTED, size=teacher.spec.height, seed=shapes.TEST_SEED)
-    return shapes.average_precision(boxes, there.boxes, there.labels)
 
 
 def rows(name: str, bits: list[str], quantizers: list[str], seed: int, methods: list[str], folder: Path) -> None:
@@ -73,7 +64,7 @@ def rows(name: str, bits: list[str], quantizers: list[str], seed: int, methods: 
                 settings |= {"quantizer.steps": DISTILLED} if quantizer == "qat" else {}
                 settings["quantizer.num_samples"] = SETTINGS["quantizer.num_samples"]
                 settings |= {"method.steps": STEPS} if method == "zscgan" and first is None else {}
-                settings |= {"method.data": "shapes:train", "method.limit": 1024} if method == "real" else {}
+                settings |= {"method.data": f"{data_of(name)}:train", "method.limit": 1024} if method == "real" else {}
                 result = zsq.quantize(
                     teacher,
                     method=method,
