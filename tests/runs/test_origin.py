@@ -22,6 +22,7 @@ from zsq.runs.request import AllocateRequest, AskedNetwork, QuantizeRequest, Syn
 from zsq.runs.settings import resolve
 from zsq.runs.settings_file import stored_spec, teacher_table, write_settings
 from zsq.runs.stored_network import stored_network
+from zsq.runtime.checksums import COMMENT, sealed_text
 
 NETWORK = """
 from zsq.data.digits.network import DigitsNet
@@ -163,6 +164,13 @@ def test_weights_that_have_changed_are_refused_by_hash(work):
         completed(QuantizeRequest(recipe="runs/a/settings.toml")).teacher()
 
 
+def rewrite(path: Path, old: str, new: str) -> None:
+    """Write a settings.toml as another zsq, or another run, would have written it."""
+    text = path.read_text().rpartition(COMMENT)[0]
+    assert old in text
+    path.write_text(sealed_text(text.replace(old, new)))
+
+
 def test_code_that_is_gone_is_named(work):
     Path("net.py").unlink()
     with pytest.raises(InputError, match=r"is of network net\.py:build, and net\.py is gone; name it as MODEL"):
@@ -170,8 +178,7 @@ def test_code_that_is_gone_is_named(work):
 
 
 def test_a_module_in_memory_cannot_be_told_by_a_folder(work):
-    path = Path("runs/a/settings.toml")
-    path.write_text(path.read_text().replace('"net.pth"', '"memory"'))
+    rewrite(Path("runs/a/settings.toml"), '"net.pth"', '"memory"')
     with pytest.raises(InputError, match="a module in memory; in Python, give it with its ImageSpec"):
         completed(QuantizeRequest(from_run="runs/a"))
 
@@ -179,15 +186,16 @@ def test_a_module_in_memory_cannot_be_told_by_a_folder(work):
 def test_weights_that_nobody_placed_are_looked_for_where_the_run_was_started(elsewhere, work):
     """As a folder of an older version has them, or one written by Python."""
     path = elsewhere / "runs" / "a" / "settings.toml"
-    lines = [line for line in path.read_text().splitlines() if not line.startswith("weights_file")]
-    path.write_text("\n".join(lines))
+    (line,) = (line for line in path.read_text().splitlines() if line.startswith("weights_file"))
+    rewrite(path, f"{line}\n", "")
     assert stored_network(path).weights == str(work / "net.pth")
 
 
 @pytest.mark.parametrize("flag", ["from", "recipe", "resume"])
 def test_a_folder_of_another_version_says_so(work, flag, capsys):
     path = Path("runs/a/settings.toml")
-    path.write_text(path.read_text().replace('zsq = "0.2.0"', 'zsq = "9.1"').replace("beta1", "beta_one"))
+    rewrite(path, 'zsq = "0.2.0"', 'zsq = "9.1"')
+    rewrite(path, "beta1", "beta_one")
     Path("test.npz").touch()
     Path("runs/a/generator.safetensors").touch()
     given = {

@@ -18,6 +18,7 @@ from zsq.reports.html import REPORT
 from zsq.runs.record import Record, SampleAgreement
 from zsq.runs.report import page_of, verdict_of, write_report
 from zsq.runs.settings_file import SETTINGS
+from zsq.runtime.checksums import sealed_values
 
 EVIL = "<script>document.title='broken'</script>"
 
@@ -90,7 +91,7 @@ def test_an_unfinished_run_shows_what_is_there(tmp_path: Path) -> None:
 
 def test_a_record_of_a_newer_version_is_said(tmp_path: Path) -> None:
     content = json.loads((folder_with(tmp_path) / "result.json").read_text())
-    (tmp_path / "result.json").write_text(json.dumps(content | {"schema": 99}))
+    (tmp_path / "result.json").write_text(json.dumps(sealed_values(content | {"schema": 99})))
     assert "newer zsq (schema 99" in page_of(tmp_path).reasons[0]
 
 

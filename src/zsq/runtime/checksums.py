@@ -56,8 +56,8 @@ def check_text(path: Path, text: str) -> None:
 
 
 def sealed_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values that go into JSON with their hash under `KEY`."""
-    plain = json.loads(json.dumps(dict(values)))
+    """Return values that go into JSON with their hash under `KEY`, in place of one that they had."""
+    plain = {name: value for name, value in json.loads(json.dumps(dict(values))).items() if name != KEY}
     return {**plain, KEY: _values_sha256(plain)}
 
 
