@@ -68,12 +68,12 @@ class ImageSpec:
 
     channels: int
     """Channels: 1, 3, 4 or any number."""
-    height: int = 1
-    """Image height in pixels; 1 for signals."""
+    height: int = 0
+    """Image height in pixels; 0 for signals, which have none."""
     width: int
     """Image width in pixels, or length of a signal."""
-    depth: int = 1
-    """Slices of a volume; 1 for images and signals."""
+    depth: int = 0
+    """Slices of a volume; 0 for images and signals, which have none."""
     axes: Literal[1, 2, 3] = 2
     """Axes beside the channels: 1 for signals, 2 for images, 3 for volumes."""
     classes: int = 0
@@ -146,9 +146,9 @@ class ImageSpec:
             if getattr(self, name) < 1:
                 raise InputError(f"image spec: {name} is {getattr(self, name)}; it must be at least 1.")
         for name in set(SIDES[3]) - set(SIDES[self.axes]):
-            if getattr(self, name) != 1:
+            if getattr(self, name) != 0:
                 raise InputError(
-                    f"image spec: {name} is {getattr(self, name)}; inputs of {self.axes} axes have none, so it is 1."
+                    f"image spec: {name} is {getattr(self, name)}; inputs of {self.axes} axes have none, so it is 0."
                 )
         if self.resize is not None and not self.is_image:
             raise InputError(f"image spec: resize is {self.resize}; only images are resized. Say none.")

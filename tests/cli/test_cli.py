@@ -30,6 +30,7 @@ from zsq.methods import METHODS
 from zsq.quantization import QUANTIZERS
 from zsq.runs.console import TerminalProgress
 from zsq.runs.pipeline import HASHED
+from zsq.runtime.checksums import unsealed_values
 
 TINY = [
     *("--set", "method.steps=5", "--set", "method.batch_size=16", "--set", "method.width=8"),
@@ -119,7 +120,7 @@ def test_json_is_one_object_and_progress_goes_to_stderr(finished):
     assert outcome.code == 0
     assert outcome.out.count("\n") == 1
     record = json.loads(outcome.out)
-    assert record == json.loads((folder / "result.json").read_text())
+    assert record == unsealed_values(json.loads((folder / "result.json").read_text()))
     assert 0 <= record["quantized_top1"] <= 100
     assert re.search(r"^fit: 5/5, done in \d+ s ce [\d.]+ bns [\d.]+ label_recognition [\d.]+$", outcome.err, re.M)
     assert "WARNING: the teacher recognises" in outcome.err
@@ -475,7 +476,7 @@ def test_a_loss_that_is_not_finite(place):
         (["--recipe", "nowhere.toml"], "nowhere.toml: No such file or directory."),
         (["--recipe", "networks.py"], "networks.py is not TOML"),
         (["--from", "nowhere"], "nowhere holds no generator.safetensors"),
-        (["--input", "8x8"], "--input is '8x8'; channels x height x width are expected, such as 3x32x32."),
+        (["--input", "8"], "--input is '8'; channels x height x width are expected, such as 3x32x32."),
         (["--input", "1x8xq"], "--input is '1x8xq'"),
         (["--input", "0x8x8"], "channels is 0"),
         (["--mean", "0.5,x"], "--mean is '0.5,x'; numbers separated by commas are expected"),
@@ -701,7 +702,7 @@ def test_evaluate_takes_the_file_alone_and_beside_its_network(finished):
         (["{run}", "--weights", "x"], "--weights goes with a network, and {run} is a quantized file"),
         (["{run}/model.onnx", "--mean", "0.5"], "--mean goes with a network"),
         (["{run}", "--file", "{run}"], "--file goes with a network"),
-        (["digits", "--input", "1x9x9", "--file", "{run}"], "{run} takes ImageSpec(channels=1, height=8"),
+        (["digits", "--input", "1x9x9", "--file", "{run}"], "{run}/model.onnx takes ImageSpec(channels=1, height=8"),
         (["digits", "--file", "gone.onnx"], "gone.onnx: no such file"),
     ],
 )

@@ -562,7 +562,7 @@ def test_a_small_grid_of_verified_files(recipe, tmp_path):
     assert {line.status for line in done.lines.values()} == {"finished"}
     folder = tmp_path / "out" / "cells" / "digits" / "zscgan" / "qat-4" / "seed0"
     assert {path.name for path in folder.iterdir()} == {
-        *("model.onnx", "predictions.npz", "result.json", "settings.toml", "metrics.jsonl")
+        *("model.onnx", "predictions.npz", "report.html", "result.json", "settings.toml", "metrics.jsonl")
     }
     line = done.lines["digits/zscgan/qat-4/seed0"].outcome
     record = json.loads((folder / "result.json").read_text())

@@ -17,6 +17,7 @@ from zsq.export.onnx_runtime import OnnxClassifier
 from zsq.models.network import Network
 from zsq.models.teacher import teacher_from_module
 from zsq.runs import pipeline
+from zsq.runs.job import Job
 from zsq.runs.quantize import quantize
 from zsq.training.loop import Run
 from zsq.types import ImageSpec
@@ -73,9 +74,13 @@ def test_a_lower_rate_is_not_advised_where_nothing_was_learnt():
 
 @pytest.mark.slow
 def test_a_run_that_lost_its_folder_fails(tmp_path, monkeypatch):
+    def lose(job: Job, *_: object) -> tuple[None, None]:
+        shutil.rmtree(job.folder)
+        return None, None
 
-    monkeypatch.setattr(pipeline, "measure_agreement", lambda job, surrogate: shutil.rmtree(job.folder))
+    monkeypatch.setattr(pipeline, "measure_layers", lose)
     monkeypatch.setattr(pipeline, "_record", lambda *_: type("Record", (), {"artifacts": {}})())
+    monkeypatch.setattr(pipeline, "replace", lambda record, **_: record)
     with pytest.raises(StorageError, match=r"run lost settings\.toml while the run went on; it is not finished"):
         quantize("digits", out=tmp_path / "run", method="noise", settings={"quantizer.num_samples": 16}, quiet=True)
     assert not (tmp_path / "run" / "result.json").exists()
@@ -106,7 +111,7 @@ NOTE = '{"channels": 1, "height": 8, "width": 8, "classes": 10, "mean": [0.5], "
     [
         ('"height": 8', '"height": "tall"', "height: Input should be a valid integer"),
         ('"mean": [0.5]', '"mean": 0.5', "mean: Input should be a valid tuple"),
-        ('"height": 8, ', "", "height: Field required"),
+        ('"height": 8, ', "", "image spec: height is 0"),
         ('"height": 8', '"height": 0', "image spec: height is 0"),
         ("{", "", "is not JSON"),
         (NOTE, "[1]", "holds no image spec"),

@@ -80,7 +80,7 @@ def test_a_teacher_packs_what_its_network_gives(name) -> None:
     network = NETWORKS[name]()
     teacher = teacher_from_module(network, spec_of(name))
     assert outputs_of(teacher.network) == teacher.spec.outputs
-    images = torch.randn(3, teacher.spec.channels, 16, 16, generator=torch.Generator().manual_seed(1))
+    images = torch.randn(3, *teacher.spec.shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         given = network(images)
         wanted = pack(*(given.values() if isinstance(given, dict) else [given]))

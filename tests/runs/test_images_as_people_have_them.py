@@ -1,6 +1,7 @@
 """Images without labels, classes in another order, means of another training: what a run says of them."""
 
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -67,7 +68,10 @@ def test_evaluate_measures_agreement_beside_a_network(folders, tmp_path, capsys)
     quantize("digits", method=Noise(), settings=FEW, out=tmp_path / "run", quiet=True)
     main(["evaluate", "digits", "--file", str(tmp_path / "run"), "--data", str(folders / "flat")])
     assert "model.onnx" in capsys.readouterr().out
-    for words in (["digits"], [str(tmp_path / "run")]):
+    main(["evaluate", str(tmp_path / "run"), "--data", str(folders / "flat")])  # knows its float network
+    assert "model.onnx" in capsys.readouterr().out
+    shutil.copy(tmp_path / "run" / "model.onnx", tmp_path)
+    for words in (["digits"], [str(tmp_path / "model.onnx")]):
         with pytest.raises(SystemExit):
             main(["evaluate", *words, "--data", str(folders / "flat")])
         assert "has no labels" in capsys.readouterr().err

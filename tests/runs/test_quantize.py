@@ -80,9 +80,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_all_files_of_the_run_exist(ptq, qat):
-    assert {path.name for path in ptq.folder.iterdir()} == {*ARTIFACTS, "checkpoints"}
+    assert {path.name for path in ptq.folder.iterdir()} == {*ARTIFACTS, "checkpoints", "report.html"}
     assert [path.name for path in (ptq.folder / "checkpoints").iterdir()] == ["fit.safetensors"]
-    assert {path.name for path in qat.folder.iterdir()} == {*ARTIFACTS, "checkpoints"}
+    assert {path.name for path in qat.folder.iterdir()} == {*ARTIFACTS, "checkpoints", "report.html"}
     assert sorted(p.name for p in (qat.folder / "checkpoints").iterdir()) == ["distill.safetensors", "fit.safetensors"]
     with Image.open(ptq.folder / "samples.png") as picture:
         assert picture.size == (500, 500)
@@ -361,7 +361,7 @@ def test_a_file_that_disagrees_fails_and_keeps_everything(ptq, teacher, tmp_path
     monkeypatch.setattr(stages, "verify_file", disagree)
     with pytest.raises(ExportError, match=r"the same class on 90\.00 % of \d+ decided images, where 99 % is required"):
         quantize(teacher, out=tmp_path / "run", settings=PTQ, data="digits")
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {*ARTIFACTS, "checkpoints"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {*ARTIFACTS, "checkpoints", "report.html"}
     assert hashes(tmp_path / "run") == hashes(ptq.folder)
     record = json.loads((tmp_path / "run" / "result.json").read_text())
     assert record["verification"]["decided_agreement"] == 90.0
@@ -536,7 +536,11 @@ def test_a_killed_run_ends_in_the_same_hashes(qat, killed, teacher, moment):
     result = quantize(teacher, out=folder, resume=True, checkpoint_every=1, **KILLED_ARGUMENTS)
     assert hashes(folder) == hashes(qat.folder)
     assert result.record.artifacts == qat.record.artifacts
-    assert {path.name for path in folder.iterdir()} == {*ARTIFACTS, "checkpoints"}  # nothing half-written is left
+    assert {path.name for path in folder.iterdir()} == {
+        *ARTIFACTS,
+        "checkpoints",
+        "report.html",
+    }  # nothing half-written is left
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     wanted = [("fit", step) for step in range(1, 6)] + [("distill", step) for step in range(1, 5)]
     assert [(line["phase"], line["step"]) for line in steps] == wanted

@@ -39,6 +39,8 @@ def to_json(spec: ImageSpec) -> str:
     values = asdict(spec)
     if not spec.outputs:
         del values["outputs"]
+    if spec.is_image:  # as versions before signals wrote it
+        del values["axes"], values["depth"]
     return json.dumps(values, sort_keys=True)
 
 
