@@ -682,6 +682,7 @@ def test_the_report_draws_each_method_and_names_what_is_missing(grid, tmp_path):
     shutil.copytree(folder, tmp_path / "out")
     text = write_comparison_report(tmp_path / "out").read_text()
     assert "18 of 18 cells are finished." in text
+    assert "bits 4: best without data ZS-CGAN, qat: 95.00 % (95 % interval 92.86 to 97.14); float 98.50 %" in text
     assert "digits: accuracy against size and time" in text
     assert text.count(">ZS-CGAN</text>") == 2  # in both legends
     assert text.count(">ptq 8</text>") >= 2

@@ -1,5 +1,6 @@
 """The report of a comparison, made from its folder alone; nothing here runs a network."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from zsq.evaluation.measures import CONFIDENCE_Z
 from zsq.reports import html
 from zsq.reports.html import REPORT, Drawings, Lines, Page, Point, Section
 from zsq.reports.text_tables import TextTable
+
+MOST_REASONS = 6
+"""Networks and widths of which the first screen names the best file; the table has them all."""
 
 
 def write_comparison_report(folder: Path) -> Path:
@@ -52,10 +56,29 @@ def _counts(cell: Cell, line: CellLine, layout: Layout) -> bool:
 def _page(comparison: Comparison, missing: list[str]) -> Page:
     recipe, outcomes = comparison.recipe, comparison.outcomes
     count = len(cells(recipe))
-    reasons = [f"{verdict.claim.label or 'claim'}: {verdict.word}." for verdict in outcomes.verdicts()]
+    reasons = list(itertools.islice(_best(comparison), MOST_REASONS))
+    reasons += [f"{verdict.claim.label or 'claim'}: {verdict.word}." for verdict in outcomes.verdicts()]
     done = f"{sum(line.status == 'finished' for line in comparison.lines.values())} of {count} cells are finished."
     title = f"zsq: {recipe.title}"
     return Page(title, comparison.folder.name, "weak", done, tuple(reasons), tuple(_sections(comparison, missing)))
+
+
+def _best(comparison: Comparison) -> Iterator[str]:
+    """Yield the best data-free file of each network and width in words."""
+    outcomes = comparison.outcomes
+    titles = {method.label: method.title for method in comparison.recipe.methods}
+    for teacher in comparison.recipe.teachers:
+        for bits in outcomes.bits:
+            found = {
+                f"{titles[method]}, {quantizer}": group
+                for (label, method, quantizer, width), group in outcomes.groups.items()
+                if (label, width) == (teacher.label, bits) and group.data_free
+            }
+            if found:
+                name, best = max(found.items(), key=lambda item: item[1].mean)
+                low, high = _interval(best)
+                top1 = f"{best.mean:.2f} % (95 % interval {low:.2f} to {high:.2f})"
+                yield f"{teacher.title}, bits {bits}: best without data {name}: {top1}; float {best.float_top1:.2f} %."
 
 
 def _sections(comparison: Comparison, missing: list[str]) -> Iterator[Section]:
