@@ -14,7 +14,7 @@ from test_record import record
 from zsq.errors import InputError
 from zsq.evaluation.accuracy import Evaluation
 from zsq.quantization.coverage import Coverage
-from zsq.reports.html import REPORT
+from zsq.reports.html import REPORT, Gallery, Section
 from zsq.runs.record import Record, SampleAgreement
 from zsq.runs.report import page_of, verdict_of, write_report
 from zsq.runs.settings_file import SETTINGS
@@ -115,6 +115,46 @@ def test_warnings_say_what_to_do(tmp_path: Path) -> None:
     first, second = section.blocks[0].lines  # type: ignore[union-attr]
     assert first.startswith("The float network recognises 12.0 % of the samples' labels")
     assert "--quantizer ptq" in second
+
+
+def with_samples(folder: Path, **changed: Any) -> Path:
+    Image.new("RGB", (3 * 34, 2 * 34), "green").save(folder / "samples.png")
+    content = {"rows": 2, "columns": 3, "labels": [0, 7], "seen": [[0, 7], [0, None]], "names": {"0": EVIL}} | changed
+    (folder / "samples.json").write_text(json.dumps(content))
+    return folder
+
+
+def samples_of(folder: Path) -> Section:
+    (section,) = [section for section in page_of(folder).sections if section.title == "Samples"]
+    return section
+
+
+def test_samples_are_shown_beside_the_class_that_the_network_sees(tmp_path: Path) -> None:
+    section = samples_of(with_samples(folder_with(tmp_path)))
+    (gallery,) = section.blocks
+    assert isinstance(gallery, Gallery)
+    assert [(title, note) for title, note, _ in gallery.rows] == [
+        (EVIL, "1 of 2 recognised"),
+        ("class 7", "0 of 1 recognised"),
+    ]
+    captions = [[(tile.caption, tile.marked) for tile in shown] for _, _, shown in gallery.rows]
+    assert captions == [[(EVIL, False), ("✗ class 7", True)], [(f"✗ {EVIL}", True)]]
+    assert "ten spread evenly" in section.note
+    assert EVIL not in write_report(tmp_path).read_text()
+
+
+def test_maps_of_classes_have_rows_without_captions(tmp_path: Path) -> None:
+    (gallery,) = samples_of(with_samples(folder_with(tmp_path), seen=[])).blocks
+    assert isinstance(gallery, Gallery)
+    assert [len(shown) for _, _, shown in gallery.rows] == [3, 3]
+    assert not any(tile.caption for _, _, shown in gallery.rows for tile in shown)
+
+
+@pytest.mark.parametrize("damaged", [{"rows": 0}, {"rows": 7}, {"labels": "ab"}, {"seen": [[0]]}])
+def test_samples_that_do_not_fit_together_are_said(tmp_path: Path, damaged: dict[str, Any]) -> None:
+    missing = page_of(with_samples(folder_with(tmp_path), **damaged)).sections[0]
+    assert missing.title == "What is missing"
+    assert any("samples." in line for line in missing.blocks[0].lines)  # type: ignore[union-attr]
 
 
 PROBE = """<script>

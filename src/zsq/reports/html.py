@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from PIL import Image
 
 from zsq.runtime.files import replacing
 
@@ -32,6 +33,9 @@ BESIDE = 7.0
 
 FAR_APART = 5.0
 """Quotient of the ends from which an axis is logarithmic."""
+
+LARGE_TILE = 80
+"""Longer side in pixels from which small images are stored as JPEG."""
 
 TEXT, RULE = "#010203", "#040506"
 """Colours of a drawing that become those of the page's scheme."""
@@ -69,6 +73,25 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
+class Tile:
+    """One small image of a gallery."""
+
+    source: str
+    """As a data URI."""
+    caption: str = ""
+    marked: bool = False
+    """Whether the caption says that something is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gallery:
+    """Rows of small images, each with a title and what there is to say of it."""
+
+    rows: tuple[tuple[str, str, tuple[Tile, ...]], ...]
+    kind: str = "gallery"
+
+
+@dataclass(frozen=True, slots=True)
 class Drawings:
     """Curves beside each other."""
 
@@ -85,7 +108,7 @@ class Lines:
     kind: str = "lines"
 
 
-Block = Table | Picture | Drawings | Lines
+Block = Table | Picture | Gallery | Drawings | Lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +138,35 @@ class Page:
 def table(header: Sequence[str], rows: Sequence[Sequence[Cell | str]]) -> Table:
     """Return a table; plain text is a cell that sorts as text."""
     return Table(tuple(header), tuple(tuple(c if isinstance(c, Cell) else Cell(c) for c in row) for row in rows))
+
+
+def tiles(path: Path, rows: int, columns: int, shown: int) -> list[list[str]]:
+    """Return the first images of each row of a grid that `zsq.reports.pictures.write_grid` wrote, as data URIs.
+
+    Large ones lose a little to JPEG, so that a page of them stays small.
+
+    Raises:
+        ValueError: the picture is no such grid.
+    """
+    with Image.open(path) as image:
+        width, height = image.width // columns, image.height // rows
+        if rows * height != image.height or columns * width != image.width or min(width, height) < 3:
+            raise ValueError(f"{image.width}x{image.height} pixels do not make {rows} rows of {columns}")
+        return [
+            [_inline(image.crop(_inside(x * width, y * height, width, height))) for x in range(min(columns, shown))]
+            for y in range(rows)
+        ]
+
+
+def _inside(left: int, top: int, width: int, height: int) -> tuple[int, int, int, int]:
+    """Return the box of a tile without its frame of one pixel."""
+    return left + 1, top + 1, left + width - 1, top + height - 1
+
+
+def _inline(image: Image.Image) -> str:
+    form, file = "PNG" if max(image.size) < LARGE_TILE else "JPEG", io.BytesIO()
+    image.convert("RGB").save(file, format=form, quality=85)
+    return f"data:image/{form.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def picture(path: Path, text: str) -> Picture:

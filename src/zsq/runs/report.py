@@ -12,11 +12,27 @@ from PIL import Image
 from zsq.errors import ExportError, InputError
 from zsq.evaluation.accuracy import Evaluation
 from zsq.export.verify import require
-from zsq.reports.html import REPORT, Block, Cell, Drawings, Lines, Page, Section, curve, picture, table, write_page
+from zsq.reports.html import (
+    REPORT,
+    Block,
+    Cell,
+    Drawings,
+    Gallery,
+    Lines,
+    Page,
+    Section,
+    Tile,
+    curve,
+    picture,
+    table,
+    tiles,
+    write_page,
+)
 from zsq.runs.recipe_file import read_toml
 from zsq.runs.record import RECORD, Record
+from zsq.runs.samples import SAMPLES, SampleGrid
 from zsq.runs.settings_file import SETTINGS
-from zsq.runs.stages import LOW_RECOGNITION, SAMPLES
+from zsq.runs.stages import LOW_RECOGNITION
 from zsq.runs.summary import figure, summary_rows
 from zsq.training.checkpoints import METRICS
 
@@ -200,17 +216,50 @@ def _of_record(record: Record | None) -> Iterator[Section]:
 
 def _samples(folder: Path, missing: list[str]) -> Iterator[Section]:
     path = folder / SAMPLES
-    try:
-        with Image.open(path) as image:
-            image.verify()
-    except FileNotFoundError:
+    if not path.exists():
         return
+    grid = None
+    try:
+        grid = SampleGrid.read(folder)
+    except InputError as error:
+        missing.append(str(error))
+    title = "Images that stood in for the training data"
+    try:
+        if grid is None or not grid.labels:
+            with Image.open(path) as image:
+                image.verify()
+            yield Section("Samples", (picture(path, "synthetic images"),), f"{title}.")
+            return
+        shown = len(grid.seen[0]) if grid.seen else grid.columns
+        found = tiles(path, grid.rows, grid.columns, shown)
     except (OSError, SyntaxError, ValueError) as error:
         missing.append(f"{SAMPLES} cannot be read: {error}.")
         return
-    shown = picture(path, "synthetic images")
-    note = "Images that stood in for the training data: a row a class, of up to ten spread evenly, where there are any."
-    yield Section("Samples", (shown,), note)
+    rows = tuple(_sample_row(grid, row, sources) for row, sources in enumerate(found))
+    spread = "" if grid.labels == tuple(range(len(rows))) else "; of all classes, ten spread evenly"
+    note = f"{title}, a row a class{spread}."
+    if grid.seen:
+        note += " Below each, the class that the float network sees, with a cross where it is another one."
+    yield Section("Samples", (Gallery(rows),), note)
+
+
+def _sample_row(grid: SampleGrid, row: int, sources: list[str]) -> tuple[str, str, tuple[Tile, ...]]:
+    """Return a class, how many of its images the network recognises, and the images."""
+
+    def name(label: int) -> str:
+        return grid.names.get(label, f"class {label}")
+
+    wanted = grid.labels[row]
+    if not grid.seen:
+        return name(wanted), "", tuple(Tile(source) for source in sources)
+    found = [
+        Tile(source, name(seen) if seen == wanted else f"✗ {name(seen)}", marked=seen != wanted)
+        for source, seen in zip(sources, grid.seen[row], strict=True)
+        if seen is not None
+    ]
+    if not found:
+        return name(wanted), "no such image was drawn", ()
+    return name(wanted), f"{sum(not tile.marked for tile in found)} of {len(found)} recognised", tuple(found)
 
 
 def _curves(folder: Path, missing: list[str]) -> Iterator[Section]:

@@ -27,10 +27,10 @@ from zsq.quantization.layer_report import LayerReport, layer_reports
 from zsq.quantization.prepare import Bits, Student, mean_weight_bits
 from zsq.quantization.ptq import quantize_ptq
 from zsq.quantization.quantizers import answered_shaken
-from zsq.reports.pictures import save_grid
 from zsq.runs.fitted import GENERATOR
 from zsq.runs.job import Job
 from zsq.runs.record import Latency, SampleAgreement
+from zsq.runs.samples import SAMPLES, keep_samples
 from zsq.runtime import distributed
 from zsq.runtime.files import load_tensors, replacing, save_tensors
 from zsq.runtime.versions import versions
@@ -38,7 +38,7 @@ from zsq.targets import Target
 from zsq.training.loop import LOWER_RATE
 from zsq.types import Batch, ImageSpec, SampleSource
 
-PROGRAM, SAMPLES = "model.pt2", "samples.png"
+PROGRAM = "model.pt2"
 
 PREDICTIONS = "predictions.npz"
 """File of predicted and true classes, int32 [N] each."""
@@ -88,7 +88,7 @@ def fit(job: Job) -> Surrogate:
     if distributed.is_main():
         _keep_generator(job, surrogate)
         if surrogate.statistics is None and not (job.folder / SAMPLES).exists():
-            save_grid(surrogate.source, job.teacher.spec, job.folder / SAMPLES)
+            keep_samples(surrogate.source, job.teacher, job.folder)
     return surrogate
 
 
