@@ -34,8 +34,11 @@ BESIDE = 7.0
 FAR_APART = 5.0
 """Quotient of the ends from which an axis is logarithmic."""
 
-LARGE_TILE = 80
+LARGE_TILE = 64
 """Longer side in pixels from which small images are stored as JPEG."""
+
+LARGE_PICTURE = 300_000
+"""Bytes of a PNG from which a whole picture is."""
 
 TEXT, RULE = "#010203", "#040506"
 """Colours of a drawing that become those of the page's scheme."""
@@ -170,7 +173,10 @@ def _inline(image: Image.Image) -> str:
 
 
 def picture(path: Path, text: str) -> Picture:
-    """Return a PNG file as a picture in the page."""
+    """Return a PNG file as a picture in the page; a large one as JPEG."""
+    if path.stat().st_size > LARGE_PICTURE:
+        with Image.open(path) as image:
+            return Picture(_inline(image), text)
     return Picture(f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}", text)
 
 
