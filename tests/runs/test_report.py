@@ -15,7 +15,7 @@ from zsq.errors import InputError
 from zsq.evaluation.accuracy import Evaluation
 from zsq.quantization.coverage import Coverage
 from zsq.reports.html import REPORT, Gallery, Section
-from zsq.runs.record import Record, SampleAgreement
+from zsq.runs.record import Latency, Record, SampleAgreement
 from zsq.runs.report import page_of, verdict_of, write_report
 from zsq.runs.settings_file import SETTINGS
 from zsq.runtime.checksums import sealed_values
@@ -115,6 +115,19 @@ def test_warnings_say_what_to_do(tmp_path: Path) -> None:
     first, second = section.blocks[0].lines  # type: ignore[union-attr]
     assert first.startswith("The float network recognises 12.0 % of the samples' labels")
     assert "--quantizer ptq" in second
+
+
+def test_size_and_latency_stand_beside_those_of_the_float_file(tmp_path: Path) -> None:
+    given = record(latency=Latency(file=0.5, float_file=1.0, float_bytes=8192, float_runtime="onnxruntime"))
+    size = given.artifacts[given.file].bytes
+    given.write(tmp_path)
+    text = write_report(tmp_path).read_text()
+    assert f"2.00 times as fast, {8192 / size:.2f} times smaller" in text
+    assert "0.5 ms" in text
+    record(latency=Latency(file=0.5, note="the float network has no file <b>")).write(tmp_path)
+    text = write_report(tmp_path).read_text()
+    assert "times as fast" not in text
+    assert "the float network has no file &lt;b&gt;." in text
 
 
 def with_samples(folder: Path, **changed: Any) -> Path:

@@ -34,6 +34,7 @@ from zsq.runs.samples import SAMPLES, SampleGrid
 from zsq.runs.settings_file import SETTINGS
 from zsq.runs.stages import LOW_RECOGNITION
 from zsq.runs.summary import figure, summary_rows
+from zsq.targets import target_of
 from zsq.training.checkpoints import METRICS
 
 CLOSE = 1.0
@@ -205,13 +206,29 @@ def _of_record(record: Record | None) -> Iterator[Section]:
     blocks: list[Block] = [table(head, rows)] if rows and not measures else []
     blocks += [table(["network", "output", "measure", "against", "value"], measures)] if measures else []
     rest: list[list[Cell | str]] = [[name, text] for name, text in summary_rows(record)]
-    if (took := record.latency) is not None:
-        text = (
-            f"{took.file:.2f} ms for one image on this machine, {took.threads} threads; the float network in PyTorch "
-        )
-        rest.append(["latency", text + f"{took.float_pytorch:.2f} ms. Measured once, briefly."])
+    blocks += _deployed(record)
     blocks.append(table(["", "this run"], rest))
     yield Section("Float against file", tuple(blocks))
+
+
+def _deployed(record: Record) -> Iterator[Block]:
+    """Yield size and latency of the file and of the float network."""
+    if (took := record.latency) is None or record.file not in record.artifacts:
+        return
+    size = record.artifacts[record.file].bytes
+    own = target_of(record.target).runs_in
+    rows: list[list[Cell | str]] = [[record.file, *_deployment(size, took.file), Cell("-"), own]]
+    if took.float_file is not None and took.float_bytes is not None:
+        times = took.float_file / max(took.file, 1e-9)
+        rows[0][3] = Cell(f"{times:.2f} times as fast, {took.float_bytes / size:.2f} times smaller")
+        rows.append(["float", *_deployment(took.float_bytes, took.float_file), Cell(""), took.float_runtime])
+    yield table(["one image, one thread", "size", "latency", "against float", "runtime"], rows)
+    note = ("Measured once and briefly on the machine of the run.", *([f"{took.note}."] if took.note else []))
+    yield Lines(note)
+
+
+def _deployment(size: int, milliseconds: float) -> tuple[Cell, Cell]:
+    return Cell(f"{size / 1024:,.0f} KiB", size), Cell(f"{milliseconds:.3g} ms", milliseconds)
 
 
 def _samples(folder: Path, missing: list[str]) -> Iterator[Section]:
