@@ -38,9 +38,6 @@ def test_statistics_are_those_of_all_images(images: torch.Tensor, monkeypatch: p
     found = reports("8", images)
     assert [layer.batch_norm_gap for layer in found] == [layer.batch_norm_gap for layer in wanted]
     assert [layer.sqnr for layer in found] != [layer.sqnr for layer in wanted]
-    assert [layer.sqnr for layer in found] == [
-        layer.sqnr for layer in reports("8", torch.cat([images[:1], images[1:]]))
-    ]
 
 
 def test_each_layer_is_measured_and_the_student_left_as_it_was(images: torch.Tensor) -> None:
