@@ -84,7 +84,7 @@ def page_of(folder: Path) -> Page:
         *_curves(folder, missing),
         *_layers(record),
     ]
-    sections += [*_floats(record), *_origin(folder, settings, record)]
+    sections += [*_floats(record), *_run(record), *_origin(folder, settings, record)]
     if missing:
         sections.insert(0, Section("What is missing", (Lines(tuple(missing)),)))
     name = record.model if record else str(settings.get("teacher", {}).get("model", folder.name))
@@ -189,7 +189,7 @@ def _share(value: float | None, interval: tuple[float, float] | None = None) -> 
 
 
 def _of_record(record: Record | None) -> Iterator[Section]:
-    """Yield float against file, and the run in words."""
+    """Yield float against file."""
     if record is None:
         return
     rows: list[list[Cell | str]] = [
@@ -205,10 +205,15 @@ def _of_record(record: Record | None) -> Iterator[Section]:
     ]
     blocks: list[Block] = [table(head, rows)] if rows and not measures else []
     blocks += [table(["network", "output", "measure", "against", "value"], measures)] if measures else []
-    rest: list[list[Cell | str]] = [[name, text] for name, text in summary_rows(record)]
     blocks += _deployed(record)
-    blocks.append(table(["", "this run"], rest))
-    yield Section("Float against file", tuple(blocks))
+    if blocks:
+        yield Section("Float against file", tuple(blocks))
+
+
+def _run(record: Record | None) -> Iterator[Section]:
+    """Yield the run in words."""
+    if record is not None:
+        yield Section("The run", (table(["", "value"], list(map(list, summary_rows(record)))),))
 
 
 def _deployed(record: Record) -> Iterator[Block]:
