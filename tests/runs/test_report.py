@@ -186,7 +186,7 @@ def test_a_browser_shows_it(tmp_path: Path) -> None:
     if browser is None:
         pytest.skip("no Chromium is installed")
     covered = Coverage(quantized_weights=1, quantized_operations=1, float_operations={"a": 2.0, "b": 10.0, "c": 1.0})
-    path = write_report(folder_with(tmp_path, coverage=covered))
+    path = write_report(with_samples(folder_with(tmp_path, coverage=covered)))
     path.write_text(path.read_text().replace("</body>", PROBE + "</body>"))
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", "--window-size=500,900"]
     flags += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--v=0", "--dump-dom"]
