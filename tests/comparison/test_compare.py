@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from zsq.comparison.grid import _Clock
 from zsq.comparison.layout import Layout
 from zsq.comparison.lines import read_lines
 from zsq.comparison.recipe import cells, read_recipe
+from zsq.comparison.report import write_comparison_report
 from zsq.comparison.result import Comparison
 from zsq.comparison.statistics import Outcomes
 from zsq.comparison.submit import last_words, share_out, visible_gpus
@@ -673,3 +675,29 @@ def test_jobs_on_this_machine_see_one_gpu_each(monkeypatch: pytest.MonkeyPatch) 
     assert visible_gpus() == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-5")
     assert visible_gpus() == ["3", "GPU-5"]
+
+
+def test_the_report_draws_each_method_and_names_what_is_missing(grid, tmp_path):
+    _, _, folder = grid
+    shutil.copytree(folder, tmp_path / "out")
+    text = write_comparison_report(tmp_path / "out").read_text()
+    assert "18 of 18 cells are finished." in text
+    assert "bits 4: best without data ZS-CGAN, qat: 95.00 % (95 % interval 92.86 to 97.14); float 98.50 %" in text
+    assert "digits: accuracy against size and time" in text
+    assert text.count(">ZS-CGAN</text>") == 2  # in both legends
+    assert text.count(">ptq 8</text>") >= 2
+    assert "Missing cells" not in text
+    (tmp_path / "out" / "cells" / "digits" / "noise" / "ptq-8" / "seed0" / "predictions.npz").write_bytes(b"PK")
+    text = write_comparison_report(tmp_path / "out").read_text()
+    assert "17 of 18 cells are finished." in text
+    assert "<li>digits/noise/ptq-8/seed0</li>" in text
+
+
+def test_the_report_of_nothing_finished_has_no_empty_table(grid, tmp_path):
+    _, _, folder = grid
+    shutil.copytree(folder, tmp_path / "out")
+    (tmp_path / "out" / "cells.jsonl").unlink()
+    text = write_comparison_report(tmp_path / "out").read_text()
+    assert "0 of 18 cells are finished." in text
+    assert "<table>" not in text
+    assert text.count("<li>digits/") == 18

@@ -5,7 +5,7 @@ import torch
 
 from zsq.models import teacher as teachers
 from zsq.quantization import PTQ
-from zsq.quantization.layer_report import layer_reports
+from zsq.quantization.layer_report import layer_reports, measured_images
 from zsq.quantization.ptq import quantize_ptq
 from zsq.training.loop import Run
 from zsq.types import Batch
@@ -24,6 +24,20 @@ def reports(bits: str, images: torch.Tensor):
 @pytest.fixture(scope="module")
 def images() -> torch.Tensor:
     return torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_large_networks_are_measured_on_fewer_images() -> None:
+    assert measured_images(22, 32 * 32) > 100
+    assert measured_images(54, 224 * 224) == 1
+    assert measured_images(0, 0) > 0
+
+
+def test_statistics_are_those_of_all_images(images: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = reports("8", images)
+    monkeypatch.setattr("zsq.quantization.layer_report.WORK", 1)
+    found = reports("8", images)
+    assert [layer.batch_norm_gap for layer in found] == [layer.batch_norm_gap for layer in wanted]
+    assert [layer.sqnr for layer in found] != [layer.sqnr for layer in wanted]
 
 
 def test_each_layer_is_measured_and_the_student_left_as_it_was(images: torch.Tensor) -> None:

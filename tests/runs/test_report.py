@@ -14,8 +14,8 @@ from test_record import record
 from zsq.errors import InputError
 from zsq.evaluation.accuracy import Evaluation
 from zsq.quantization.coverage import Coverage
-from zsq.reports.html import REPORT
-from zsq.runs.record import Record, SampleAgreement
+from zsq.reports.html import REPORT, Gallery, Section
+from zsq.runs.record import Latency, Record, SampleAgreement
 from zsq.runs.report import page_of, verdict_of, write_report
 from zsq.runs.settings_file import SETTINGS
 from zsq.runtime.checksums import sealed_values
@@ -117,6 +117,59 @@ def test_warnings_say_what_to_do(tmp_path: Path) -> None:
     assert "--quantizer ptq" in second
 
 
+def test_size_and_latency_stand_beside_those_of_the_float_file(tmp_path: Path) -> None:
+    given = record(latency=Latency(file=0.5, float_file=1.0, float_bytes=8192, float_runtime="onnxruntime"))
+    size = given.artifacts[given.file].bytes
+    given.write(tmp_path)
+    text = write_report(tmp_path).read_text()
+    assert f"2.00 times as fast, {8192 / size:.2f} times smaller" in text
+    assert "0.5 ms" in text
+    record(latency=Latency(file=0.5, note="the float network has no file <b>")).write(tmp_path)
+    text = write_report(tmp_path).read_text()
+    assert "times as fast" not in text
+    assert "the float network has no file &lt;b&gt;." in text
+
+
+def with_samples(folder: Path, **changed: Any) -> Path:
+    Image.new("RGB", (3 * 34, 2 * 34), "green").save(folder / "samples.png")
+    content = {"rows": 2, "columns": 3, "labels": [0, 7], "seen": [[0, 7], [0, None]], "names": {"0": EVIL}} | changed
+    (folder / "samples.json").write_text(json.dumps(content))
+    return folder
+
+
+def samples_of(folder: Path) -> Section:
+    (section,) = [section for section in page_of(folder).sections if section.title == "Samples"]
+    return section
+
+
+def test_samples_are_shown_beside_the_class_that_the_network_sees(tmp_path: Path) -> None:
+    section = samples_of(with_samples(folder_with(tmp_path)))
+    (gallery,) = section.blocks
+    assert isinstance(gallery, Gallery)
+    assert [(title, note) for title, note, _ in gallery.rows] == [
+        (EVIL, "1 of 2 recognised"),
+        ("class 7", "0 of 1 recognised"),
+    ]
+    captions = [[(tile.caption, tile.marked) for tile in shown] for _, _, shown in gallery.rows]
+    assert captions == [[(EVIL, False), ("✗ class 7", True)], [(f"✗ {EVIL}", True)]]
+    assert "ten spread evenly" in section.note
+    assert EVIL not in write_report(tmp_path).read_text()
+
+
+def test_maps_of_classes_have_rows_without_captions(tmp_path: Path) -> None:
+    (gallery,) = samples_of(with_samples(folder_with(tmp_path), seen=[])).blocks
+    assert isinstance(gallery, Gallery)
+    assert [len(shown) for _, _, shown in gallery.rows] == [3, 3]
+    assert not any(tile.caption for _, _, shown in gallery.rows for tile in shown)
+
+
+@pytest.mark.parametrize("damaged", [{"rows": 0}, {"rows": 7}, {"labels": "ab"}, {"seen": [[0]]}])
+def test_samples_that_do_not_fit_together_are_said(tmp_path: Path, damaged: dict[str, Any]) -> None:
+    missing = page_of(with_samples(folder_with(tmp_path), **damaged)).sections[0]
+    assert missing.title == "What is missing"
+    assert any("samples." in line for line in missing.blocks[0].lines)  # type: ignore[union-attr]
+
+
 PROBE = """<script>
 const button = [...document.querySelectorAll("th button")].find(b => b.textContent === "how much");
 const column = () => [...button.closest("table").tBodies[0].rows].map(row => row.cells[1].textContent.trim());
@@ -133,7 +186,7 @@ def test_a_browser_shows_it(tmp_path: Path) -> None:
     if browser is None:
         pytest.skip("no Chromium is installed")
     covered = Coverage(quantized_weights=1, quantized_operations=1, float_operations={"a": 2.0, "b": 10.0, "c": 1.0})
-    path = write_report(folder_with(tmp_path, coverage=covered))
+    path = write_report(with_samples(folder_with(tmp_path, coverage=covered)))
     path.write_text(path.read_text().replace("</body>", PROBE + "</body>"))
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", "--window-size=500,900"]
     flags += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--v=0", "--dump-dom"]

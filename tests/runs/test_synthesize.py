@@ -43,7 +43,15 @@ def test_images_can_be_read_as_a_data_set(tmp_path, request, name, count):
     written = synthesize(teacher, out=tmp_path / "images", count=count, settings=TINY)
     assert written == [tmp_path / "images" / "images.npz", tmp_path / "images" / "samples.png"]
     assert {path.name for path in (tmp_path / "images").iterdir()} == {
-        *("images.npz", "samples.png", "settings.toml", "generator.safetensors", "metrics.jsonl", "checkpoints")
+        *(
+            "images.npz",
+            "samples.png",
+            "samples.json",
+            "settings.toml",
+            "generator.safetensors",
+            "metrics.jsonl",
+            "checkpoints",
+        )
     }
     spec = teacher.spec
     with np.load(written[0]) as stored:

@@ -1,25 +1,26 @@
 """The report of a comparison, made from its folder alone; nothing here runs a network."""
 
-import zipfile
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from zsq.comparison.digests import digest
-from zsq.comparison.layout import Layout
+from zsq.comparison.layout import Layout, read_predictions
 from zsq.comparison.lines import CellLine, Drawn, Quantized, Skipped, read_lines
 from zsq.comparison.recipe import Cell, TeacherEntry, cells, read_recipe
 from zsq.comparison.result import Comparison
 from zsq.comparison.statistics import Group
 from zsq.comparison.tables import claims_table, costs_table, gaps_table, main_table
+from zsq.errors import InputError
 from zsq.evaluation.measures import CONFIDENCE_Z
 from zsq.reports import html
 from zsq.reports.html import REPORT, Drawings, Lines, Page, Point, Section
 from zsq.reports.text_tables import TextTable
 
-UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
-"""What reading predictions that are missing or damaged raises."""
+MOST_REASONS = 6
+"""Networks and widths of which the first screen names the best file; the table has them all."""
 
 
 def write_comparison_report(folder: Path) -> Path:
@@ -46,29 +47,51 @@ def _counts(cell: Cell, line: CellLine, layout: Layout) -> bool:
     if not isinstance(line.outcome, Quantized):
         return isinstance(line.outcome, Skipped) or layout.result(cell).exists()
     try:
-        with np.load(layout.predictions(cell)) as arrays:
-            return bool(arrays["predictions"].shape == arrays["labels"].shape)
-    except UNREADABLE:
+        read_predictions(layout.predictions(cell))
+    except InputError:
         return False
+    return True
 
 
 def _page(comparison: Comparison, missing: list[str]) -> Page:
     recipe, outcomes = comparison.recipe, comparison.outcomes
     count = len(cells(recipe))
-    reasons = [f"{verdict.claim.label or 'claim'}: {verdict.word}." for verdict in outcomes.verdicts()]
+    reasons = list(itertools.islice(_best(comparison), MOST_REASONS))
+    reasons += [f"{verdict.claim.label or 'claim'}: {verdict.word}." for verdict in outcomes.verdicts()]
     done = f"{sum(line.status == 'finished' for line in comparison.lines.values())} of {count} cells are finished."
     title = f"zsq: {recipe.title}"
     return Page(title, comparison.folder.name, "weak", done, tuple(reasons), tuple(_sections(comparison, missing)))
 
 
+def _best(comparison: Comparison) -> Iterator[str]:
+    """Yield the best data-free file of each network and width in words."""
+    outcomes = comparison.outcomes
+    titles = {method.label: method.title for method in comparison.recipe.methods}
+    for teacher in comparison.recipe.teachers:
+        for bits in outcomes.bits:
+            found = {
+                f"{titles[method]}, {quantizer}": group
+                for (label, method, quantizer, width), group in outcomes.groups.items()
+                if (label, width) == (teacher.label, bits) and group.data_free
+            }
+            if found:
+                name, best = max(found.items(), key=lambda item: item[1].mean)
+                low, high = _interval(best)
+                top1 = f"{best.mean:.2f} % (95 % interval {low:.2f} to {high:.2f})"
+                yield f"{teacher.title}, bits {bits}: best without data {name}: {top1}; float {best.float_top1:.2f} %."
+
+
 def _sections(comparison: Comparison, missing: list[str]) -> Iterator[Section]:
     recipe, outcomes = comparison.recipe, comparison.outcomes
-    if recipe.quantizers:
+    if outcomes.groups:
         note = "Top-1 in percent of the quantized files. DF: data-free; DD: made with real images."
         yield Section("Accuracy", (_table(main_table(outcomes)),), note)
     for teacher in recipe.teachers:
         if drawings := _drawings(comparison, teacher):
-            note = "Labels: quantizer and bits. Intervals of 95 % are about other test images, not about other seeds."
+            note = (
+                "Labels: quantizer and bits. Intervals of 95 % are about other test images, not about other seeds. "
+                "Marks of one place stand beside each other."
+            )
             yield Section(f"{teacher.title}: accuracy against size and time", (drawings,), note)
     for title, found in (("Claims", claims_table(outcomes)), ("Share of the gap", gaps_table(outcomes))):
         if found is not None:
@@ -111,19 +134,19 @@ def _drawings(comparison: Comparison, teacher: TeacherEntry) -> Drawings | None:
         "size of the file, KiB": lambda group: group.model_bytes / 1024,
         "fit and quantization, seconds": lambda group: group.fit_seconds + group.cell_seconds,
     }
+    groups = {key[1:]: group for key, group in comparison.outcomes.groups.items() if key[0] == teacher.label}
+    if not groups:
+        return None
+    titles = {method.label: method.title for method in comparison.recipe.methods}
     drawings = []
     level = comparison.outcomes.float_top1(teacher)
     for x_label, place in axes.items():
-        series: dict[str, list[Point]] = {}
-        for (label, method, quantizer, bits), group in comparison.outcomes.groups.items():
-            if label == teacher.label:
-                low, high = _interval(group)
-                point = Point(place(group), group.mean, low, high, f"{quantizer} {bits}")
-                series.setdefault(method, []).append(point)
-        if series:
-            drawn = html.scatter("top-1, %", x_label, series, None if level is None else ("float", level))
-            drawings.append(drawn)
-    return Drawings(tuple(drawings)) if drawings else None
+        series: dict[str, list[Point]] = {title: [] for title in titles.values()}
+        for (method, quantizer, bits), group in groups.items():
+            low, high = _interval(group)
+            series[titles[method]].append(Point(place(group), group.mean, low, high, f"{quantizer} {bits}"))
+        drawings.append(html.scatter("top-1, %", x_label, series, None if level is None else ("float", level)))
+    return Drawings(tuple(drawings))
 
 
 def _interval(group: Group) -> tuple[float, float]:

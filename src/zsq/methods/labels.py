@@ -58,6 +58,16 @@ def placed(labels: Tensor, logits: Tensor) -> Tensor:
     return F.interpolate(labels[:, None].float(), logits.shape[2:], mode="nearest").long()[:, 0]
 
 
+def class_logits(spec: ImageSpec, answers: Tensor) -> Tensor | None:
+    """Return the logits [N, classes, ...] of a network's answers [N, K] that labels are of; None without classes."""
+    if spec.classes == 0:
+        return None
+    if not spec.outputs:
+        return answers
+    index = spec.outputs.index(next(output for output in spec.outputs if output.kind == "classes"))
+    return two_sided(Answers(spec.outputs).parts(answers)[index])
+
+
 def label_terms(spec: ImageSpec, answers: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Return the loss of wanted labels, `ce`, in nats, and the percentage recognised; nothing without classes.
 
@@ -66,12 +76,9 @@ def label_terms(spec: ImageSpec, answers: Tensor, labels: Tensor) -> dict[str, T
         answers: the teacher's, [N, K].
         labels: int64 [N] or maps [N, ...], as `draw_labels` makes them.
     """
-    if spec.classes == 0:
+    logits = class_logits(spec, answers)
+    if logits is None:
         return {}
-    logits = answers
-    if spec.outputs:
-        index = spec.outputs.index(next(output for output in spec.outputs if output.kind == "classes"))
-        logits = two_sided(Answers(spec.outputs).parts(answers)[index])
     wanted = placed(labels, logits)
     recognised = (logits.detach().argmax(1) == wanted).float().mean() * 100
     return {"ce": F.cross_entropy(logits, wanted), "label_recognition": recognised}

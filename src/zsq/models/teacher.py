@@ -56,6 +56,8 @@ class Teacher:
     """Hash over the sorted state dict (name, dtype, shape, bytes), whatever file it came from."""
     weights_file: str | None = None
     """Where the weights lay, where they are a file of the user's: an absolute path."""
+    class_names: tuple[str, ...] = ()
+    """Names of the classes in the network's order; empty where they are not known."""
 
     def to(self, device: torch.device | str) -> "Teacher":
         """Return the same teacher on another device; this one stays where it is."""
@@ -147,13 +149,19 @@ def load(network: Network) -> Teacher:
         said = {"classes": network.classes, "channels": network.input[0] if network.input else None}
         load_weights(net, Path(weights), spec, said)
         source = Path(weights).name
-    teacher = _teacher(net, spec, model, source)
+    teacher = replace(_teacher(net, spec, model, source), class_names=_bundled_names(model, spec))
     if weights not in (None, "random"):
         teacher = replace(teacher, weights_file=str(Path(str(weights)).absolute()))
     unit = not any(spec.mean) and set(spec.std) == {1.0}
     if spec.is_image and unit and network.mean is None and network.std is None:
         logger.info("pixels go into the network as they are, from 0 to 1; --mean and --std normalise them")
     return teacher
+
+
+def _bundled_names(model: str, spec: ImageSpec) -> tuple[str, ...]:
+    """Return the names of a bundled network's classes; none of others."""
+    names = zoo.BUNDLED[model].class_names if model in zoo.BUNDLED else ()
+    return names if len(names) == spec.classes else ()
 
 
 def teacher_from_module(

@@ -41,6 +41,15 @@ class LayerReport:
     """Percent: how far the answers move when this layer alone is rounded, over the sum of that over all layers."""
 
 
+WORK = 3_000_000
+"""Positions of inputs, times layers, on which damage and noise are measured: some seconds on one core."""
+
+
+def measured_images(layers: int, positions: int) -> int:
+    """Return on how many images of so many positions damage and noise are measured: one at least."""
+    return max(1, WORK // max(1, layers * positions))
+
+
 @torch.no_grad()
 def layer_reports(student: Student, network: GraphModule, images: Tensor) -> tuple[LayerReport, ...]:
     """Measure each layer of a calibrated student against the same student with its quantizers off.
@@ -48,17 +57,19 @@ def layer_reports(student: Student, network: GraphModule, images: Tensor) -> tup
     Args:
         student: its quantizers on; left so.
         network: the float graph with its batch norms.
-        images: [N, C, H, W] on the student's device, at least one.
+        images: [N, C, ...] on the student's device, at least one. All of them give the statistics; of damage and noise,
+            which take a pass a layer, see `measured_images`.
     """
     layers = prepared_layers(student.network)
+    few = images[: measured_images(len(layers), images[0, 0].numel())]
     behind = {layer: _activation_behind(student.network, layer) for layer in layers}
     gaps = _gaps(network, images)
     was_training = student.training
     student.eval()
     try:
         measured = {name: _Noise(student.network.get_submodule(name)) for name in behind.values() if name}
-        damages = _damages(student, layers, behind, images)
-        for image in images.split(1):
+        damages = _damages(student, layers, behind, few)
+        for image in few.split(1):
             for mode, take in (("off", "keep"), ("quantize", "compare")):
                 set_mode(student, mode)  # type: ignore[arg-type]
                 with _watched(measured, take):

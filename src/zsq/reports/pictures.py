@@ -49,38 +49,51 @@ def rows_of_images(
         labels: of the rows, int64 [rows], each once; None takes those of `grid_labels`.
         columns: images a row.
     """
+    return as_rows(*images_in_rows(source, spec, labels, columns), spec, columns)
+
+
+def images_in_rows(
+    source: _Sampler, spec: ImageSpec, labels: Tensor | None = None, columns: int = GRID_COLUMNS
+) -> tuple[Tensor, Tensor]:
+    """Return a network's inputs [rows x columns, C, ...], one row a label, and which places have one, bool; arguments
+    as of `rows_of_images`."""
     if spec.classes == 0:
-        return _any_images(source, spec, columns)
+        return _any_images(source, columns)
     labels = grid_labels(spec.classes) if labels is None else labels
     asked = source.sample_labels(labels.repeat_interleave(columns))
     if asked is not None:
-        return _in_rows(as_pictures(asked.cpu(), spec), len(labels))
-    size = as_pictures(torch.zeros(1, *spec.shape), spec).shape[1:]
-    grid = torch.zeros(len(labels), columns, *size, dtype=torch.uint8)
+        return asked, torch.ones(len(asked), dtype=torch.bool)
+    images = torch.zeros(len(labels) * columns, *spec.shape)
+    known = torch.zeros(len(images), dtype=torch.bool)
     filled = [0] * len(labels)
     row_of = {int(label): row for row, label in enumerate(labels)}
     for batch in source.sample(SEARCHED):
+        images = images.to(batch.images.device)
         shown = batch.labels if batch.labels.dim() == 1 else batch.labels.flatten(1).mode(1).values
-        for pixels, label in zip(as_pictures(batch.images.cpu(), spec), shown.tolist(), strict=True):
+        for image, label in zip(batch.images, shown.tolist(), strict=True):
             row = row_of.get(label)
             if row is not None and filled[row] < columns:
-                grid[row, filled[row]] = pixels
+                place = row * columns + filled[row]
+                images[place], known[place] = image, True
                 filled[row] += 1
         if min(filled) == columns:
             break
-    return grid
+    return images, known
 
 
-def _any_images(source: _Sampler, spec: ImageSpec, columns: int) -> Tensor:
-    """Return images of a network without classes, uint8 [rows, columns, H, W, C], as they come."""
+def _any_images(source: _Sampler, columns: int) -> tuple[Tensor, Tensor]:
+    """Return inputs of a network without classes as they come, [rows x columns, C, ...], and that all are there."""
     shown = columns * columns // 2
-    found = torch.cat([as_pictures(batch.images.cpu(), spec) for batch in source.sample(shown)])[:shown]
-    rows = max(1, len(found) // columns)
-    return _in_rows(found[: rows * columns], rows)
+    found = torch.cat([batch.images for batch in source.sample(shown)])[:shown]
+    images = found[: max(1, len(found) // columns) * columns]
+    return images, torch.ones(len(images), dtype=torch.bool)
 
 
-def _in_rows(pictures: Tensor, rows: int) -> Tensor:
-    return pictures.view(rows, -1, *pictures.shape[1:])
+def as_rows(images: Tensor, known: Tensor, spec: ImageSpec, columns: int = GRID_COLUMNS) -> Tensor:
+    """Return inputs [rows x columns, C, ...] as pictures, uint8 [rows, columns, H, W, C]; black where none is known."""
+    pictures = as_pictures(images.cpu(), spec)
+    pictures[~known] = 0
+    return pictures.view(-1, min(columns, len(pictures)), *pictures.shape[1:])
 
 
 def as_pictures(images: Tensor, spec: ImageSpec) -> Tensor:
@@ -114,12 +127,6 @@ def _sliced(volume: np.ndarray) -> np.ndarray:
     low, high = float(slices.min()), float(slices.max())
     grey = ((slices - low) * (255 / max(high - low, 1e-12))).round().astype(np.uint8)
     return np.block([[grey[0], grey[1]], [grey[2], grey[3]]])[..., None]
-
-
-def save_grid(source: _Sampler, spec: ImageSpec, path: Path) -> None:
-    """Write a PNG with one row a class; more than ten classes show ten spread evenly, and without any they come as
-    they are drawn."""
-    write_grid(rows_of_images(source, spec).numpy(), path)
 
 
 def write_grid(images: np.ndarray, path: Path) -> None:

@@ -1,6 +1,7 @@
 """Fit the schedule into a wall-clock time: measure the steps first, then choose how many."""
 
 import logging
+import math
 import re
 import time
 from bisect import bisect_right
@@ -14,9 +15,10 @@ import torch
 
 from zsq.errors import InputError
 from zsq.models.teacher import Teacher
+from zsq.quantization.layer_report import measured_images
 from zsq.quantization.ptq import quantize_ptq
 from zsq.runs.settings import Settings
-from zsq.runs.stages import AGREEMENT_IMAGES, ENOUGH_DECIDED, measured_on
+from zsq.runs.stages import AGREEMENT_IMAGES, ENOUGH_DECIDED, LAYER_IMAGES, measured_on
 from zsq.runtime import distributed
 from zsq.runtime.cuda_graphs import forgetting
 from zsq.runtime.memory import kept_memory
@@ -64,6 +66,10 @@ CALIBRATION, CHECK, SAMPLES, EVALUATION = 3.5, 12.0, 2.5, 2.5
 """What an image costs in each part, over what it costs the float network (measured on MobileNetV2): two observing
 passes; simulation and file, both in two ways, for each decided image; recognition and agreement; float network,
 simulation, file and the reading of the image."""
+
+LAYER_PASS, GRID_IMAGES, FLOAT_FILE_SECONDS = 2.0, 100, 2.0
+"""What the report takes: an image's pass through a student with its quantizers off, over the float network's; images of
+`samples.png`; writing the float network and timing it."""
 
 STEPS_A_ROUND = 4
 """Generator steps that are timed together: of large images, one of four is whole and costs thrice."""
@@ -213,6 +219,9 @@ def measured(settings: Settings, teacher: Teacher, run: Run, budget_seconds: flo
     if distiller is not None:
         distill_seconds = seconds_each(partial(probe.take, distiller), at_least_seconds=patience)
     layers = sum(1 for name, _ in student.network.named_children() if name.startswith("weight_"))
+    positions = math.prod(teacher.spec.sides)
+    shown = LAYER_PASS * min(LAYER_IMAGES, measured_images(layers, positions)) * (layers + 3) + GRID_IMAGES
+    fixed += forward / count * shown + FLOAT_FILE_SECONDS
     fixed += EXPORT_SECONDS_PER_LAYER * layers + time.perf_counter() - begin
     size = sum(value.numel() * value.element_size() for value in source.state_dict().values())
     return Costs(fit_seconds, distill_seconds, forward / count, fixed, size)

@@ -17,6 +17,7 @@ ARTIFACTS = (
     "model.pt2",
     "metrics.jsonl",
     "samples.png",
+    "samples.json",
     "result.json",
 )
 """Files of a run's folder, beside `checkpoints/`; other targets have a file of another name."""

@@ -28,6 +28,7 @@ from zsq.runs.stages import (
     evaluate_file,
     fit,
     measure_agreement,
+    measure_latency,
     measure_layers,
     measure_recognition,
     quantize_network,
@@ -115,7 +116,8 @@ def finish(job: Job, surrogate: Surrogate, recognition: float | None, watch: Sto
         verification, covered = watch.timed("export", lambda: write_and_check(job, student, surrogate))
         evaluation = watch.timed("evaluate", lambda: evaluate_file(job, student))
         samples = watch.timed("samples", lambda: measure_agreement(job, surrogate))
-        layers, latency = watch.timed("layers", lambda: measure_layers(job, surrogate, student))
+        layers = watch.timed("layers", lambda: measure_layers(job, surrogate, student))
+        latency = watch.timed("latency", lambda: measure_latency(job))
         record = _record(job, surrogate, student, verification, covered, evaluation, samples, recognition, watch)
         record = replace(record, layers=layers, latency=latency)
         _check_whole(job, record)

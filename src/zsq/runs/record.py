@@ -52,14 +52,18 @@ class SampleAgreement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Latency:
-    """Milliseconds for one image, medians; measured once and briefly, so that other load on the machine shows."""
+    """Milliseconds for one image on one thread, medians; measured once and briefly, so that other load shows."""
 
     file: float
     """Of the file in its target's runtime here."""
-    float_pytorch: float
-    """Of the float network in PyTorch."""
-    threads: int
-    """Threads that both may use."""
+    float_file: float | None = None
+    """Of the float network as an ONNX file, its batch norms folded; None where that was not measured."""
+    float_bytes: int | None = None
+    """Size of that file."""
+    float_runtime: str = ""
+    """Where it ran: `openvino` for files that run there, else `onnxruntime`."""
+    note: str = ""
+    """Why it was not measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,12 +12,29 @@ from PIL import Image
 from zsq.errors import ExportError, InputError
 from zsq.evaluation.accuracy import Evaluation
 from zsq.export.verify import require
-from zsq.reports.html import REPORT, Block, Cell, Drawings, Lines, Page, Section, curve, picture, table, write_page
+from zsq.reports.html import (
+    REPORT,
+    Block,
+    Cell,
+    Drawings,
+    Gallery,
+    Lines,
+    Page,
+    Section,
+    Tile,
+    curve,
+    picture,
+    table,
+    tiles,
+    write_page,
+)
 from zsq.runs.recipe_file import read_toml
 from zsq.runs.record import RECORD, Record
+from zsq.runs.samples import SAMPLES, SampleGrid
 from zsq.runs.settings_file import SETTINGS
-from zsq.runs.stages import LOW_RECOGNITION, SAMPLES
+from zsq.runs.stages import LOW_RECOGNITION
 from zsq.runs.summary import figure, summary_rows
+from zsq.targets import target_of
 from zsq.training.checkpoints import METRICS
 
 CLOSE = 1.0
@@ -67,7 +84,7 @@ def page_of(folder: Path) -> Page:
         *_curves(folder, missing),
         *_layers(record),
     ]
-    sections += [*_floats(record), *_origin(folder, settings, record)]
+    sections += [*_floats(record), *_run(record), *_origin(folder, settings, record)]
     if missing:
         sections.insert(0, Section("What is missing", (Lines(tuple(missing)),)))
     name = record.model if record else str(settings.get("teacher", {}).get("model", folder.name))
@@ -172,7 +189,7 @@ def _share(value: float | None, interval: tuple[float, float] | None = None) -> 
 
 
 def _of_record(record: Record | None) -> Iterator[Section]:
-    """Yield float against file, and the run in words."""
+    """Yield float against file."""
     if record is None:
         return
     rows: list[list[Cell | str]] = [
@@ -188,29 +205,83 @@ def _of_record(record: Record | None) -> Iterator[Section]:
     ]
     blocks: list[Block] = [table(head, rows)] if rows and not measures else []
     blocks += [table(["network", "output", "measure", "against", "value"], measures)] if measures else []
-    rest: list[list[Cell | str]] = [[name, text] for name, text in summary_rows(record)]
-    if (took := record.latency) is not None:
-        text = (
-            f"{took.file:.2f} ms for one image on this machine, {took.threads} threads; the float network in PyTorch "
-        )
-        rest.append(["latency", text + f"{took.float_pytorch:.2f} ms. Measured once, briefly."])
-    blocks.append(table(["", "this run"], rest))
-    yield Section("Float against file", tuple(blocks))
+    blocks += _deployed(record)
+    if blocks:
+        yield Section("Float against file", tuple(blocks))
+
+
+def _run(record: Record | None) -> Iterator[Section]:
+    """Yield the run in words."""
+    if record is not None:
+        yield Section("The run", (table(["", "value"], list(map(list, summary_rows(record)))),))
+
+
+def _deployed(record: Record) -> Iterator[Block]:
+    """Yield size and latency of the file and of the float network."""
+    if (took := record.latency) is None or record.file not in record.artifacts:
+        return
+    size = record.artifacts[record.file].bytes
+    own = target_of(record.target).runs_in
+    rows: list[list[Cell | str]] = [[record.file, *_deployment(size, took.file), Cell("-"), own]]
+    if took.float_file is not None and took.float_bytes is not None:
+        times = took.float_file / max(took.file, 1e-9)
+        rows[0][3] = Cell(f"{times:.2f} times as fast, {took.float_bytes / size:.2f} times smaller")
+        rows.append(["float", *_deployment(took.float_bytes, took.float_file), Cell(""), took.float_runtime])
+    yield table(["one image, one thread", "size", "latency", "against float", "runtime"], rows)
+    note = ("Measured once and briefly on the machine of the run.", *([f"{took.note}."] if took.note else []))
+    yield Lines(note)
+
+
+def _deployment(size: int, milliseconds: float) -> tuple[Cell, Cell]:
+    return Cell(f"{size / 1024:,.0f} KiB", size), Cell(f"{milliseconds:.3g} ms", milliseconds)
 
 
 def _samples(folder: Path, missing: list[str]) -> Iterator[Section]:
     path = folder / SAMPLES
-    try:
-        with Image.open(path) as image:
-            image.verify()
-    except FileNotFoundError:
+    if not path.exists():
         return
+    grid = None
+    try:
+        grid = SampleGrid.read(folder)
+    except InputError as error:
+        missing.append(str(error))
+    title = "Images that stood in for the training data"
+    try:
+        if grid is None or not grid.labels:
+            with Image.open(path) as image:
+                image.verify()
+            yield Section("Samples", (picture(path, "synthetic images"),), f"{title}.")
+            return
+        shown = len(grid.seen[0]) if grid.seen else grid.columns
+        found = tiles(path, grid.rows, grid.columns, shown)
     except (OSError, SyntaxError, ValueError) as error:
         missing.append(f"{SAMPLES} cannot be read: {error}.")
         return
-    shown = picture(path, "synthetic images")
-    note = "Images that stood in for the training data: a row a class, of up to ten spread evenly, where there are any."
-    yield Section("Samples", (shown,), note)
+    rows = tuple(_sample_row(grid, row, sources) for row, sources in enumerate(found))
+    spread = "" if grid.labels == tuple(range(len(rows))) else "; of all classes, ten spread evenly"
+    note = f"{title}, a row a class{spread}."
+    if grid.seen:
+        note += " Below each, the class that the float network sees, with a cross where it is another one."
+    yield Section("Samples", (Gallery(rows),), note)
+
+
+def _sample_row(grid: SampleGrid, row: int, sources: list[str]) -> tuple[str, str, tuple[Tile, ...]]:
+    """Return a class, how many of its images the network recognises, and the images."""
+
+    def name(label: int) -> str:
+        return grid.names.get(label, f"class {label}")
+
+    wanted = grid.labels[row]
+    if not grid.seen:
+        return name(wanted), "", tuple(Tile(source) for source in sources)
+    found = [
+        Tile(source, name(seen) if seen == wanted else f"✗ {name(seen)}", marked=seen != wanted)
+        for source, seen in zip(sources, grid.seen[row], strict=True)
+        if seen is not None
+    ]
+    if not found:
+        return name(wanted), "no such image was drawn", ()
+    return name(wanted), f"{sum(not tile.marked for tile in found)} of {len(found)} recognised", tuple(found)
 
 
 def _curves(folder: Path, missing: list[str]) -> Iterator[Section]:

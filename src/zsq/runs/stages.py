@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -12,12 +13,16 @@ import torch
 from torch import Tensor
 
 from zsq.data.datasets import DataSet, EvenSubset
-from zsq.errors import InputError, NumericsError
+from zsq.errors import InputError, NumericsError, ZsqError
 from zsq.evaluation.accuracy import Evaluation, Predict, evaluate_many
 from zsq.export.converted import output_step
 from zsq.export.files import float_operators, open_file, require_runtime, write_file
+from zsq.export.float_onnx import write_float_onnx
+from zsq.export.onnx_runtime import OnnxClassifier
+from zsq.export.openvino import OpenVinoClassifier
 from zsq.export.pt2 import write_pt2
 from zsq.export.verify import Verification, verify_file
+from zsq.graph.trace import FOREIGN_FAULTS, described
 from zsq.methods import Surrogate
 from zsq.methods.labels import label_terms
 from zsq.quantization import PTQ
@@ -27,10 +32,10 @@ from zsq.quantization.layer_report import LayerReport, layer_reports
 from zsq.quantization.prepare import Bits, Student, mean_weight_bits
 from zsq.quantization.ptq import quantize_ptq
 from zsq.quantization.quantizers import answered_shaken
-from zsq.reports.pictures import save_grid
 from zsq.runs.fitted import GENERATOR
 from zsq.runs.job import Job
 from zsq.runs.record import Latency, SampleAgreement
+from zsq.runs.samples import SAMPLES, keep_samples
 from zsq.runtime import distributed
 from zsq.runtime.files import load_tensors, replacing, save_tensors
 from zsq.runtime.versions import versions
@@ -38,7 +43,7 @@ from zsq.targets import Target
 from zsq.training.loop import LOWER_RATE
 from zsq.types import Batch, ImageSpec, SampleSource
 
-PROGRAM, SAMPLES = "model.pt2", "samples.png"
+PROGRAM = "model.pt2"
 
 PREDICTIONS = "predictions.npz"
 """File of predicted and true classes, int32 [N] each."""
@@ -51,8 +56,11 @@ AGREEMENT_IMAGES = 500
 LEAST_IMAGES = 100
 """Samples on which something is measured at most; as many as calibrate are enough, and no fewer than this."""
 
-FEW, FEW_LARGE = 32, 4
-"""Samples on which layers are measured; large ones have more positions."""
+LAYER_IMAGES = 32
+"""Samples on which layers are measured at most."""
+
+LARGEST_FLOAT = 2**28
+"""Bytes of weights above which no float file is written to compare with."""
 
 LEAST_CALLS, MOST_CALLS, MOST_SECONDS = 3, 50, 0.3
 """Calls from which a latency is taken, and seconds after which no more are made."""
@@ -88,7 +96,7 @@ def fit(job: Job) -> Surrogate:
     if distributed.is_main():
         _keep_generator(job, surrogate)
         if surrogate.statistics is None and not (job.folder / SAMPLES).exists():
-            save_grid(surrogate.source, job.teacher.spec, job.folder / SAMPLES)
+            keep_samples(surrogate.source, job.teacher, job.folder)
     return surrogate
 
 
@@ -338,17 +346,36 @@ def _warn_of_agreement(job: Job, agreement: float, classes: int, *, meaningful: 
         )
 
 
-def measure_layers(job: Job, surrogate: Surrogate, student: Student) -> tuple[tuple[LayerReport, ...], Latency | None]:
-    """Return what rounding does to each layer on a few samples, and how long file and float network take for one."""
+def measure_layers(job: Job, surrogate: Surrogate, student: Student) -> tuple[LayerReport, ...]:
+    """Return what rounding does to each layer on a few samples."""
     if not job.outputs.layers:
-        return (), None
-    spec = job.teacher.spec
-    count = min(FEW_LARGE if spec.is_large else FEW, spec.images_at_once)
+        return ()
+    count = min(LAYER_IMAGES, job.teacher.spec.images_at_once)
     images = torch.cat([batch.images for batch in surrogate.source.sample(count, count)])[:count].to(job.run.device)
-    one, threads = images[:1], torch.get_num_threads()
-    file, in_pytorch = (_milliseconds(predict, one) for predict in (opened_file(job), job.teacher.network))
-    latency = Latency(file=file, float_pytorch=in_pytorch, threads=threads)
-    return layer_reports(student, job.teacher.network, images), latency
+    return layer_reports(student, job.teacher.network, images)
+
+
+def measure_latency(job: Job) -> Latency | None:
+    """Return how long the file and the float network as a file take for one image, on one thread."""
+    if not job.outputs.layers:
+        return None
+    image = torch.randn(1, *job.teacher.spec.shape, generator=torch.Generator().manual_seed(job.run.seed))
+    known = Latency(file=_milliseconds(open_file(job.file, threads=1), image))
+    teacher = job.teacher.to("cpu")
+    size = sum(value.numel() * value.element_size() for value in teacher.network.state_dict().values())
+    if size > LARGEST_FLOAT:
+        return replace(known, note=f"a float file of {size // 2**20} MiB takes long to write")
+    runtime = "openvino" if job.target.runs_in == "openvino" else "onnxruntime"
+    open_float = OpenVinoClassifier if runtime == "openvino" else OnnxClassifier
+    try:
+        with tempfile.TemporaryDirectory(prefix="zsq-") as folder:
+            path = Path(folder) / "float.onnx"
+            write_float_onnx(teacher.network, teacher.spec, path)
+            took = _milliseconds(open_float(path, threads=1), image)
+            return replace(known, float_file=took, float_bytes=path.stat().st_size, float_runtime=runtime)
+    except (ZsqError, *FOREIGN_FAULTS) as error:
+        logger.debug("the float network was not timed", exc_info=True)
+        return replace(known, note=f"the float network has no file to compare with: {described(error)}")
 
 
 @torch.no_grad()

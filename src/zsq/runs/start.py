@@ -75,6 +75,10 @@ def started(
         if check is not None:
             check(teacher)
         images = None if data is None else open_dataset(os.fspath(data), teacher.spec, class_names=class_names)
+        facts: dict[str, Any] = {"data": data if data is None else os.fspath(data)}
+        if class_names is not None:
+            facts["class_names"] = class_list(class_names, teacher.spec.classes)
+            teacher = replace(teacher, class_names=tuple(facts["class_names"]))
         fitted = None if request.from_run is None else FittedRun.open(Path(request.from_run), teacher)
         wanted = wanted_settings(request, quantizer, bits, fitted, flags)
         _check_settings(wanted, teacher, needs_images=needs_images)
@@ -86,9 +90,6 @@ def started(
             for notice in images.notices if images else ():
                 logger.info(notice)
             job = Job(teacher=teacher, run=run, folder=request.folder, settings=wanted, data=images, fitted=fitted)
-            facts: dict[str, Any] = {"data": data if data is None else os.fspath(data)}
-            if class_names is not None:
-                facts["class_names"] = class_list(class_names, teacher.spec.classes)
             resumed = _open_or_resume(job, request)
             begin = time.perf_counter()
             if resumed is None and rehearsed:

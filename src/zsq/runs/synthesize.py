@@ -12,7 +12,8 @@ from zsq.errors import InputError
 from zsq.methods.pool import PoolSource
 from zsq.runs.origin import completed
 from zsq.runs.request import SynthesizeRequest, takes
-from zsq.runs.stages import SAMPLES, fit
+from zsq.runs.samples import SAMPLES
+from zsq.runs.stages import fit
 from zsq.runs.start import started
 from zsq.runtime import distributed
 from zsq.runtime.files import replacing
