@@ -47,8 +47,10 @@ def test_images_can_be_read_as_a_data_set(tmp_path, request, name, count):
     }
     spec = teacher.spec
     with np.load(written[0]) as stored:
-        assert sorted(stored.files) == ["images", "labels"]
+        assert sorted(stored.files) == ["images", "labels", "mean", "std"]
         images, labels = stored["images"], stored["labels"]
+        assert np.array_equal(stored["mean"], np.float32(spec.mean))
+        assert np.array_equal(stored["std"], np.float32(spec.std))
     assert (images.dtype, images.shape) == (np.uint8, (count, spec.height, spec.width, spec.channels))
     assert (labels.dtype, labels.shape) == (np.int64, (count,))
     assert 0 <= labels.min() <= labels.max() < spec.classes
@@ -57,6 +59,21 @@ def test_images_can_be_read_as_a_data_set(tmp_path, request, name, count):
     assert torch.equal(torch.cat([batch.labels for batch in batches]), torch.from_numpy(labels))
     back = torch.cat([spec.to_pixels(batch.images) for batch in batches])
     assert torch.equal(back, torch.from_numpy(images))
+
+
+def test_names_of_classes_lie_beside_the_images(tmp_path):
+    names = ("zero", "one", "two", "three", "four", "fünf", "six", "seven", "eight", "nine")
+    written, _ = synthesize("digits", out=tmp_path / "images", count=2, settings=TINY, class_names=names)
+    with np.load(written) as stored:
+        assert tuple(stored["class_names"]) == names
+    again, _ = synthesize(out=tmp_path / "again", count=2, from_run=tmp_path / "images")
+    with np.load(again) as stored:  # the folder knows them
+        assert tuple(stored["class_names"]) == names
+
+
+def test_too_few_names_of_classes_are_refused(tmp_path, colours):
+    with pytest.raises(InputError, match="class_names has 2 names; the teacher knows 4 classes"):
+        synthesize(colours, out=tmp_path / "images", count=2, settings=TINY, class_names=("red", "green"))
 
 
 @pytest.mark.parametrize(("name", "rows"), [("digits", 10), ("colours", 4)])

@@ -203,6 +203,8 @@ class SynthesizeRequest(Request):
     _: KW_ONLY
     count: int = 1000
     """Number of images."""
+    class_names: Annotated[str | Path | tuple[str, ...] | None, text("FILE", Path), option("FILE")] = None
+    """File with the name of one class a line, in the network's order, to be written beside the images."""
 
     @property
     def made(self) -> str:
