@@ -37,6 +37,7 @@ from zsq.runs.stages import (
     measure_layers,
     measure_recognition,
     quantize_network,
+    warn_of_gap,
     write_and_check,
 )
 from zsq.runs.summary import summary_rows
@@ -157,6 +158,7 @@ def finish(job: Job, surrogate: Surrogate, recognition: float | None, watch: Sto
         evaluation = watch.timed("evaluate", lambda: evaluate_file(job, student))
         samples = watch.timed("samples", lambda: measure_agreement(job, surrogate))
         layers, latency = watch.timed("layers", lambda: measure_layers(job, surrogate, student))
+        warn_of_gap(job, layers)
         record = _record(job, surrogate, student, verification, covered, evaluation, samples, recognition, watch)
         record = replace(record, layers=layers, latency=latency)
         _check_whole(job, record)
