@@ -77,7 +77,8 @@ def write_npz(
                 labels.append(batch.labels.cpu().numpy())
         found = np.concatenate(labels)
         assert len(found) == count, (len(found), count)
-        others = {"labels": found, "mean": np.float32(spec.mean), "std": np.float32(spec.std)}
+        statistics = {"mean": spec.mean, "std": spec.std}
+        others = {"labels": found} | {name: np.array(values, np.float32) for name, values in statistics.items()}
         if class_names:
             others["class_names"] = np.array(class_names)
         for name, values in others.items():
