@@ -82,7 +82,7 @@ def test_a_run_that_lost_its_folder_fails(tmp_path, monkeypatch):
 
 
 def test_no_class_is_refused():
-    with pytest.raises(InputError, match="--classes is 0; it must be at least 1"):
+    with pytest.raises(InputError, match="classes is 0; it must be at least 1"):
         Network(model="x", classes=0, input=(1, 8, 8)).spec_alone()
 
 

@@ -152,7 +152,7 @@ def test_no_images_are_refused(tmp_path, digits, count):
 @pytest.mark.parametrize("name", ["images.npz", "samples.png"])
 def test_a_folder_with_images_is_refused_unless_told(tmp_path, digits, name):
     (tmp_path / name).write_text("kept")
-    with pytest.raises(InputError, match="holds another run; --resume continues it, --overwrite discards it"):
+    with pytest.raises(InputError, match="holds another run; resume=True continues it, overwrite=True discards it"):
         synthesize(digits, out=tmp_path, count=2, method="noise")
     assert (tmp_path / name).read_text() == "kept"
     synthesize(digits, out=tmp_path, count=2, method="noise", overwrite=True)
@@ -162,7 +162,7 @@ def test_a_folder_with_images_is_refused_unless_told(tmp_path, digits, name):
 @pytest.mark.parametrize("place", ["file", "file/below"])
 def test_a_file_in_the_way_is_named(tmp_path, digits, place):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(InputError, match="--out takes a folder"):
+    with pytest.raises(InputError, match="out takes a folder"):
         synthesize(digits, out=tmp_path / place, count=2, method="noise", overwrite=True)
 
 

@@ -27,7 +27,7 @@ from zsq.cli.output import PlainConsole, open_streams
 from zsq.cli.quantize import Quantize
 from zsq.cli.report import Report
 from zsq.cli.synthesize import Synthesize
-from zsq.errors import InputError, LostProcessError, ZsqError
+from zsq.errors import InputError, LostProcessError, ZsqError, speaks_shell
 from zsq.graph.trace import first_line
 from zsq.runs.console import lines_on
 from zsq.runs.origin import lacking, resumed
@@ -79,6 +79,11 @@ def parse(arguments: list[str] | None = None) -> Any:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits 1 on a fault, 2 on wrong usage."""
+    with speaks_shell():
+        _main(arguments)
+
+
+def _main(arguments: list[str] | None) -> None:
     open_streams()
     given = sys.argv[1:] if arguments is None else arguments
     words = [word for word in given if word != DEBUG]
