@@ -294,7 +294,9 @@ NETWORKS: dict[Callable[[], nn.Module], Expected] = {
     EinsumOfValues: Expected((), ("matmul", "mul", "softmax")),
     GroupedEinsum: Expected(("w",), ("einsum",)),
     Attention: Expected((), ("matmul", "matmul: matmul_default_1", "mul", "softmax")),
-    AttentionWithWeights: Expected((), ("bmm in attention", "bmm in attention: bmm_1", "mul", "softmax in attention")),
+    AttentionWithWeights: Expected(
+        (), ("bmm in attention", "bmm in attention: bmm_1", "mul in attention", "softmax in attention")
+    ),
     CausalAttention: Expected((), ("scaled_dot_product_attention",)),
     LearntQuery: Expected((), ("div", "matmul", "softmax")),
     Gru: Expected(tuple(f"gru.{name}" for name, _ in nn.GRU(1, 1).named_parameters()), ("gru in gru",)),

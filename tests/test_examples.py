@@ -1,3 +1,5 @@
+import ast
+import json
 import os
 import subprocess
 import sys
@@ -64,3 +66,26 @@ def test_every_script_imports() -> None:
         check=True,
         env=os.environ | {"PYTHONPATH": path},
     )
+
+
+@pytest.mark.slow
+def test_the_cells_of_the_notebook_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without a Jupyter server: what a cell ends with is shown as a notebook shows it."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    names: dict[str, object] = {}
+    shown = []
+    for cell in json.loads((EXAMPLES / "quantize.ipynb").read_text())["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        assert cell["outputs"] == []  # none is committed
+        tree = ast.parse("".join(cell["source"]).replace('budget="10s"', 'budget="2s"'))
+        last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, "cell", "exec"), names)
+        if last is not None:
+            shown.append(eval(compile(ast.Expression(last.value), "cell", "eval"), names))
+    result, samples, losses, shape, _, report = shown
+    assert "quantized top-1" in result._repr_html_()
+    assert samples._repr_png_().startswith(b"\x89PNG")
+    assert losses._repr_png_().startswith(b"\x89PNG")
+    assert shape == (2, 10)
+    assert report.exists()

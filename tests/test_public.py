@@ -5,6 +5,7 @@
 writes the snapshot anew. A change of it is a change that users of the library meet: it goes into the changelog.
 """
 
+import ast
 import dataclasses
 import inspect
 import json
@@ -51,6 +52,27 @@ def test_names_and_signatures_are_those_promised() -> None:
 
 def test_dir_shows_what_is_promised_and_no_inner_modules() -> None:
     assert set(dir(zsq)) == {*zsq.__all__, "__version__"}
+
+
+def test_importing_zsq_alone_imports_nothing_that_takes_time() -> None:
+    text = (
+        "import sys, zsq, zsq.cli.start; print(*sorted({'torch', 'numpy', 'tyro', 'rich', 'onnx'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", text], check=True, capture_output=True, text=True)
+    assert found.stdout.strip() == ""
+
+
+def test_names_come_from_where_type_checkers_look_for_them() -> None:
+    tree = ast.parse(Path(zsq.__file__).read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If) and isinstance(node.test, ast.Name)]
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    assert {node.module: tuple(sorted(a.name for a in node.names)) for node in imports} == zsq._MODULES
+    assert sorted(name for names in zsq._MODULES.values() for name in names) == sorted(zsq.__all__)
+
+
+def test_a_name_that_is_not_there_is_said_to_be_missing() -> None:
+    with pytest.raises(AttributeError, match="module 'zsq' has no attribute 'quantise'"):
+        zsq.quantise  # noqa: B018
 
 
 def test_no_package_is_named_like_a_public_function() -> None:

@@ -1,5 +1,5 @@
 """`python -m zsq` is the command `zsq`."""
 
-from zsq.cli.main import main
+from zsq.cli.start import main
 
 main()

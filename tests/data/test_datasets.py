@@ -150,7 +150,7 @@ def test_digits_halves() -> None:
         ({"images": pixels(1, channels=1), "labels": [0]}, "1-channel images; the teacher takes 3."),
         (
             {"images": pixels(1, 8, 6), "labels": [0]},
-            "images 8x6; the teacher takes 8x8. Enlarge them with --resize 8.",
+            "images 8x6; the teacher takes 8x8. Enlarge them with resize=8.",
         ),
         ({"images": np.asfortranarray(pixels(2)), "labels": [0, 1]}, "save numpy.ascontiguousarray(images)."),
     ],
@@ -219,7 +219,7 @@ def test_truncated_image(tmp_path) -> None:
 
 def test_images_too_small_or_too_deep(tmp_path) -> None:
     folder = write_folder(tmp_path / "set", pixels(1, 6, 9), [0])
-    with pytest.raises(InputError, match=r"0\.png is 6x9; the teacher takes 8x8\. Enlarge them with --resize 8\."):
+    with pytest.raises(InputError, match=r"0\.png is 6x9; the teacher takes 8x8\. Enlarge them with resize=8\."):
         list(open_dataset(folder, spec_of()).batches())
     assert read(open_dataset(folder, spec_of(resize=8)))[0].shape == (1, 3, 8, 8)
     Image.fromarray(np.zeros((8, 8), dtype=np.uint16)).save(Path(folder) / "0.png")

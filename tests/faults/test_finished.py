@@ -17,7 +17,6 @@ from zsq.export.onnx_runtime import OnnxClassifier
 from zsq.models.network import Network
 from zsq.models.teacher import teacher_from_module
 from zsq.runs import pipeline
-from zsq.runs.job import Job
 from zsq.runs.quantize import quantize
 from zsq.training.loop import Run
 from zsq.types import ImageSpec
@@ -74,11 +73,7 @@ def test_a_lower_rate_is_not_advised_where_nothing_was_learnt():
 
 @pytest.mark.slow
 def test_a_run_that_lost_its_folder_fails(tmp_path, monkeypatch):
-    def lose(job: Job, *_: object) -> tuple[None, None]:
-        shutil.rmtree(job.folder)
-        return None, None
-
-    monkeypatch.setattr(pipeline, "measure_layers", lose)
+    monkeypatch.setattr(pipeline, "measure_latency", lambda job: shutil.rmtree(job.folder))
     monkeypatch.setattr(pipeline, "_record", lambda *_: type("Record", (), {"artifacts": {}})())
     monkeypatch.setattr(pipeline, "replace", lambda record, **_: record)
     with pytest.raises(StorageError, match=r"run lost settings\.toml while the run went on; it is not finished"):
@@ -87,7 +82,7 @@ def test_a_run_that_lost_its_folder_fails(tmp_path, monkeypatch):
 
 
 def test_no_class_is_refused():
-    with pytest.raises(InputError, match="--classes is 0; it must be at least 1"):
+    with pytest.raises(InputError, match="classes is 0; it must be at least 1"):
         Network(model="x", classes=0, input=(1, 8, 8)).spec_alone()
 
 

@@ -127,7 +127,7 @@ def test_given_samples_are_drawn_as_real_images_are():
 
 
 def test_neither_or_both_is_refused(teacher):
-    with pytest.raises(InputError, match=r"method biggan needs samples or a generator: --set method.data=SET"):
+    with pytest.raises(InputError, match=r"method biggan needs samples or a generator: settings={'method.data': SET}"):
         BigGAN().fit(teacher, Run())
     with pytest.raises(InputError, match=r"method.data is 'x' and method.checkpoint 'y'; give one of them"):
         BigGAN(data="x", checkpoint="y")

@@ -335,7 +335,7 @@ def test_zscgan_settings_are_checked(settings: dict[str, object], text: str) -> 
 
 
 def test_real_needs_a_data_set(teacher: Teacher) -> None:
-    with pytest.raises(InputError, match=r"method real needs images: --set method.data=SET"):
+    with pytest.raises(InputError, match=r"method real needs images: settings={'method.data': SET}"):
         Real().fit(teacher, Run())
 
 
@@ -417,7 +417,7 @@ def test_bfloat16_learns_about_as_well(method) -> None:
 def test_labels_alone_serve_a_network_without_batch_norm() -> None:
     """CE-only ZS-CGAN needs no statistics; on a real network whose batch norms are folded away it learns labels."""
     folded = dataclasses.replace(load_teacher("digits"), network=fold(load_teacher("digits").network)[0])
-    with pytest.raises(InputError, match=r"noise, real, and zscgan with --set method.bns_weight=0"):
+    with pytest.raises(InputError, match=r"noise, real, and zscgan with settings={'method.bns_weight': 0}"):
         ZSCGAN(steps=2).fit(folded, Run())
     settings = ZSCGAN(steps=350, batch_size=32, width=16, bns_weight=0.0, learning_rate=3e-3)
     source = settings.fit(folded, Run()).source

@@ -191,7 +191,7 @@ def test_weights_from_a_file(factories, tmp_path) -> None:
     for name in ("w.pth", "w.safetensors"):
         loaded = load_teacher(f"{factories}:told", weights=tmp_path / name)
         assert (loaded.weights_source, loaded.weights_sha256) == (name, drawn.weights_sha256)
-    with pytest.raises(TeacherError, match=r"w\.pth holds 4 classes \(4\.weight is 4x48\); --classes says 10\."):
+    with pytest.raises(TeacherError, match=r"w\.pth holds 4 classes \(4\.weight is 4x48\); classes says 10\."):
         load_teacher(f"{factories}:ten", weights=tmp_path / "w.pth", input=(2, 6, 6), classes=10)
 
 
@@ -202,14 +202,14 @@ def test_factory_with_and_without_an_image_spec(factories) -> None:
     assert (changed.spec.mean, changed.spec.std, changed.spec.resize) == ((0.1, 0.2), (0.25, 0.25), None)
     flagged = load_teacher(f"{factories}:small", input=(2, 6, 6), classes=4)
     assert (flagged.spec.mean, flagged.spec.std, flagged.spec.resize) == ((0.0, 0.0), (1.0, 1.0), None)
-    with pytest.raises(TeacherError, match=r"give --input CxHxW, with --mean and --std"):
+    with pytest.raises(TeacherError, match=r"give input=CxHxW, with mean and std"):
         load_teacher(f"{factories}:small")
     with pytest.raises(
-        TeacherError, match=r"gives \[2, 4\] for 2 images\. If that is right, say what it means: --outputs"
+        TeacherError, match=r"gives \[2, 4\] for 2 images\. If that is right, say what it means: outputs"
     ):
         load_teacher(f"{factories}:small", input=(2, 6, 6))
     assert load_teacher(f"{factories}:small", input=(2, 6, 6), outputs="classes").spec.classes == 4
-    with pytest.raises(InputError, match=r"--classes is 0; it must be at least 1"):
+    with pytest.raises(InputError, match=r"classes is 0; it must be at least 1"):
         load_teacher(f"{factories}:small", input=(2, 6, 6), classes=0)
 
 
@@ -229,7 +229,7 @@ def test_module_factory_from_the_working_folder(factories, monkeypatch) -> None:
         ("raising", "fails: ValueError: first line (nets.py, line "),
         ("Failing", "fails on images of 2x6x6: KeyError: 'missing thing' (nets.py, line "),
         ("Pair", "gives output_0 [2, 2, 6, 6], output_1 [2, 2, 6, 6] for 2 images; [2, 4] was expected"),
-        ("Map", "gives [2, 2, 6, 6] for 2 images; [2, 4] was expected, for --classes 4."),
+        ("Map", "gives [2, 2, 6, 6] for 2 images; [2, 4] was expected, for classes=4."),
         ("FixedBatch", "cannot be exported by torch.export: "),
         ("Branching", "Its forward branches on the values of its images, which no exported file can."),
         ("Drawing", "gives other logits than the network"),
@@ -243,7 +243,7 @@ def test_factories_that_give_no_teacher(factories, factory, text) -> None:
 
 
 def test_number_of_classes_and_image_size_are_checked(factories) -> None:
-    with pytest.raises(TeacherError, match=r"knows 4 classes; --classes says 7\."):
+    with pytest.raises(TeacherError, match=r"knows 4 classes; classes says 7\."):
         load_teacher(f"{factories}:small", input=(2, 6, 6), classes=7)
     with pytest.raises(
         TeacherError, match="fails on images of 2x9x9: RuntimeError: mat1 and mat2 shapes cannot be multiplied"
@@ -340,7 +340,7 @@ def test_networks_that_cannot_serve_are_told_why() -> None:
 
 
 def test_mean_and_std_belong_together(factories) -> None:
-    with pytest.raises(TeacherError, match=r"gets --mean and no --std; give both, or neither"):
+    with pytest.raises(TeacherError, match=r"gets mean and no std; give both, or neither"):
         load_teacher(f"{factories}:small", input=(2, 6, 6), classes=4, mean=(0.5, 0.5))
-    with pytest.raises(TeacherError, match=r"gets --std and no --mean"):
+    with pytest.raises(TeacherError, match=r"gets std and no mean"):
         load_teacher(f"{factories}:small", input=(2, 6, 6), classes=4, std=(0.5, 0.5))

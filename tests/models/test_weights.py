@@ -106,7 +106,7 @@ def test_missing_and_damaged_weights(tmp_path) -> None:
         (
             {"4.weight": torch.zeros(9, 48), "4.bias": torch.zeros(9)},
             {"classes": 4},
-            "w.pth holds 9 classes (4.weight is 9x48); --classes says 4.",
+            "w.pth holds 9 classes (4.weight is 9x48); classes says 4.",
         ),
         (
             {"4.weight": torch.zeros(9, 48), "4.bias": torch.zeros(9)},
@@ -116,7 +116,7 @@ def test_missing_and_damaged_weights(tmp_path) -> None:
         (
             {"0.weight": torch.zeros(3, 1, 3, 3)},
             {"channels": 2},
-            "w.pth takes 1 channels (0.weight is 3x1x3x3); --input says 2.",
+            "w.pth takes 1 channels (0.weight is 3x1x3x3); input says 2.",
         ),
         (
             {"0.weight": torch.zeros(3, 1, 3, 3)},

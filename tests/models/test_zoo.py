@@ -96,7 +96,7 @@ def test_torchvision_and_timm_bring_their_image_spec(fakes) -> None:
     assert load_teacher("timm:tiny.some_tag").spec.resize == 15
     changed = load_teacher("timm:tiny", weights="random", input=(1, 24, 24), classes=5, mean=(0.5,), std=(0.5,))
     assert (changed.spec.channels, changed.spec.classes, changed.spec.resize) == (1, 5, 30)
-    with pytest.raises(TeacherError, match=r"torchvision:tiny takes 3 channels; --input says 1\."):
+    with pytest.raises(TeacherError, match=r"torchvision:tiny takes 3 channels; input says 1\."):
         load_teacher("torchvision:tiny", weights="random", input=(1, 12, 12), mean=(0.5,), std=(0.5,))
     with pytest.raises(TeacherError, match=r"are for 7 classes and 3 channels; the flags say 9 and 3\."):
         load_teacher("timm:tiny", classes=9)
@@ -108,7 +108,7 @@ def test_zoo_weights_that_cannot_be_fetched(fakes) -> None:
         load_teacher("torchvision:tiny")
     assert str(caught.value) == (
         "torchvision:tiny: its weights could not be fetched (<urlopen error no route>). "
-        "Give --weights FILE, or --weights random."
+        "Give weights=FILE, or weights='random'."
     )
 
 
@@ -178,7 +178,7 @@ class TestPytorchcv:
             raise UserWarning("File is downloaded but the content hash does not match.")
 
         monkeypatch.setattr(library, "get_model", get_model)
-        with pytest.raises(TeacherError, match=r"could not be fetched \(File is downloaded but.*--weights random"):
+        with pytest.raises(TeacherError, match=r"could not be fetched \(File is downloaded but.*weights='random'"):
             load_teacher("pytorchcv:resnet18")
         assert capsys.readouterr().out == ""
 

@@ -74,7 +74,7 @@ def test_pixels_and_batch(run, digits, tmp_path):
 
 def test_what_does_not_suit_a_target_is_refused_and_leaves_nothing(run, tmp_path):
     with pytest.raises(
-        ExportError, match=r"do not suit TensorRT.*zero points must be 0.*Quantize again, with --target t"
+        ExportError, match=r"do not suit TensorRT.*zero points must be 0.*Quantize again, with target='t"
     ):
         export_run(run, target="tensorrt", out=tmp_path / "model.onnx", quiet=True)
     assert list(tmp_path.iterdir()) == []
@@ -83,12 +83,12 @@ def test_what_does_not_suit_a_target_is_refused_and_leaves_nothing(run, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"out": "model.tflite"}, r"--out is model.tflite, and files for ONNX Runtime end in .onnx"),
+        ({"out": "model.tflite"}, r"out is model.tflite, and files for ONNX Runtime end in .onnx"),
         ({"out": "model.bin", "target": "openvino"}, r"end in .onnx or .xml"),
         ({"out": "model.onnx", "target": "onnx"}, "Unknown target 'onnx'"),
         ({"out": "model.onnx", "packed": True}, "litert can pack"),
         ({"out": "model.onnx", "batch": 0}, "batch is 0"),
-        ({"out": "there.onnx"}, "exists; --overwrite replaces it"),
+        ({"out": "there.onnx"}, "exists; overwrite=True replaces it"),
     ],
 )
 def test_bad_input_is_said(arguments, text, run, tmp_path):

@@ -64,7 +64,7 @@ def test_a_folder_that_holds_a_run_is_refused(tmp_path, name):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_text("kept")
-    with pytest.raises(InputError, match="holds another run; --resume continues it, --overwrite discards it"):
+    with pytest.raises(InputError, match="holds another run; resume=True continues it, overwrite=True discards it"):
         open_folder(tmp_path, resume=False, overwrite=False)
     assert path.read_text() == "kept"
 
@@ -77,7 +77,7 @@ def test_resume_continues_a_run_and_starts_where_there_is_none(tmp_path, run_fol
 def test_resume_without_settings_is_refused(run_folder):
     (run_folder / "settings.toml").unlink()
     before = contents(run_folder)
-    with pytest.raises(InputError, match=r"without settings\.toml, which --resume needs"):
+    with pytest.raises(InputError, match=r"without settings\.toml, which resume=True needs"):
         open_folder(run_folder, resume=True, overwrite=False)
     assert contents(run_folder) == before
 
@@ -96,7 +96,7 @@ def test_opening_to_overwrite_deletes_nothing_yet(run_folder):
 @pytest.mark.parametrize("place", ["file", "file/below"])
 def test_a_file_in_the_way_is_named(tmp_path, place):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(InputError, match="--out takes a folder"):
+    with pytest.raises(InputError, match="out takes a folder"):
         open_folder(tmp_path / place, resume=False, overwrite=True)
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -140,7 +140,7 @@ def test_a_fitted_run_brings_state_and_settings(run_folder, teacher):
 
 
 def test_a_folder_without_a_generator_is_refused(tmp_path, teacher):
-    with pytest.raises(InputError, match=r"holds no generator\.safetensors; --from takes a folder"):
+    with pytest.raises(InputError, match=r"holds no generator\.safetensors; from_run takes a folder"):
         FittedRun.open(tmp_path, teacher)
 
 
@@ -207,7 +207,7 @@ def test_a_reused_generator_brings_its_settings(run_folder, teacher, tmp_path):
     ("arguments", "message"),
     [
         ({"assignments": ("method.steps=9",)}, "method.steps cannot change it"),
-        ({"method": "noise"}, "--method cannot change it"),
+        ({"method": "noise"}, "method cannot change it"),
         ({"method": ZSCGAN(steps=9)}, "method.steps cannot change it"),
         ({"assignments": ("method.width=9",), "recipe": True}, "method.width cannot change it"),
     ],
@@ -238,7 +238,7 @@ def test_stored_settings_are_those_of_the_run(run_folder, teacher):
     ],
 )
 def test_a_resumed_run_cannot_be_changed(run_folder, teacher, arguments, message):
-    with pytest.raises(InputError, match=f"holds a run that differs: {message}.*--overwrite starts anew"):
+    with pytest.raises(InputError, match=f"holds a run that differs: {message}.*overwrite=True starts anew"):
         resumed_settings(run_folder, resolve(**arguments), teacher, 0)
 
 
@@ -254,15 +254,15 @@ def test_a_resumed_run_keeps_network_images_and_seed(run_folder, teacher):
 def test_a_resumed_run_keeps_its_generator(run_folder, teacher, tmp_path):
     fitted = FittedRun.open(run_folder, teacher)
     wanted = resolve_settings(None, None, None, source_run=fitted)
-    with pytest.raises(InputError, match="it was started without --from"):
+    with pytest.raises(InputError, match="it was started without from_run"):
         resumed_settings(run_folder, wanted, teacher, 0, fitted)
     second = tmp_path / "second"
     facts = {"seed": 0, "generator_sha256": fitted.sha256}
     write_settings(second / "settings.toml", wanted, teacher_table(teacher), facts)
     assert resumed_settings(second, wanted, teacher, 0, fitted).method == ZSCGAN(steps=5)
-    with pytest.raises(InputError, match="it was started with --from; give it again"):
+    with pytest.raises(InputError, match="it was started with from_run; give it again"):
         resumed_settings(second, wanted, teacher, 0)
-    with pytest.raises(InputError, match="it was started with --from another folder"):
+    with pytest.raises(InputError, match="it was started with from_run another folder"):
         resumed_settings(second, wanted, teacher, 0, replace(fitted, sha256="0"))
 
 

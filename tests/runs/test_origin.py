@@ -144,13 +144,15 @@ def test_what_is_lacking_is_told(work, request_, message):
 
 
 def test_a_folder_in_place_of_a_network_says_how(work):
-    with pytest.raises(InputError, match=r"'runs/a' is the folder of a run: --resume runs/a continues it, --from"):
+    with pytest.raises(
+        InputError, match=r"'runs/a' is the folder of a run: resume=True, out='runs/a' continues it, from_run"
+    ):
         completed(QuantizeRequest("runs/a", out="b"))
 
 
 def test_weights_that_have_moved_are_asked_for_by_name(work):
     Path("net.pth").rename("moved.pth")
-    with pytest.raises(InputError, match=r"net\.pth \(sha256 [0-9a-f]{12}\), which are gone; .* --weights FILE"):
+    with pytest.raises(InputError, match=r"net\.pth \(sha256 [0-9a-f]{12}\), which are gone; .* weights=FILE"):
         completed(QuantizeRequest(from_run="runs/a")).teacher()
     network = AskedNetwork(weights="moved.pth")
     assert completed(QuantizeRequest(network, from_run="runs/a")).teacher().weights_file == str(work / "moved.pth")

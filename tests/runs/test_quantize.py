@@ -553,7 +553,7 @@ def test_a_killed_run_ends_in_the_same_hashes(qat, killed, teacher, moment):
 @pytest.mark.slow
 def test_a_killed_run_on_a_reused_generator_goes_on_with_it(ptq, killed, teacher, tmp_path, monkeypatch):
     folder, settings = killed / "from", ("quantizer.steps=4", "quantizer.num_samples=64")
-    with pytest.raises(InputError, match="it was started with --from; give it again"):
+    with pytest.raises(InputError, match="it was started with from_run; give it again"):
         quantize(teacher, out=folder, resume=True)
     arguments = {"settings": settings, "quantizer": "qat", "bits": 4, "from_run": ptq.folder}
     monkeypatch.setattr(stages, "write_file", _stop)  # what is exported follows from the last checkpoint

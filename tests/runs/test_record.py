@@ -89,7 +89,7 @@ def test_a_record_of_an_older_zsq_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, r"holds no result\.json; the run has not finished: --resume continues it"),
+        (None, r"holds no result\.json; the run has not finished: resume=True continues it"),
         ('{"bits"', r"result\.json is not JSON"),
         ("[]", r"result\.json holds no record"),
         ('{"bits": "8"}', r"result\.json is not a record that zsq has written: model: Field required"),

@@ -73,9 +73,9 @@ def test_assignments_are_read_as_the_field_wants_them(text, value):
         ({"method": "zs-cgan"}, r"Unknown method 'zs-cgan'. Did you mean 'zscgan'\? Known: .*noise, real.*zscgan"),
         ({"quantizer": "qta"}, r"Unknown quantizer 'qta'. Did you mean 'qat'\? Known: ptq, qat"),
         ({"assignments": ["method.step=3"]}, r"'method.step'. Did you mean 'method.steps'\?"),
-        ({"assignments": ["quantizer.steps=3"]}, "quantizer ptq has no setting 'steps'; --quantizer qat has it"),
-        ({"assignments": ["method.data=x"]}, "method zscgan has no setting 'data'; --method .*real has it"),
-        ({"assignments": ["steps=3"]}, "--set takes method.NAME=VALUE or quantizer.NAME=VALUE; got 'steps=3'"),
+        ({"assignments": ["quantizer.steps=3"]}, "quantizer ptq has no setting 'steps'; quantizer='qat' has it"),
+        ({"assignments": ["method.data=x"]}, "method zscgan has no setting 'data'; method .*real has it"),
+        ({"assignments": ["steps=3"]}, "settings takes method.NAME=VALUE or quantizer.NAME=VALUE; got 'steps=3'"),
         ({"assignments": ["method.steps"]}, "got 'method.steps'"),
         ({"assignments": ["run.seed=3"]}, "got 'run.seed=3'"),
         ({"assignments": ["method.name=noise"]}, "Unknown method setting 'method.name'"),
@@ -140,7 +140,7 @@ def test_a_recipe_of_another_method_keeps_what_both_know(recipe):
     assert settings.method == Noise(batch_size=32)
     assert settings.quantizer == PTQ(bits="4")
     assert "method.steps" not in settings.chosen
-    with pytest.raises(InputError, match=r"method noise has no setting 'steps'; --method zscgan or "):
+    with pytest.raises(InputError, match=r"method noise has no setting 'steps'; method='zscgan' or "):
         resolve(method="noise", recipe=path, assignments=["method.steps=3"])
 
 

@@ -55,8 +55,10 @@ def test_images_can_be_read_as_a_data_set(tmp_path, request, name, count):
     }
     spec = teacher.spec
     with np.load(written[0]) as stored:
-        assert sorted(stored.files) == ["images", "labels"]
+        assert sorted(stored.files) == ["images", "labels", "mean", "std"]
         images, labels = stored["images"], stored["labels"]
+        assert np.array_equal(stored["mean"], np.float32(spec.mean))
+        assert np.array_equal(stored["std"], np.float32(spec.std))
     assert (images.dtype, images.shape) == (np.uint8, (count, spec.height, spec.width, spec.channels))
     assert (labels.dtype, labels.shape) == (np.int64, (count,))
     assert 0 <= labels.min() <= labels.max() < spec.classes
@@ -65,6 +67,21 @@ def test_images_can_be_read_as_a_data_set(tmp_path, request, name, count):
     assert torch.equal(torch.cat([batch.labels for batch in batches]), torch.from_numpy(labels))
     back = torch.cat([spec.to_pixels(batch.images) for batch in batches])
     assert torch.equal(back, torch.from_numpy(images))
+
+
+def test_names_of_classes_lie_beside_the_images(tmp_path):
+    names = ("zero", "one", "two", "three", "four", "fünf", "six", "seven", "eight", "nine")
+    written, _ = synthesize("digits", out=tmp_path / "images", count=2, settings=TINY, class_names=names)
+    with np.load(written) as stored:
+        assert tuple(stored["class_names"]) == names
+    again, _ = synthesize(out=tmp_path / "again", count=2, from_run=tmp_path / "images")
+    with np.load(again) as stored:  # the folder knows them
+        assert tuple(stored["class_names"]) == names
+
+
+def test_too_few_names_of_classes_are_refused(tmp_path, colours):
+    with pytest.raises(InputError, match="class_names has 2 names; the teacher knows 4 classes"):
+        synthesize(colours, out=tmp_path / "images", count=2, settings=TINY, class_names=("red", "green"))
 
 
 @pytest.mark.parametrize(("name", "rows"), [("digits", 10), ("colours", 4)])
@@ -143,7 +160,7 @@ def test_no_images_are_refused(tmp_path, digits, count):
 @pytest.mark.parametrize("name", ["images.npz", "samples.png"])
 def test_a_folder_with_images_is_refused_unless_told(tmp_path, digits, name):
     (tmp_path / name).write_text("kept")
-    with pytest.raises(InputError, match="holds another run; --resume continues it, --overwrite discards it"):
+    with pytest.raises(InputError, match="holds another run; resume=True continues it, overwrite=True discards it"):
         synthesize(digits, out=tmp_path, count=2, method="noise")
     assert (tmp_path / name).read_text() == "kept"
     synthesize(digits, out=tmp_path, count=2, method="noise", overwrite=True)
@@ -153,7 +170,7 @@ def test_a_folder_with_images_is_refused_unless_told(tmp_path, digits, name):
 @pytest.mark.parametrize("place", ["file", "file/below"])
 def test_a_file_in_the_way_is_named(tmp_path, digits, place):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(InputError, match="--out takes a folder"):
+    with pytest.raises(InputError, match="out takes a folder"):
         synthesize(digits, out=tmp_path / place, count=2, method="noise", overwrite=True)
 
 

@@ -110,7 +110,9 @@ def test_what_does_not_fit_in_the_smallest_parts_is_a_clear_error(teacher: Teach
     run = Run()
     source = ZSCGAN(steps=3, batch_size=8, width=4).source(teacher, run, 0)
     limit(source.teacher, 1)
-    with pytest.raises(InputError, match=r"a step does not fit into the memory of cpu; --set method.batch_size=N"):
+    with pytest.raises(
+        InputError, match=r"a step does not fit into the memory of cpu; settings={'method.batch_size': N}"
+    ):
         run.train("fit", source, 3)
     assert source.parts == 4
     pixels = ZeroQ(steps=1, iterations=1, batch_size=8).fit(teacher, run).source

@@ -22,11 +22,12 @@ from zsq.cli.export import Export
 from zsq.cli.launcher import LOST, STOPPED, SUPERVISED, run_workers, watch_starter
 from zsq.cli.methods import Methods
 from zsq.cli.models import Models
+from zsq.cli.names import NAMES, WRONG_USAGE, misspelled
 from zsq.cli.output import PlainConsole, open_streams
 from zsq.cli.quantize import Quantize
 from zsq.cli.report import Report
 from zsq.cli.synthesize import Synthesize
-from zsq.errors import InputError, LostProcessError, ZsqError, unknown_name
+from zsq.errors import InputError, LostProcessError, ZsqError, speaks_shell
 from zsq.graph.trace import first_line
 from zsq.runs.console import lines_on
 from zsq.runs.origin import lacking, resumed
@@ -35,7 +36,7 @@ from zsq.runtime import distributed
 from zsq.runtime.device import pick_device
 from zsq.runtime.memory import LESS_MEMORY, lacks_memory
 from zsq.runtime.plain_text import printable
-from zsq.runtime.versions import versions
+from zsq.runtime.versions import version_line
 
 WORKER = (sys.executable, "-P", "-m", "zsq")
 """What starts this command line in a process of its own, which imports nothing from the current folder by itself."""
@@ -43,21 +44,9 @@ WORKER = (sys.executable, "-P", "-m", "zsq")
 DEBUG = "--debug"
 """Shows the traceback of a fault, wherever it stands in the command line."""
 
-WRONG_USAGE = 2
-"""Exit status where arguments are missing or unknown."""
+KINDS = (Quantize, Synthesize, Evaluate, Export, Compare, Allocate, Report, Methods, Models, Doctor)
 
-COMMANDS: dict[str, Any] = {
-    "quantize": Quantize,
-    "synthesize": Synthesize,
-    "evaluate": Evaluate,
-    "export": Export,
-    "compare": Compare,
-    "allocate": Allocate,
-    "report": Report,
-    "methods": Methods,
-    "models": Models,
-    "doctor": Doctor,
-}
+COMMANDS: dict[str, Any] = dict(zip(NAMES, KINDS, strict=True))
 
 
 def _described(kind: type, with_examples: bool) -> str:
@@ -69,8 +58,8 @@ def _described(kind: type, with_examples: bool) -> str:
 def parse(arguments: list[str] | None = None) -> Any:
     """Return the command that the arguments ask for, ready to run; exits 2 on wrong usage."""
     asked = (sys.argv[1:] if arguments is None else arguments)[:1]
-    if asked and not asked[0].startswith("-") and asked[0] not in COMMANDS:
-        print(f"Error: {unknown_name('command', asked[0], COMMANDS)}", file=sys.stderr)
+    if error := misspelled(asked):
+        print(f"Error: {error}", file=sys.stderr)
         sys.exit(WRONG_USAGE)
     forms = tuple(
         Annotated[kind, subcommand(name, description=_described(kind, with_examples=asked == [name]))]
@@ -90,6 +79,11 @@ def parse(arguments: list[str] | None = None) -> Any:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits 1 on a fault, 2 on wrong usage."""
+    with speaks_shell():
+        _main(arguments)
+
+
+def _main(arguments: list[str] | None) -> None:
     open_streams()
     given = sys.argv[1:] if arguments is None else arguments
     words = [word for word in given if word != DEBUG]
@@ -117,7 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _run(words: list[str]) -> None:
     """Do what the words ask for."""
     if words == ["--version"]:
-        print(", ".join(f"{name} {number}" for name, number in versions().items()))
+        print(version_line())
         return
     if words == ["--install-completion"]:
         _install_completion()

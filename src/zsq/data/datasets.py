@@ -650,8 +650,16 @@ def _mapping(numbers: dict[Path, int]) -> str:
 
 
 def class_list(names: str | Path | Sequence[str], classes: int) -> list[str]:
-    """Return the names of classes, from a file (see `read_class_names`) or as they are."""
-    return read_class_names(names, classes) if isinstance(names, str | Path) else list(names)
+    """Return the names of classes, from a file (see `read_class_names`) or as they are.
+
+    Raises:
+        InputError: there are more or fewer than classes.
+    """
+    if isinstance(names, str | Path):
+        return read_class_names(names, classes)
+    if len(names) != classes:
+        raise InputError(f"class_names has {len(names)} names; the teacher knows {classes} classes.")
+    return list(names)
 
 
 def read_class_names(path: str | Path, classes: int) -> list[str]:

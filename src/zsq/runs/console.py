@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from types import TracebackType
 from typing import TextIO
 
@@ -17,8 +18,8 @@ from zsq.runtime import distributed
 from zsq.runtime.observer import Observer, Silent
 from zsq.runtime.plain_text import printable
 
-LINE_EVERY = 30
-"""Seconds between two lines where stderr is not a terminal."""
+LINE_EVERY, LINE_EVERY_IN_NOTEBOOK = 30, 5
+"""Seconds between two lines where stderr is not a terminal, and where a notebook cannot show bars."""
 
 
 def say_line(text: str) -> None:
@@ -135,7 +136,8 @@ def clock(seconds: float) -> str:
 class TerminalProgress:
     """Shows each phase with the time left and its latest losses, a finished one as one line; use it as a context.
 
-    Where the terminal is narrow, losses go first.
+    Where the terminal is narrow, losses go first. A notebook with ipywidgets is like a terminal; without them, and in a
+    log, there is a line now and then.
     """
 
     def __init__(self) -> None:
@@ -150,6 +152,8 @@ class TerminalProgress:
             console=self._console,
             expand=True,
         )
+        self._draws = self._console.is_terminal or (self._console.is_jupyter and find_spec("ipywidgets") is not None)
+        self._line_every = LINE_EVERY_IN_NOTEBOOK if self._console.is_jupyter else LINE_EVERY
         self._task: tuple[str, bars.TaskID] | None = None
         self._shown = 0.0
         self._begun: dict[str, tuple[float, int, int, int]] = {}
@@ -180,14 +184,14 @@ class TerminalProgress:
         self._bars.console.print(line, markup=False, highlight=False, no_wrap=True, overflow="ellipsis", crop=True)
 
     def __enter__(self) -> "TerminalProgress":
-        if self._console.is_terminal:
+        if self._draws:
             self._bars.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._console.is_terminal:
+        if self._draws:
             self._fold()
             self._bars.stop()
 
@@ -199,12 +203,12 @@ class TerminalProgress:
         if done < latest or total != whole or done == latest == total:  # the next run's phase of the same name
             start, first = now, done
         self._begun[phase] = (start, first, done, total)
-        if self._console.is_terminal:
+        if self._draws:
             self._show(phase, done, total, losses)
             return
         if done >= total and values:
             say_line(f"{phase}: {done}/{total}, done in {now - start:.0f} s {losses}")
-        elif first < done < total and now - self._shown > LINE_EVERY:
+        elif first < done < total and now - self._shown > self._line_every:
             left = (now - start) / (done - first) * (total - done)
             if left >= 1:  # else it is over before the line is read
                 self._shown = now

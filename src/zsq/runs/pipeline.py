@@ -4,8 +4,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
 from typing import TypeVar
+
+from PIL import Image
 
 from zsq.errors import StorageError
 from zsq.evaluation.accuracy import Evaluation
@@ -16,14 +19,17 @@ from zsq.export.verify import Verification, require
 from zsq.methods import Surrogate
 from zsq.quantization.coverage import Coverage
 from zsq.quantization.prepare import Student
+from zsq.reports.html import REPORT
 from zsq.runs.fitted import GENERATOR
 from zsq.runs.job import Job
+from zsq.runs.losses import Losses
 from zsq.runs.record import Artifact, Record, SampleAgreement
 from zsq.runs.report import write_report
 from zsq.runs.settings import to_tables
 from zsq.runs.settings_file import SETTINGS
 from zsq.runs.stages import (
     PROGRAM,
+    SAMPLES,
     described_bits,
     evaluate_file,
     fit,
@@ -32,11 +38,14 @@ from zsq.runs.stages import (
     measure_layers,
     measure_recognition,
     quantize_network,
+    warn_of_gap,
     write_and_check,
 )
+from zsq.runs.summary import summary_rows
 from zsq.runtime import distributed
 from zsq.runtime.checksums import file_sha256
 from zsq.runtime.memory import clear_memory_errors, kept_memory
+from zsq.runtime.plain_text import printable
 from zsq.runtime.versions import versions
 from zsq.targets import TARGETS
 
@@ -59,6 +68,39 @@ class Result:
     def model(self) -> FileClassifier:
         """The quantized network as users run it: the file in the runtime of its target."""
         return open_file(self.folder / self.record.file)
+
+    @property
+    def samples(self) -> Image.Image | None:
+        """The picture of some samples, one row a class, which a notebook shows; None where the method makes none."""
+        path = self.folder / SAMPLES
+        if not path.exists():
+            return None
+        with Image.open(path) as picture:
+            return picture.copy()
+
+    @property
+    def losses(self) -> Losses:
+        """The losses of each phase by name, as steps and values; a notebook shows curves."""
+        return Losses(self.folder)
+
+    def report(self) -> Path:
+        """Return the path of `report.html`, which is made again where it is missing."""
+        path = self.folder / REPORT
+        return path if path.exists() else write_report(self.folder)
+
+    def _rows(self) -> list[tuple[str, str]]:
+        return [*summary_rows(self.record), ("folder", str(self.folder))]
+
+    def __str__(self) -> str:
+        return "\n".join(printable(f"{name + ':':24} {text}") for name, text in self._rows())
+
+    def _repr_html_(self) -> str:
+        """Return the summary as a table, for a notebook."""
+        style = 'style="text-align:left"'
+        rows = (
+            f"<tr><th {style}>{escape(name)}</th><td {style}>{escape(text)}</td></tr>" for name, text in self._rows()
+        )
+        return f"<table>{''.join(rows)}</table>"
 
 
 class Stopwatch:
@@ -118,6 +160,7 @@ def finish(job: Job, surrogate: Surrogate, recognition: float | None, watch: Sto
         samples = watch.timed("samples", lambda: measure_agreement(job, surrogate))
         layers = watch.timed("layers", lambda: measure_layers(job, surrogate, student))
         latency = watch.timed("latency", lambda: measure_latency(job))
+        warn_of_gap(job, layers)
         record = _record(job, surrogate, student, verification, covered, evaluation, samples, recognition, watch)
         record = replace(record, layers=layers, latency=latency)
         _check_whole(job, record)

@@ -18,6 +18,7 @@ from zsq.models.options import option, text
 from zsq.models.teacher import Teacher, load, teacher_from_module
 from zsq.quantization import PTQ
 from zsq.runs.docstrings import field_texts
+from zsq.runs.interrupt import told_how_to_resume
 from zsq.runs.stored_network import StoredNetwork
 from zsq.runtime.observer import Observer
 from zsq.types import ImageSpec
@@ -146,7 +147,9 @@ def takes(
     def decorate(work: Callable[[Asked], Outcome]) -> Callable[Parameters, Outcome]:
         @functools.wraps(work)
         def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Outcome:
-            return work(kind(*args, **kwargs))
+            request = kind(*args, **kwargs)
+            with told_how_to_resume(getattr(request, "out", None), call.__name__):
+                return work(request)
 
         signature = inspect.signature(kind)
         returned = inspect.signature(work).return_annotation
@@ -200,6 +203,8 @@ class SynthesizeRequest(Request):
     _: KW_ONLY
     count: int = 1000
     """Number of images."""
+    class_names: Annotated[str | Path | tuple[str, ...] | None, text("FILE", Path), option("FILE")] = None
+    """File with the name of one class a line, in the network's order, to be written beside the images."""
 
     @property
     def made(self) -> str:

@@ -4,7 +4,7 @@ import itertools
 import logging
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -71,6 +71,9 @@ MANY_CLASSES = 20
 """Samples of half as many classes, or of half of the network's where it has fewer, are enough to tell."""
 LOW_RECOGNITION = 50.0
 """Percent of wanted labels recognised, below which samples carry statistics but no classes."""
+
+GOOD_GAP, WIDE_GAP = 0.5, 0.9
+"""Gap at the first batch norm, in nats a channel, that a fit reaches, and from which mean and std are in doubt."""
 
 logger = logging.getLogger(__name__)
 
@@ -253,6 +256,23 @@ def warn_of_chance(found: Evaluation, spec: ImageSpec, data: DataSet | EvenSubse
         f"the float network recognises {found.top1:.2f} % of {found.num_images} images of {data.name}, no more than "
         f"guessing would ({chance:.3g} %). Do its classes and those of the labels stand in one order{mapping}? Were "
         f"mean {_listed(spec.mean)} and std {_listed(spec.std)} those of its training (--mean, --std)?"
+    )
+
+
+def warn_of_gap(job: Job, layers: Sequence[LayerReport]) -> None:
+    """Warn where a fit to the statistics of batch norm has not reached those of the first one.
+
+    Pixels are in [0, 1]: with another mean and std than those of training, no image may have the stored statistics. See
+    `benchmarks/reports/2026-11-batch-norm-gap.md`.
+    """
+    gap = next((layer.batch_norm_gap for layer in layers if layer.batch_norm_gap is not None), None)
+    if gap is None or gap < WIDE_GAP or not getattr(job.settings.method, "bns_weight", 0):
+        return
+    spec = job.teacher.spec
+    logger.warning(
+        f"the samples' statistics are {gap:.2g} nats a channel away from those stored in the first batch norm; below "
+        f"{GOOD_GAP:g} is good. Are mean {_listed(spec.mean)} and std {_listed(spec.std)} those of training (--mean, "
+        "--std)? If so, a longer --budget closes the gap."
     )
 
 

@@ -2,12 +2,12 @@
 
 import logging
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from zsq.data.datasets import raw_key
+from zsq.data.datasets import class_list, raw_key
 from zsq.errors import InputError
 from zsq.methods.pool import PoolSource
 from zsq.runs.origin import completed
@@ -25,8 +25,10 @@ logger = logging.getLogger(__name__)
 
 @clear_memory_errors()
 def synthesize_request(request: SynthesizeRequest) -> list[Path]:
-    """Write `images.npz` (images uint8 [N, H, W, C], or inputs float32 [N, C, ...] of signals
-    and volumes; labels int64 [N]) and `samples.png`, one row a class.
+    """Write `images.npz` and `samples.png`, one row a class, to a folder.
+
+    `images.npz` holds images, uint8 [N, H, W, C], or inputs, float32 [N, C, ...], of signals and volumes; labels, int64
+    [N]; mean and std, float32 [C], on the scale of pixels in [0, 1]; and class_names, text [classes], where known.
 
     Images stream into the file, so any number fits in memory. A method that holds fewer than `count` gives all that it
     has. Several processes share the training, as in `quantize`. The folder holds the generator as well, for `from_run`,
@@ -38,7 +40,7 @@ def synthesize_request(request: SynthesizeRequest) -> list[Path]:
     request = completed(request)
     if request.count < 1:
         raise InputError(f"count is {request.count}; at least 1 image is made.")
-    with started(request, quantizer="ptq", needs_images=True) as job:
+    with started(request, quantizer="ptq", class_names=request.class_names, needs_images=True) as job:
         source = fit(job).source
         held = len(source.labels) if isinstance(source, PoolSource) else request.count
         if held < request.count:
@@ -48,7 +50,8 @@ def synthesize_request(request: SynthesizeRequest) -> list[Path]:
 
         def write() -> list[Path]:
             images = job.folder / "images.npz"
-            write_npz(images, source.sample(request.count), job.teacher.spec, min(request.count, held))
+            names = class_list(request.class_names, job.teacher.spec.classes) if request.class_names else ()
+            write_npz(images, source.sample(request.count), job.teacher.spec, min(request.count, held), names)
             return [images, job.folder / SAMPLES]
 
         return distributed.on_main(write)
@@ -57,8 +60,13 @@ def synthesize_request(request: SynthesizeRequest) -> list[Path]:
 synthesize = takes(SynthesizeRequest)(synthesize_request)
 
 
-def write_npz(path: Path, batches: Iterable[Batch], spec: ImageSpec, count: int) -> None:
-    """Stream normalised batches of `count` images in all into an .npz as `zsq evaluate` reads it."""
+def write_npz(
+    path: Path, batches: Iterable[Batch], spec: ImageSpec, count: int, class_names: Sequence[str] = ()
+) -> None:
+    """Stream normalised batches of `count` images in all into an .npz as `zsq evaluate` reads it.
+
+    Mean, standard deviation and the names of the classes, if there are any, lie beside the images, for other tools.
+    """
     labels = []
     shape = (count, spec.height, spec.width, spec.channels) if spec.is_image else (count, *spec.shape)
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -70,5 +78,10 @@ def write_npz(path: Path, batches: Iterable[Batch], spec: ImageSpec, count: int)
                 labels.append(batch.labels.cpu().numpy())
         found = np.concatenate(labels)
         assert len(found) == count, (len(found), count)
-        with archive.open("labels.npy", "w") as member:
-            np.lib.format.write_array(member, found)
+        statistics = {"mean": spec.mean, "std": spec.std}
+        others = {"labels": found} | {name: np.array(values, np.float32) for name, values in statistics.items()}
+        if class_names:
+            others["class_names"] = np.array(class_names)
+        for name, values in others.items():
+            with archive.open(f"{name}.npy", "w") as member:
+                np.lib.format.write_array(member, values)

@@ -1,0 +1,30 @@
+"""The names of the commands, which are known before anything is imported that takes time."""
+
+from zsq.errors import InputError, unknown_name
+
+NAMES = (
+    "quantize",
+    "synthesize",
+    "evaluate",
+    "export",
+    "compare",
+    "allocate",
+    "report",
+    "methods",
+    "models",
+    "doctor",
+)
+
+WRONG_USAGE = 2
+"""Exit status where arguments are missing or unknown."""
+
+
+def misspelled(words: list[str]) -> InputError | None:
+    """Return the error where the first word is no command.
+
+    >>> print(misspelled(["quantise", "digits"]))  # doctest: +ELLIPSIS
+    Unknown command 'quantise'. Did you mean 'quantize'? Known: allocate, ...
+    """
+    if not words or words[0].startswith("-") or words[0] in NAMES:
+        return None
+    return unknown_name("command", words[0], NAMES)
