@@ -295,6 +295,7 @@ def test_images_come_from_the_folder_alone(away, tmp_path):
     assert (tmp_path / "images" / "images.npz").is_file()
 
 
+@pytest.mark.slow
 def test_a_named_network_of_python_is_known_to_the_command_line(work):
     network = Network(model="net.py:build", weights="net.pth", **IMAGES)
     quantize(network, method=Noise(), settings={"quantizer.num_samples": 8}, out="runs/b", quiet=True)

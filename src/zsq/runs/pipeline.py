@@ -25,11 +25,11 @@ from zsq.runs.job import Job
 from zsq.runs.losses import Losses
 from zsq.runs.record import Artifact, Record, SampleAgreement
 from zsq.runs.report import write_report
+from zsq.runs.samples import SAMPLES
 from zsq.runs.settings import to_tables
 from zsq.runs.settings_file import SETTINGS
 from zsq.runs.stages import (
     PROGRAM,
-    SAMPLES,
     described_bits,
     evaluate_file,
     fit,
