@@ -53,11 +53,11 @@ def test_outputs_are_told_apart(answer, said, kinds, classes) -> None:
 @pytest.mark.parametrize(
     ("answer", "said", "text"),
     [
-        (FLAT, {}, r"gives \[2, 5\] for 2 images\. If that is right, say what it means: --outputs classes"),
-        (FLAT, {"classes": 7}, "knows 5 classes; --classes says 7"),
+        (FLAT, {}, r"gives \[2, 5\] for 2 images\. If that is right, say what it means: outputs classes"),
+        (FLAT, {"classes": 7}, "knows 5 classes; classes says 7"),
         (MAP, {"classes": 7}, r"gives \[2, 5, 4, 4\] for 2 images; \[2, 7\] was expected"),
-        ((FLAT, MAP), {}, "--outputs output_0=values,output_1=values"),
-        ({"a": FLAT}, {"outputs": (Output("b", "values"), Output("c", "values"))}, "--outputs a=values"),
+        ((FLAT, MAP), {}, "outputs='output_0=values,output_1=values'"),
+        ({"a": FLAT}, {"outputs": (Output("b", "values"), Output("c", "values"))}, "outputs='a=values"),
         (FLAT.long(), {"classes": 5}, "int64 values, which cannot be learnt from"),
         (FLAT[:1], {"classes": 5}, r"\[1, 5\] for 2 images; one row an image"),
         ({}, {"classes": 5}, "returns a dict without a tensor in it"),
