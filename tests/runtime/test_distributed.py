@@ -274,7 +274,8 @@ def test_shares_are_disjoint_cover_the_batch_and_differ_by_one_at_most(monkeypat
 
 def test_a_batch_of_fewer_than_two_images_a_process_is_refused(monkeypatch):
     monkeypatch.setattr(distributed, "processes", lambda: 5)
-    with distributed.together(), pytest.raises(InputError, match=r"a batch of 9 images .* 5 processes.*batch_size': 10"):
+    text = r"a batch of 9 images .* 5 processes.*batch_size': 10"
+    with distributed.together(), pytest.raises(InputError, match=text):
         distributed.share(torch.arange(9))
 
 
