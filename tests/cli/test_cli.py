@@ -476,7 +476,10 @@ def test_a_loss_that_is_not_finite(place):
         (["--recipe", "nowhere.toml"], "nowhere.toml: No such file or directory."),
         (["--recipe", "networks.py"], "networks.py is not TOML"),
         (["--from", "nowhere"], "nowhere holds no generator.safetensors"),
-        (["--input", "8"], "--input is '8'; channels x height x width are expected, such as 3x32x32."),
+        (
+            ["--input", "8"],
+            "--input is '8'; channels x height x width are expected, such as 3x32x32, of signals 12x256",
+        ),
         (["--input", "1x8xq"], "--input is '1x8xq'"),
         (["--input", "0x8x8"], "channels is 0"),
         (["--mean", "0.5,x"], "--mean is '0.5,x'; numbers separated by commas are expected"),

@@ -46,7 +46,7 @@ def test_a_full_disk_is_told_and_leaves_no_half_file(tmp_path):
     words = [sys.executable, "-c", LIMITED, "50000", str(path)]
     said = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
     assert said[0].startswith(f"{path} cannot be written: ")
-    assert "--resume continues it" in said[0]
+    assert "resume=True continues it" in said[0]
     assert said[1] == "[]"
 
 

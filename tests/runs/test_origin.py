@@ -282,9 +282,10 @@ def test_a_run_is_measured_and_exported_by_its_folder_alone(away, capsys):
     run("evaluate", away / "a", "--data", Path("..") / "flat", "--json")  # of no labels: beside its float network
     agreement = json.loads(capsys.readouterr().out)["model.onnx"]
     assert agreement["teacher_agreement"] == Record.read(away / "a").teacher_agreement
-    run("evaluate", "--file", away / "a", "--data", Path("..") / "test")
-    table = capsys.readouterr().out
-    assert "net.py:build" in "".join(table.split())
+    run("evaluate", "--file", away / "a", "--data", Path("..") / "test", "--json")
+    float_network, file = json.loads(capsys.readouterr().out)
+    assert float_network.endswith("net.py:build")
+    assert file == "model.onnx"
     run("export", away / "a", "--target", "openvino", "--overwrite")
     assert (away / "a" / "model_openvino.onnx").is_file()
 

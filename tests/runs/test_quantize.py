@@ -598,7 +598,7 @@ def test_samples_of_few_classes_tell_nothing(ptq, teacher, tmp_path, said):
     result = quantize(teacher, out=tmp_path, settings=settings, quiet=True)
     assert result.record.samples.teacher_agreement is None
     assert 1 <= result.record.samples.num_classes < 5
-    assert "too few to tell how good model.onnx is" in said[-1]
+    assert any("too few to tell how good model.onnx is" in line for line in said)
     assert ptq.record.samples.num_images == 100  # 64 calibrate
 
 

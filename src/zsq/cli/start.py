@@ -26,11 +26,21 @@ def main() -> None:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(WRONG_USAGE)
     if words == ["--version"]:
-        print(version_line())
+        _say(version_line())
         return
     with _ends_in_one_line(), _loading(shown=QUIET not in words):
         from zsq.cli.main import main as run
     run()
+
+
+def _say(text: str) -> None:
+    """Print a line; one line of error where standard output takes nothing, as on a full disk."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more fails at exit
+        print(f"Error: writing: {error.strerror or error}.", file=sys.stderr)
+        sys.exit(1)
 
 
 @contextmanager

@@ -234,8 +234,9 @@ def evaluate_many(
 
     A teacher that was evaluated on the same data before is given as its `Evaluation`.
     """
-    known = data.labelled
-    counts = {name: _Tallies(outputs, known=known, decoder=decoder) if outputs else _Counts() for name in predictors}
+    counts: dict[str, _Tallies | _Counts] = {
+        name: _Tallies(outputs, known=data.labelled, decoder=decoder) if outputs else _Counts() for name in predictors
+    }
     done = 0
     with torch.no_grad():
         for batch in data.batches(batch_size):
