@@ -47,6 +47,7 @@ def test_the_version_is_named_without_pytorch_imported() -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_libraries_are_imported_ends_in_one_line(tmp_path: Path, number: signal.Signals) -> None:
     (tmp_path / "tyro.py").write_text(ENDLESS)  # stands for a library that takes long
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal, where nothing ignores it
     process = subprocess.Popen(
         [sys.executable, "-m", "zsq", "quantize", "digits"],
         env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
@@ -57,6 +58,7 @@ def test_a_signal_while_libraries_are_imported_ends_in_one_line(tmp_path: Path, 
             signal.SIGINT, signal.default_int_handler
         ),  # as in a terminal, not below nohup
     )
+    signal.signal(signal.SIGINT, before)
     assert process.stdout is not None
     assert process.stdout.readline() == "here\n"
     process.send_signal(number)
