@@ -478,7 +478,7 @@ def test_a_loss_that_is_not_finite(place):
         (["--from", "nowhere"], "nowhere holds no generator.safetensors"),
         (
             ["--input", "8"],
-            "--input is '8'; channels x height x width are expected, such as 3x32x32, of signals 12x256",
+            "--input is '8'; channels x height x width are expected, such as 3x32x32, of signals",
         ),
         (["--input", "1x8xq"], "--input is '1x8xq'"),
         (["--input", "0x8x8"], "channels is 0"),

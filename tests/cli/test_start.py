@@ -54,9 +54,6 @@ def test_a_signal_while_libraries_are_imported_ends_in_one_line(tmp_path: Path, 
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.default_int_handler
-        ),  # as in a terminal, not below nohup
     )
     signal.signal(signal.SIGINT, before)
     assert process.stdout is not None
