@@ -232,6 +232,7 @@ def test_completion_is_installed(tmp_path, monkeypatch, shell, file):
     assert "the shell is 'fish', and completion is for bash and zsh" in error_of(zsq("--install-completion"))
 
 
+@pytest.mark.slow
 def test_quiet_leaves_the_result_alone(place):
     found = zsq("quantize", "digits", *NOISE, "--out", "run", "--quiet")
     assert (found.code, found.err) == (0, "")
