@@ -78,8 +78,8 @@ def main() -> None:
     columns = ("digits, 899 test images", "float", "zscgan", "noise", "real", "KiB", "s")
     console = Console()
     console.print(table("Top-1 in % of model.onnx, by what stood in for the training data", columns, rows))
-    console.print(f"Runs: {out} (model.onnx, samples.png, result.json in each). {time.perf_counter() - begin:.0f} s.")
-    console.print(f"Next: zsq quantize YOUR_NETWORK ... (zsq quantize --help); look at {first}/samples.png")
+    console.print(f"Runs: {out} (model.onnx, report.html, result.json in each). {time.perf_counter() - begin:.0f} s.")
+    console.print(f"Next: zsq quantize YOUR_NETWORK ... (zsq quantize --help); open {first}/report.html in a browser.")
 
 
 if __name__ == "__main__":

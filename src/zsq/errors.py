@@ -2,8 +2,25 @@
 
 import difflib
 import re
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+
+ZIP_FAULTS = (
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    KeyError,
+    RuntimeError,
+    MemoryError,
+    OverflowError,
+    zipfile.BadZipFile,
+    zlib.error,
+    NotImplementedError,
+)
+"""What reading a damaged zip file raises: an npz, or weights."""
 
 _FLAG = re.compile(
     r"(?P<command>\bzsq [a-z]+ .*?(?=\. |; |, or |\.?$))"  # is typed into a shell, and stays as it is

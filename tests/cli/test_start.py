@@ -12,6 +12,7 @@ import pytest
 from zsq.cli import main
 from zsq.cli.names import NAMES
 from zsq.cli.start import LOADING, NOTHING_DONE
+from zsq.runtime.versions import version_line
 
 NO_TORCH = "import sys\nsys.modules['torch'] = None\nfrom zsq.cli.start import main\nmain()"
 """A process in which importing torch fails."""
@@ -40,7 +41,7 @@ def test_the_version_is_named_without_pytorch_imported() -> None:
     found = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
     line, imported = found.stdout.splitlines()
     assert line.startswith("zsq ")
-    assert f"torch {main.version_line().partition('torch ')[2].partition(',')[0]}," in line
+    assert f"torch {version_line().partition('torch ')[2].partition(',')[0]}," in line
     assert imported == "False"
 
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 from toys import SPEC, Plain
 
+import zsq
 from zsq.errors import TeacherError
 from zsq.graph.batchnorm import batch_norms
 from zsq.models.teacher import load_teacher, teacher_from_module
@@ -28,6 +29,23 @@ def test_a_program_computes_what_its_network_does(tmp_path, decomposed) -> None:
     assert teacher.weights_sha256 == own.weights_sha256
     assert len(batch_norms(teacher.network)) == len(batch_norms(own.network)) == 1
     torch.testing.assert_close(teacher.network(images()), net(images()))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_folder_of_a_run_knows_its_program(tmp_path, monkeypatch) -> None:
+    program = torch.export.export(Plain().eval(), (images(),), dynamic_shapes=(BATCH,))
+    torch.export.save(program, tmp_path / "net.pt2")
+    monkeypatch.chdir(tmp_path)
+    few = {"quantizer.num_samples": 16}
+    network = zsq.Network(model="net.pt2", classes=5, mean=SPEC.mean, std=SPEC.std)
+    first = zsq.quantize(network, method="noise", settings=few, out="run", quiet=True)
+    monkeypatch.chdir("run")
+    again = zsq.quantize(recipe="settings.toml", out="../again", quiet=True)
+    assert again.record.artifacts == first.record.artifacts
+    (tmp_path / "net.pt2").unlink()
+    with pytest.raises(zsq.InputError, match=r"is of network .*net\.pt2, and .*net\.pt2 is gone"):
+        zsq.quantize(recipe="settings.toml", out="../third", quiet=True)
 
 
 class Two(nn.Module):

@@ -14,6 +14,8 @@ from contextlib import ExitStack
 from types import FrameType
 from typing import IO
 
+from zsq.cli.names import SUPERVISED
+
 LOST = 70
 """Exit code of a process that ends because another one has, and says nothing, since the cause is elsewhere."""
 
@@ -22,8 +24,6 @@ GRACE = 3.0
 
 PATIENCE = 60.0
 """Seconds that they get to finish some steps and their checkpoint when they are told to stop."""
-
-SUPERVISED = "ZSQ_SUPERVISED"
 
 STOPPED = "Stopped; a run continues with --resume."
 

@@ -19,10 +19,10 @@ from zsq.cli.completion import script_of_shell
 from zsq.cli.doctor import Doctor
 from zsq.cli.evaluate import Evaluate
 from zsq.cli.export import Export
-from zsq.cli.launcher import LOST, STOPPED, SUPERVISED, run_workers, watch_starter
+from zsq.cli.launcher import LOST, STOPPED, run_workers, watch_starter
 from zsq.cli.methods import Methods
 from zsq.cli.models import Models
-from zsq.cli.names import NAMES, WRONG_USAGE, misspelled
+from zsq.cli.names import NAMES, SUPERVISED, WRONG_USAGE, misspelled
 from zsq.cli.output import PlainConsole, open_streams
 from zsq.cli.quantize import Quantize
 from zsq.cli.report import Report
@@ -36,7 +36,7 @@ from zsq.runtime import distributed
 from zsq.runtime.device import pick_device
 from zsq.runtime.memory import LESS_MEMORY, lacks_memory
 from zsq.runtime.plain_text import printable
-from zsq.runtime.versions import version_line
+from zsq.runtime.quiet import leave_stdout
 
 WORKER = (sys.executable, "-P", "-m", "zsq")
 """What starts this command line in a process of its own, which imports nothing from the current folder by itself."""
@@ -95,7 +95,7 @@ def _main(arguments: list[str] | None) -> None:
             sys.exit(LOST)
         _stop(str(error))
     except BrokenPipeError:  # whoever read the output has seen enough, as `head` does
-        _leave_stdout()
+        leave_stdout()
         sys.exit(1)
     except KeyboardInterrupt:
         print(STOPPED, file=sys.stderr)
@@ -104,15 +104,12 @@ def _main(arguments: list[str] | None) -> None:
         if DEBUG in given:
             traceback.print_exc()
         if isinstance(error, OSError) and not isinstance(error, ZsqError):
-            _leave_stdout()
+            leave_stdout()
         _stop(_said(error, words))
 
 
 def _run(words: list[str]) -> None:
     """Do what the words ask for."""
-    if words == ["--version"]:
-        print(version_line())
-        return
     if words == ["--install-completion"]:
         _install_completion()
         return
@@ -140,12 +137,6 @@ def _said(error: Exception, words: list[str]) -> str:
         f"{where} met what it does not expect: {type(error).__name__}: {first_line(error)}. {DEBUG} shows where; "
         "please report it with that output and the one of zsq doctor."
     )
-
-
-def _leave_stdout() -> None:
-    """Let nothing more be written to a standard output that takes nothing, at exit either."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _install_completion() -> None:

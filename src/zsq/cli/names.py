@@ -1,4 +1,4 @@
-"""The names of the commands, which are known before anything is imported that takes time."""
+"""What is known of the command line before anything is imported that takes time: commands, statuses, markers."""
 
 from zsq.errors import InputError, unknown_name
 
@@ -14,6 +14,9 @@ NAMES = (
     "models",
     "doctor",
 )
+
+SUPERVISED = "ZSQ_SUPERVISED"
+"""Variable of the environment that processes of `--devices` have."""
 
 WRONG_USAGE = 2
 """Exit status where arguments are missing or unknown."""

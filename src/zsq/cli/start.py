@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from zsq.cli.names import WRONG_USAGE, misspelled
+from zsq.cli.names import SUPERVISED, WRONG_USAGE, misspelled
+from zsq.runtime.quiet import leave_stdout
 from zsq.runtime.versions import version_line
 
 LOADING = "zsq: loading PyTorch ..."
@@ -38,7 +39,7 @@ def _say(text: str) -> None:
     try:
         print(text, flush=True)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more fails at exit
+        leave_stdout()
         print(f"Error: writing: {error.strerror or error}.", file=sys.stderr)
         sys.exit(1)
 
@@ -58,7 +59,7 @@ def _ends_in_one_line() -> Iterator[None]:
 
     before: dict[int, Any] = {}
     for number in (signal.SIGINT, signal.SIGTERM):
-        supervised = number == signal.SIGTERM and "ZSQ_SUPERVISED" in os.environ
+        supervised = number == signal.SIGTERM and SUPERVISED in os.environ
         if signal.getsignal(number) not in (None, signal.SIG_IGN) and not supervised:
             before[number] = signal.signal(number, end)
     try:

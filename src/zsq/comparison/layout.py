@@ -2,22 +2,17 @@
 
 import logging
 import shutil
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from zsq.comparison.recipe import Cell
-from zsq.errors import InputError
+from zsq.errors import ZIP_FAULTS, InputError
 from zsq.reports.html import REPORT
 from zsq.runs.stages import PREDICTIONS
 
 logger = logging.getLogger(__name__)
-
-NPZ_FAULTS = (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError)
-"""What reading a damaged npz raises."""
 
 
 def read_predictions(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -29,7 +24,7 @@ def read_predictions(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         with path.open("rb") as stream, np.load(stream) as arrays:  # np.load leaves a damaged file of its own open
             predictions, labels = arrays["predictions"], arrays["labels"]
-    except NPZ_FAULTS as error:
+    except ZIP_FAULTS as error:
         raise InputError(f"{path} is damaged: {str(error) or type(error).__name__}.") from error
     if predictions.shape != labels.shape or predictions.ndim != 1:
         raise InputError(f"{path} is damaged: it holds {list(predictions.shape)} and {list(labels.shape)} classes.")

@@ -4,9 +4,7 @@ import contextlib
 import csv
 import difflib
 import math
-import tokenize
 import zipfile
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +16,7 @@ from PIL import Image, ImageOps
 
 from zsq.data import digits, shapes
 from zsq.data.image_files import READ_FAULTS, open_image
-from zsq.errors import InputError
+from zsq.errors import ZIP_FAULTS, InputError
 from zsq.types import Batch, ImageSpec
 
 IMAGE_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
@@ -40,23 +38,6 @@ MOST_IMAGES = 10**9
 
 LABEL_DIGITS = 10
 """Most characters of a label."""
-
-ZIP_FAULTS = (
-    OSError,
-    SyntaxError,
-    tokenize.TokenError,
-    EOFError,
-    ValueError,
-    TypeError,
-    KeyError,
-    RuntimeError,
-    MemoryError,
-    OverflowError,
-    zipfile.BadZipFile,
-    zlib.error,
-    NotImplementedError,
-)
-"""What reading a damaged npz raises."""
 
 KINDS = (
     "'digits', 'digits:train', 'shapes', 'shapes:train', 'heartbeats', 'heartbeats:train', a .npz file (images uint8 "

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from zsq.data.shapes import average_precision
 from zsq.errors import InputError
+from zsq.graph.trace import FOREIGN_FAULTS, described
 from zsq.training.answers import SMALLEST, Answers, two_sided
 from zsq.types import Output
 
@@ -175,8 +176,8 @@ class BoxTally:
         parts = [part.float().numpy() for part in self.answers.parts(answers)]
         try:
             found = [np.asarray(boxes, np.float32) for boxes in self.decoder(*parts)]
-        except Exception as error:
-            raise InputError(f"the decoder fails on {len(answers)} images: {type(error).__name__}: {error}") from error
+        except FOREIGN_FAULTS as error:
+            raise InputError(f"the decoder fails on {len(answers)} images: {described(error)}") from error
         shapes = [boxes.shape for boxes in found]
         if len(found) != len(answers) or any(len(shape) != 2 or shape[1] != BOX_VALUES for shape in shapes):
             raise InputError(

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class FileClassifier(ABC):
         if self._layout is not None:
             self._shape = [shape[0], *self.spec.shape]
 
-    @property
+    @cached_property
     def spec(self) -> ImageSpec:
         """What the file takes and gives, as zsq has noted in it.
 

@@ -19,6 +19,9 @@ CONVOLUTIONS = (
     aten.conv2d.padding,
     aten.conv3d.padding,
 )
+CONVOLUTION_OF = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
+"""Convolutions by the axes beside the channels."""
+
 LAYERS = (*CONVOLUTIONS, aten.linear.default)
 """Operators with a weight (second argument, output channels first) and a bias (third argument)."""
 

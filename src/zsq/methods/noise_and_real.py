@@ -103,7 +103,7 @@ class Real(Method):
     batch_size: Count = 64
     """Images a distillation step."""
     limit: Count = 20_000
-    """Most images kept in memory, as bytes; drawn evenly from the set."""
+    """Most images kept in memory, pixels as bytes, other numbers as float32; drawn evenly from the set."""
     augment: Literal["none", "crop-flip"] = "none"
     """What is done to distillation batches: crop-flip shifts by up to an eighth and mirrors half, wrong for digits."""
 

@@ -64,11 +64,11 @@ def read_program(model: str) -> tuple[nn.Module, tuple[int, ...]]:
     if isinstance(batch, int):
         raise TeacherError(f"{path} takes batches of {batch} only; {INSTEAD}.")
     if not all(isinstance(size, int) for size in shape):
-        shape = [_largest(size) for size in shape]
+        shape = [_exported_size(size) for size in shape]
     network = plain_network(program)
     return fx.GraphModule(network, network.graph, class_name=path.stem), tuple(shape)
 
 
-def _largest(size: object) -> int:
+def _exported_size(size: object) -> int:
     """Return the size with which a program was exported, where it takes others as well."""
     return size if isinstance(size, int) else int(size.node.hint)  # type: ignore[attr-defined]

@@ -51,7 +51,7 @@ class Teacher:
     the node of the logits or of `pack` itself (not a tuple); `deepcopy`, `train` and `eval` work.
     """
     weights_source: str
-    """`bundled`, the file's name, `zoo`, `factory`, `random` or `memory`."""
+    """`bundled`, the file's name, `zoo`, `factory`, `program`, `random` or `memory`."""
     weights_sha256: str
     """Hash over the sorted state dict (name, dtype, shape, bytes), whatever file it came from."""
     weights_file: str | None = None
@@ -134,7 +134,7 @@ def load(network: Network) -> Teacher:
                 load_weights(net, bundled.weights, bundled.spec, {})
         elif is_file(model):
             net, spec = _from_program(network)
-            source = Path(model).name
+            source = "program"
         elif model.partition(":")[0] in zoo.INSTALL:
             net, spec = _from_zoo(network)
             source = "zoo"

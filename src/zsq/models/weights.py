@@ -5,7 +5,6 @@ import logging
 import pickle
 import warnings
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from zsq.errors import TeacherError
+from zsq.errors import ZIP_FAULTS, TeacherError
 from zsq.graph.trace import FOREIGN_FAULTS, first_line
 from zsq.types import ImageSpec
 
@@ -29,9 +28,6 @@ PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
 
 COUNTER = "num_batches_tracked"
 """Batch norm's step counter: some files hold it, and no output depends on it."""
-
-ZIP_FAULTS = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, NotImplementedError)
-"""What reading a damaged zip file raises."""
 
 QUOTED = 3
 """How many names an error quotes."""

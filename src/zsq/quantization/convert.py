@@ -142,11 +142,13 @@ def _store_norm(network: GraphModule, node: Node) -> None:
     integers, step = factor_grid(factor, shift, activation_scale)
     product = activation_scale * step
     name, bias_name = (str(tensor.target) for tensor in read[:2])  # type: ignore[union-attr]
-    edit.set_tensor(network, name, integers.to(torch.int8).view(-1, 1, 1, 1))
+    axes = node.meta["val"].dim() - 2
+    edit.set_tensor(network, name, integers.to(torch.int8).view(-1, 1, *[1] * axes))
     edit.set_tensor(network, bias_name, bias_integers(shift, product).to(torch.int32))
     weight = _dequantize(network, node, name, step, -LARGEST_FACTOR, LARGEST_FACTOR, torch.int8)
     bias = _dequantize(network, node, bias_name, product, -(2**31), 2**31 - 1, torch.int32)
-    node.target, node.args = edit.aten.conv2d.default, (x, weight, bias, [1, 1], [0, 0], [1, 1], len(integers))
+    node.target = edit.CONVOLUTION_OF[axes]
+    node.args = (x, weight, bias, [1] * axes, [0] * axes, [1] * axes, len(integers))
 
 
 def _store_layer(network: GraphModule, layer: Node) -> None:

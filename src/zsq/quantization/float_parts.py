@@ -27,7 +27,7 @@ FLOAT_OPERATORS = {
     aten.pow.Tensor_Scalar,
 }
 """Operators that ONNX Runtime computes in float, or in integers later: its integer softmax took six times as long as
-the float one, and products of two activations 1.1 times (benchmarks/deployed.py)."""
+the float one, and products of two activations 1.1 times (docs/decisions/2026-11-30-float-attention.md)."""
 
 ELEMENTWISE = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default, aten.mean.dim}
 """Operators that are computed in float between others that are."""

@@ -162,7 +162,7 @@ def grid_norm(x: Tensor, factor: Tensor, shift: Tensor, activation_scale: Tensor
     """Batch norm that stands alone, as the convolution of one integer a channel that the file makes of it.
 
     Args:
-        x: [N, C, H, W].
+        x: [N, C, ...].
         factor: [C]; kept as it is, see `factor_grid`.
         shift: [C]; rounded to multiples of activation_scale x the factor's step.
         activation_scale: step of the grid of x, [1]; at 0, before calibration, the shift stays as it is.
@@ -172,4 +172,5 @@ def grid_norm(x: Tensor, factor: Tensor, shift: Tensor, activation_scale: Tensor
     """
     integers, step = factor_grid(factor, shift, activation_scale)
     shift = quantize_bias(shift, activation_scale, step)
-    return torch.addcmul(shift.view(1, -1, 1, 1), x, (integers * step).view(1, -1, 1, 1))
+    by_channel = (1, -1, *[1] * (x.dim() - 2))
+    return torch.addcmul(shift.view(by_channel), x, (integers * step).view(by_channel))

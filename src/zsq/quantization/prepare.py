@@ -321,7 +321,7 @@ class _Placer:
         """Let each batch norm of maps that no layer could take be computed by integers."""
         for norm in batch_norms(self.network) if self.scheme.all_activations else []:
             node = norm.node
-            if node.meta["val"].dim() != 4:
+            if node.meta["val"].dim() - 2 not in edit.CONVOLUTION_OF:
                 continue
             with self.network.graph.inserting_before(node):
                 read = []

@@ -1,6 +1,5 @@
 """A finished fit that another run reuses."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from zsq.methods import Method
 from zsq.models.teacher import Teacher
 from zsq.runs.settings import resolve
 from zsq.runs.settings_file import SETTINGS, of_version, shape_of, stored_spec
+from zsq.runtime.checksums import file_sha256
 from zsq.runtime.files import load_tensors
 
 GENERATOR = "generator.safetensors"
@@ -49,8 +49,3 @@ class FittedRun:
                 f"{path} was fitted to images of {shape_of(was)}; '{teacher.name}' takes {shape_of(teacher.spec)}."
             )
         return cls(folder, method, state, file_sha256(path))
-
-
-def file_sha256(path: Path) -> str:
-    """Return the hash of a file's bytes."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()

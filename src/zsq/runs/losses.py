@@ -19,18 +19,23 @@ class Losses(Mapping[str, dict[str, Points]]):
     """The losses of each phase, by name: `losses["fit"]["bns"]` is a list of (step, value). A notebook shows curves.
 
     Args:
-        folder: of the run; without metrics there are no phases, and lines that are damaged are left out.
+        folder: of the run; without metrics there are no phases.
+
+    Attributes:
+        damaged: lines that cannot be read, and are left out.
     """
 
     def __init__(self, folder: Path) -> None:
         self._phases: dict[str, dict[str, Points]] = {}
+        self.damaged = 0
         path = folder / METRICS
         for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
             try:
                 line = json.loads(text)
                 phase, step = str(line.pop("phase")), int(line.pop("step"))
                 values = {str(name): float(value) for name, value in line.items()}
-            except (ValueError, LookupError, TypeError, AttributeError):
+            except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
+                self.damaged += 1
                 continue
             for name, value in values.items():
                 self._phases.setdefault(phase, {}).setdefault(name, []).append((step, value))

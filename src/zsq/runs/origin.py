@@ -7,11 +7,12 @@ from typing import Any, TypeVar
 
 from zsq.errors import InputError
 from zsq.models.network import Network
-from zsq.runs.fitted import GENERATOR, file_sha256
+from zsq.runs.fitted import GENERATOR
 from zsq.runs.recipe_file import read_toml
 from zsq.runs.request import Request
 from zsq.runs.settings_file import SETTINGS
 from zsq.runs.stored_network import is_run, located, started_in, stored_network
+from zsq.runtime.checksums import file_sha256
 
 Asked = TypeVar("Asked", bound=Request)
 

@@ -1,6 +1,5 @@
 """The report of a run's folder, made from what the folder holds alone; nothing here runs a network."""
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -28,6 +27,7 @@ from zsq.reports.html import (
     tiles,
     write_page,
 )
+from zsq.runs.losses import Losses
 from zsq.runs.recipe_file import read_toml
 from zsq.runs.record import RECORD, Record
 from zsq.runs.samples import SAMPLES, SampleGrid
@@ -49,7 +49,7 @@ NARROW = frozenset("23")
 LITTLE = (
     "This tells little: on networks not seen before, agreement on samples was up to 30 points off where the float "
     "network did not recognise their labels, and too high at INT3. Real images of the kind that the network will see "
-    "tell more, with labels or without: zsq evaluate NETWORK --file RUN --data SET."
+    "tell more, with labels or without: zsq evaluate --file RUN --data SET."
 )
 
 
@@ -286,22 +286,10 @@ def _sample_row(grid: SampleGrid, row: int, sources: list[str]) -> tuple[str, st
 
 def _curves(folder: Path, missing: list[str]) -> Iterator[Section]:
     """Yield the losses of each phase; lines that are damaged are left out."""
-    path = folder / METRICS
-    phases: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    bad = 0
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        try:
-            line = json.loads(text)
-            phase, step = str(line.pop("phase")), float(line.pop("step"))
-            values = {str(name): float(value) for name, value in line.items()}
-        except (ValueError, LookupError, TypeError, AttributeError):
-            bad += 1
-            continue
-        for name, value in values.items():
-            phases.setdefault(phase, {}).setdefault(name, []).append((step, value))
-    if bad:
-        missing.append(f"{bad} lines of {METRICS} cannot be read.")
-    for phase, terms in phases.items():
+    losses = Losses(folder)
+    if losses.damaged:
+        missing.append(f"{losses.damaged} lines of {METRICS} cannot be read.")
+    for phase, terms in losses.items():
         drawn = tuple(curve(name, *zip(*points, strict=True)) for name, points in terms.items())
         gaps = [name for name, points in terms.items() if any(not math.isfinite(y) for _, y in points)]
         note = f"Not finite at some steps: {', '.join(gaps)}. A lower learning rate may help." if gaps else ""
@@ -388,10 +376,8 @@ def _floats(record: Record | None) -> Iterator[Section]:
 
 def _origin(folder: Path, settings: dict[str, Any], record: Record | None) -> Iterator[Section]:
     """Yield the command, settings, versions and hashes."""
-    command = f"zsq quantize {settings.get('teacher', {}).get('model', 'NETWORK')} --recipe {SETTINGS} --out AGAIN"
-    if data := settings.get("run", {}).get("data"):
-        command += f" --data {data}"
-    yield Section("Repeat it", (Lines((command,), verbatim=True),), f"In {folder.name}, where {SETTINGS} lies.")
+    lines = (f"zsq quantize --recipe {SETTINGS} --out AGAIN",)
+    yield Section("Repeat it", (Lines(lines, verbatim=True),), f"In {folder.name}, where {SETTINGS} lies.")
     rows = [
         [section, name, "" if value is None else str(value)]
         for section, values in settings.items()

@@ -7,6 +7,7 @@ from typing import Any
 
 from zsq.errors import InputError
 from zsq.models.network import Network
+from zsq.models.programs import PROGRAM
 from zsq.models.teacher import Teacher, load
 from zsq.runs.recipe_file import read_toml
 from zsq.runs.settings_file import SETTINGS, stored_spec
@@ -14,7 +15,7 @@ from zsq.runs.settings_file import SETTINGS, stored_spec
 IN_MEMORY = "memory"
 """Where the weights of a network come from that was given as a module."""
 
-OWN = ("bundled", "zoo", "factory")
+OWN = ("bundled", "zoo", "factory", "program")
 """Where weights come from that the network brings."""
 
 
@@ -33,8 +34,8 @@ class StoredNetwork(Network):
         Raises:
             InputError: it is gone, or has other weights than the run was made with.
         """
-        place = self.model.rpartition(":")[0]
-        if place.endswith(".py") and not Path(place).is_file():
+        place = self.model.rpartition(":")[0] or self.model
+        if place.endswith((".py", PROGRAM)) and not Path(place).is_file():
             raise InputError(f"{self.settings} is of network {self.model}, and {place} is gone; name it as MODEL.")
         if not _is_there(self.weights):
             raise InputError(

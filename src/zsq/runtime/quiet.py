@@ -1,9 +1,9 @@
-"""Keep libraries from writing to the standard error of the process."""
+"""Keep from a stream what shall not be there: of libraries on standard error, of the process on a closed output."""
 
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 @contextmanager
@@ -18,3 +18,9 @@ def silent_stderr() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
+
+
+def leave_stdout() -> None:
+    """Let nothing more be written to a standard output that takes nothing, at exit either."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,53 @@
+"""Batch norms that no layer can take are integers in signals, images and volumes."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from zsq.export.converted import output_step
+from zsq.export.files import write_file
+from zsq.export.verify import require, verify_file
+from zsq.models.teacher import teacher_from_module
+from zsq.quantization import PTQ
+from zsq.quantization.convert import convert
+from zsq.quantization.coverage import coverage
+from zsq.quantization.ptq import quantize_ptq
+from zsq.training.loop import Run
+from zsq.types import Batch, ImageSpec
+
+KINDS = {
+    1: (nn.Conv1d, nn.BatchNorm1d, (2, 40)),
+    2: (nn.Conv2d, nn.BatchNorm2d, (2, 12, 12)),
+    3: (nn.Conv3d, nn.BatchNorm3d, (2, 8, 8, 8)),
+}
+
+
+class BehindReLU(nn.Module):
+    def __init__(self, axes: int) -> None:
+        super().__init__()
+        convolution, norm, _ = KINDS[axes]
+        self.first, self.norm = convolution(2, 8, 3, padding=1), norm(8)
+        self.second, self.head = convolution(8, 8, 3, padding=1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.norm(self.first(x).relu())).flatten(2).mean(2))
+
+
+@pytest.mark.parametrize("axes", KINDS)
+def test_a_batch_norm_behind_an_activation(tmp_path, axes) -> None:
+    shape, random = KINDS[axes][2], torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    network = BehindReLU(axes).train()
+    for _ in range(20):
+        network(torch.randn(8, *shape, generator=random))
+    spec = ImageSpec.of_shape(shape, classes=5, mean=(0.0, 0.0), std=(1.0, 1.0))
+    teacher = teacher_from_module(network.eval(), spec)
+    images = torch.randn(40, *shape, generator=random)
+    batch = Batch(images, torch.zeros(40, dtype=torch.int64))
+    student = quantize_ptq(teacher.network, lambda: iter([batch]), PTQ(num_samples=40), Run()).eval()
+    converted, path = convert(student), tmp_path / "model.onnx"
+    found = coverage(converted, spec)
+    assert not found.float_weights
+    assert not found.float_operations
+    write_file(converted, spec, path)
+    require(verify_file(path, student, [images], output_step(converted), threads=1))
