@@ -19,9 +19,8 @@ from zsq.models.teacher import Teacher
 
 
 def write_float(teacher: Teacher, path: Path) -> None:
-    """Write the teacher with input ``images`` and output ``logits``, the batch left open."""
-    spec = teacher.spec
-    images = torch.zeros(2, spec.channels, spec.height, spec.width)
+    """Write the teacher as a user would, by torch.onnx alone: input ``images``, output ``logits``, the batch left open."""
+    images = torch.zeros(2, *teacher.spec.shape)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
