@@ -19,7 +19,7 @@ from zsq.models.teacher import Teacher
 
 
 def write_float(teacher: Teacher, path: Path) -> None:
-    """Write the teacher as a user would, by torch.onnx alone: input ``images``, output ``logits``, the batch left open."""
+    """Write the teacher by torch.onnx alone, as a user would: input ``images``, output ``logits``, any batch."""
     images = torch.zeros(2, *teacher.spec.shape)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 
 ZIP_FAULTS = (
     OSError,
+    SyntaxError,  # as numpy raises for a header that ends early
+    tokenize.TokenError,
     EOFError,
     ValueError,
     TypeError,
