@@ -41,6 +41,21 @@ class ComputedScale(FunctionalNorm):
         return F.batch_norm(x, self.mean, self.var, 3 * self.scale, self.shift + 1)
 
 
+class OfTokens(nn.Linear):
+    """A linear layer on tokens, whose channels come first then."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).transpose(1, 2)
+
+
+class AsRows(nn.BatchNorm1d):
+    """Is given [N, C, tokens], and normalises the rows of [N tokens, C]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(1, 2)
+        return super().forward(x.flatten(0, 1)).reshape_as(x)
+
+
 def conv2d(norm: nn.Module) -> Normalised:
     return Normalised(nn.Conv2d(3, 4, 3), norm, 4 * 36, (3, 8, 8))
 
@@ -54,6 +69,8 @@ FORMS: dict[str, Callable[[], Normalised]] = {
     "computed scale": lambda: conv2d(ComputedScale(4)),
     "1d": lambda: Normalised(nn.Conv1d(3, 4, 5, stride=4), nn.BatchNorm1d(4), 4 * 15, (3, 64)),
     "1d after linear": lambda: Normalised(nn.Linear(192, 4, bias=False), nn.BatchNorm1d(4), 4, (192,)),
+    "1d of tokens": lambda: Normalised(OfTokens(24, 4, bias=False), nn.BatchNorm1d(4), 4 * 8, (8, 24)),
+    "1d of rows": lambda: Normalised(OfTokens(24, 4, bias=False), AsRows(4), 4 * 8, (8, 24)),
     "3d": lambda: Normalised(nn.Conv3d(1, 4, 3, bias=False), nn.BatchNorm3d(4), 4 * 36, (1, 3, 8, 8)),
 }
 

@@ -1,4 +1,6 @@
-"""Batch norms that no layer can take are integers in signals, images and volumes."""
+"""Batch norms that no layer can take are integers in vectors, tokens, signals, images and volumes."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ KINDS = {
 class BehindReLU(nn.Module):
     def __init__(self, axes: int) -> None:
         super().__init__()
-        convolution, norm, _ = KINDS[axes]
+        self.axes, (convolution, norm, _) = axes, KINDS[axes]
         self.first, self.norm = convolution(2, 8, 3, padding=1), norm(8)
         self.second, self.head = convolution(8, 8, 3, padding=1), nn.Linear(8, 5)
 
@@ -33,11 +35,24 @@ class BehindReLU(nn.Module):
         return self.head(self.second(self.norm(self.first(x).relu())).flatten(2).mean(2))
 
 
-@pytest.mark.parametrize("axes", KINDS)
-def test_a_batch_norm_behind_an_activation(tmp_path, axes) -> None:
-    shape, random = KINDS[axes][2], torch.Generator().manual_seed(0)
+class OfVectors(BehindReLU):
+    """Two batch norms of [N, C], behind a pooling and behind another one, and one of tokens as rows."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.vectors, self.again, self.inner = nn.BatchNorm1d(8), nn.BatchNorm1d(8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(self.first(x).transpose(1, 2)).relu()
+        x = self.norm(x.flatten(0, 1)).view_as(x).transpose(1, 2)
+        return self.head(self.again(self.vectors(x.mean(2)).relu()))
+
+
+@pytest.mark.parametrize("make", [*(partial(BehindReLU, axes) for axes in KINDS), OfVectors])
+def test_a_batch_norm_behind_an_activation(tmp_path, make) -> None:
     torch.manual_seed(0)
-    network = BehindReLU(axes).train()
+    network, random = make().train(), torch.Generator().manual_seed(0)
+    shape = KINDS[network.axes][2]
     for _ in range(20):
         network(torch.randn(8, *shape, generator=random))
     spec = ImageSpec.of_shape(shape, classes=5, mean=(0.0, 0.0), std=(1.0, 1.0))

@@ -2,12 +2,14 @@
 
 from typing import Any
 
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
 from zsq.graph.activations import clamp_limits
-from zsq.graph.edit import argument, aten
+from zsq.graph.edit import Caller, argument, aten, order_of
 
 SIXTH = 1 / 6
+
+RESHAPES = (aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int)
 
 
 def name_activations(graph: Graph) -> None:
@@ -39,6 +41,38 @@ def name_global_pools(graph: Graph) -> None:
         padding, divisor = argument(node, 3, [0]), argument(node, 6)
         if [*kernel] * (2 // len(kernel)) == [*size] and not any(padding) and divisor is None:
             node.target, node.args = aten.adaptive_avg_pool2d.default, (x, [1, 1])
+
+
+def name_token_norms(network: GraphModule) -> None:
+    """Let a batch norm of tokens read [N, C, ...] where it reads them as rows, [N tokens, C], in place.
+
+    Permutations that undo each other are left out then: a layer in front can take the norm.
+    """
+    for norm in network.graph.find_nodes(op="call_function", target=aten.batch_norm.default):
+        rows = norm.args[0]
+        tokens = rows.args[0] if rows.target in RESHAPES else None
+        if tokens is None or rows.meta["val"].dim() != 2 or not norm.users:
+            continue
+        shape = tokens.meta["val"].shape
+        back = all(n.target in RESHAPES and str(n.meta["val"].shape) == str(shape) for n in norm.users)
+        if len(shape) < 3 or not back or shape[-1] != rows.meta["val"].shape[1]:
+            continue
+        axes = len(shape) - 1
+        readers, call = list(norm.users), Caller(network, norm)
+        x = call.permuted(tokens, [0, axes, *range(1, axes)])
+        norm.args, norm.meta["val"] = (x, *norm.args[1:]), x.meta["val"]
+        for reader in readers:
+            moved = Caller(network, reader).permuted(norm, [0, *range(2, axes + 1), 1])
+            reader.replace_all_uses_with(moved)
+            network.graph.erase_node(reader)
+
+
+def drop_permutations(graph: Graph) -> None:
+    """Leave out each pair of permutations that undo each other, in place."""
+    for node in graph.nodes:
+        second, first = order_of(node), order_of(node.args[0]) if node.args and isinstance(node.args[0], Node) else None
+        if first is not None and second is not None and [first[dim] for dim in second] == sorted(first):
+            node.replace_all_uses_with(node.args[0].args[0])
 
 
 def _hard(node: Node) -> tuple[Any, Node] | None:

@@ -74,6 +74,22 @@ def is_depthwise(layer: Node, weight: Tensor) -> bool:
     return bool(groups > 1 and weight.shape[:2] == (groups, 1))
 
 
+def channel_dim(layer: Node) -> int:
+    """Dimension of a layer's channels: a convolution gives [N, C, ...], a linear layer [..., C]."""
+    return 1 if layer.target in CONVOLUTIONS else -1
+
+
+def order_of(node: Node) -> list[int] | None:
+    """Return which dimension of its input each dimension of a value is, where a node only permutes them."""
+    dims = range(node.meta["val"].dim()) if "val" in node.meta and isinstance(node.meta["val"], Tensor) else []
+    if node.target is aten.permute.default:
+        return [dims[dim] for dim in argument(node, 1)]
+    if node.target is aten.transpose.int:
+        one, other = (dims[dim] for dim in node.args[1:3])  # type: ignore[index]
+        return [{one: other, other: one}.get(dim, dim) for dim in dims]
+    return None
+
+
 def read_attribute(network: GraphModule, name: str, before: Node) -> Node:
     """Insert a `get_attr` node in front of `before`."""
     with network.graph.inserting_before(before):

@@ -6,6 +6,7 @@ from torch.fx import GraphModule, Node
 
 from zsq.graph import edit
 from zsq.graph.batchnorm import batch_norms
+from zsq.graph.canonicalize import drop_permutations
 from zsq.graph.edit import argument, aten, tensor_of
 from zsq.graph.lower import lower
 
@@ -13,7 +14,7 @@ from zsq.graph.lower import lower
 def fold(network: GraphModule) -> tuple[GraphModule, dict[str, tuple[Tensor, Tensor]]]:
     """Fold each batch norm into the convolution or linear layer in front of it, and lower what is no such layer.
 
-    A batch norm whose input has another reader, does not come from such a layer, or has its channels elsewhere, stays.
+    A batch norm stays if its input has another reader, or does not come from such a layer, moved perhaps.
 
     Returns:
         The folded copy, and ``{weight name: (std, mean)}`` of what was folded, both [C]: standard deviation and mean of
@@ -23,11 +24,9 @@ def fold(network: GraphModule) -> tuple[GraphModule, dict[str, tuple[Tensor, Ten
     lower(network)
     record = {}
     for norm in batch_norms(network):
-        layer = norm.node.args[0]
-        if not isinstance(layer, Node) or layer.target not in edit.LAYERS or len(layer.users) != 1:
+        layer = _layer_behind(norm.node.args[0], 1)
+        if layer is None:
             continue
-        if layer.target is aten.linear.default and layer.meta["val"].dim() != 2:
-            continue  # [N, tokens, C]: the norm's channels are the tokens
         weight, bias = tensor_of(network, layer.args[1]), tensor_of(network, argument(layer, 2))
         if weight is None:
             continue
@@ -43,10 +42,11 @@ def fold(network: GraphModule) -> tuple[GraphModule, dict[str, tuple[Tensor, Ten
         weight_node = edit.read_attribute(network, name, layer)
         bias_node = edit.read_attribute(network, bias_name, layer)
         layer.args = (layer.args[0], weight_node, bias_node, *layer.args[3:])
-        norm.node.replace_all_uses_with(layer)
+        norm.node.replace_all_uses_with(norm.node.args[0])  # type: ignore[arg-type]
         network.graph.erase_node(norm.node)
         record[name] = (norm.std, norm.beta)
     _fold_scales(network, record)
+    drop_permutations(network.graph)
     return edit.finish(network), record
 
 
@@ -77,17 +77,25 @@ def _scaled_layer(network: GraphModule, node: Node) -> tuple[Node, Node, Tensor]
             continue
         shape = [1] * (node.meta["val"].dim() - factor.dim()) + list(factor.shape)
         dims = [dim for dim, size in enumerate(shape) if size > 1]
-        layer = x
-        while layer.target is aten.permute.default and len(layer.users) == 1 and len(dims) == 1:
-            dims = [layer.args[1][dims[0]] % len(shape)]  # type: ignore[index, operator, list-item]
-            layer = layer.args[0]  # type: ignore[assignment]
-        if layer.target not in edit.LAYERS or len(layer.users) != 1:
+        layer = _layer_behind(x, dims[0]) if len(dims) == 1 else None
+        if layer is None:
             continue
-        channel = 1 if layer.target in edit.CONVOLUTIONS else layer.meta["val"].dim() - 1
         read = [n for n in (layer.args[1], argument(layer, 2)) if n is not None]
         own = all(tensor_of(network, n) is not None and _is_own(network, n, layer) for n in read)
-        if dims == [channel] and own and layer.meta["val"].shape[channel] == factor.numel():
+        if own and x.meta["val"].shape[dims[0]] == factor.numel():
             return x, layer, factor.flatten()
+    return None
+
+
+def _layer_behind(node: object, dim: int) -> Node | None:
+    """Return the layer whose channels a dimension of a value holds, permuted perhaps, if nothing else reads them."""
+    while isinstance(node, Node) and len(node.users) == 1:
+        if node.target in edit.LAYERS:
+            return node if dim == edit.channel_dim(node) % node.meta["val"].dim() else None
+        order = edit.order_of(node)
+        if order is None:
+            return None
+        node, dim = node.args[0], order[dim]
     return None
 
 

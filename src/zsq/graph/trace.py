@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from zsq.errors import TeacherError
-from zsq.graph.canonicalize import name_activations, name_global_pools
+from zsq.graph.canonicalize import name_activations, name_global_pools, name_token_norms
 from zsq.graph.constants import fold_constants
 from zsq.graph.islands import cast_to_float32, narrowest_type
 from zsq.graph.outputs import has_unit_norm, leaves, outputs_of, pack, pack_outputs, recognised, results
@@ -118,6 +118,7 @@ def trace(net: nn.Module, spec: ImageSpec, name: str) -> fx.GraphModule:
     _check_logits(graph, spec, name)
     fold_constants(exported)
     _name_squeezes(graph)
+    _name_reshapes(graph)
     tolerance = CHECK_TOLERANCE
     if (narrowest := narrowest_type(exported)) is not None:
         exported.recompile()
@@ -127,6 +128,7 @@ def trace(net: nn.Module, spec: ImageSpec, name: str) -> fx.GraphModule:
     name_products(exported)
     name_activations(graph)
     name_global_pools(graph)
+    name_token_norms(exported)
     graph.eliminate_dead_code()
     graph.lint()
     network = fx.GraphModule(exported, graph, class_name=type(net).__name__)
@@ -289,3 +291,12 @@ def _name_squeezes(graph: fx.Graph) -> None:
             node.target, node.args = torch.ops.aten.squeeze.dims, (node.args[0], ones)
             if not ones:
                 node.replace_all_uses_with(node.args[0])
+
+
+def _name_reshapes(graph: fx.Graph) -> None:
+    """Let `reshape_as` and `view_as` name the shape, where the batch alone varies."""
+    for node in graph.nodes:
+        if node.target in (torch.ops.aten.reshape_as.default, torch.ops.aten.view_as.default):
+            sizes = [size if isinstance(size, int) else -1 for size in node.args[1].meta["val"].shape]
+            if sizes.count(-1) <= 1:
+                node.target, node.args = torch.ops.aten.reshape.default, (node.args[0], sizes)

@@ -18,7 +18,7 @@ from torch.fx import Interpreter, Node
 
 from zsq.graph import edit
 from zsq.graph.edit import weight_times_mean
-from zsq.quantization.bias_correction import biased_layers, channel_dim, channel_mean
+from zsq.quantization.bias_correction import biased_layers, channel_mean
 from zsq.quantization.prepare import Student
 
 
@@ -38,7 +38,7 @@ class _InputMeans(Interpreter):
         """Run one node."""
         if n.target in edit.LAYERS:
             x, weight = (self.env[node] for node in n.args[:2])  # type: ignore[index]
-            self.found[n.name] = (channel_mean(x, channel_dim(n)), weight)
+            self.found[n.name] = (channel_mean(x, edit.channel_dim(n)), weight)
         return super().run_node(n)
 
 

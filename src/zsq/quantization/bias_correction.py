@@ -35,11 +35,6 @@ def channel_mean(x: Tensor, channel: int) -> Tensor:
     return x.mean([dim for dim in range(x.dim()) if dim != channel % x.dim()])
 
 
-def channel_dim(layer: Node) -> int:
-    """Dimension of a layer's channels: a convolution gives [N, C, ...], a linear layer [..., C]."""
-    return 1 if layer.target in edit.CONVOLUTIONS else -1
-
-
 def biased_layers(student: Student) -> list[tuple[Node, Node]]:
     """List the layers that have a bias, with the node that rounds it."""
     found = []
@@ -61,7 +56,7 @@ class _Recorder(Interpreter):
         """Run one node."""
         value = super().run_node(n)
         if n.target in edit.LAYERS:
-            self.means[n.name] = channel_mean(value, channel_dim(n))
+            self.means[n.name] = channel_mean(value, edit.channel_dim(n))
         return value
 
 
@@ -77,7 +72,7 @@ class _Corrector(Interpreter):
         value = super().run_node(n)
         bias = edit.argument(n, 2) if n.target in edit.LAYERS else None
         if isinstance(bias, Node) and bias.target in BIASES:
-            channel = channel_dim(n)
+            channel = edit.channel_dim(n)
             difference = self.means[n.name] - channel_mean(value, channel)
             stored, *scales = (edit.get_attribute(self.network, str(source.target)) for source in bias.all_input_nodes)
             rounded = bias.target

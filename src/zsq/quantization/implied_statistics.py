@@ -12,7 +12,7 @@ from zsq.graph.batchnorm import batch_norms
 from zsq.graph.edit import aten
 from zsq.graph.equalize import Record, weight_name
 from zsq.graph.outputs import results
-from zsq.quantization.bias_correction import channel_dim, channel_mean
+from zsq.quantization.bias_correction import channel_mean
 from zsq.runtime.random_streams import stream
 from zsq.training.loop import Run
 from zsq.types import ImageSpec, Statistics
@@ -129,13 +129,12 @@ class _Sampler(Interpreter):
         """Run one node, or draw its value."""
         if n.target in edit.LAYERS:
             x: Tensor = self.env[n.args[0]]  # type: ignore[index]
-            self.input_means[n.name] = channel_mean(x[:ROWS], channel_dim(n))
-            self.input_stds[n.name] = _in_the_middle(x[:ROWS], channel_dim(n)).std(0, correction=0)
+            self.input_means[n.name] = channel_mean(x[:ROWS], edit.channel_dim(n))
+            self.input_stds[n.name] = _in_the_middle(x[:ROWS], edit.channel_dim(n)).std(0, correction=0)
         if n.name in self.norms:
             value = self._draw(n.name)
             self._record(n.name, value)
-            space = n.meta["val"].shape[2:]
-            return value.view(*value.shape, *[1] * len(space)).expand(*value.shape, *space)
+            return self._over_space(n, value)
         value = super().run_node(n)
         if not isinstance(value, Tensor) or not value.is_floating_point() or n.op == "get_attr":
             return value
@@ -156,6 +155,15 @@ class _Sampler(Interpreter):
         draws = mean + std * self.permuted(quantiles, name)
         reach = self.sigmas[name] * std
         return torch.cat([draws, (mean - reach)[None], (mean + reach)[None]])
+
+    def _over_space(self, n: Node, value: Tensor) -> Tensor:
+        """Spread draws [ROWS + 2, C] over the other dimensions of what a node gives, which may hold tokens in rows."""
+        given = n.meta["val"].shape
+        channel = (edit.channel_dim(n) if n.target in edit.LAYERS else 1) % len(given)
+        rows = len(self.env[n.args[0]])  # type: ignore[index]
+        value = value.repeat_interleave(rows // len(value), 0)
+        shape = [size if dim == channel else 1 for dim, size in enumerate(given)]
+        return value.view(rows, *shape[1:]).expand(rows, *given[1:])
 
     def _renew_ends(self, n: Node, value: Tensor) -> Tensor:
         """Set the ends of a sum to sigmas standard deviations of its draws: its terms are not all extreme at once.

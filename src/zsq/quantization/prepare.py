@@ -318,10 +318,13 @@ class _Placer:
         return node in self.placed or (isinstance(node, Node) and moves_values(node) and self.is_placed(node.args[0]))
 
     def put_norms_on_grids(self) -> None:
-        """Let each batch norm of maps that no layer could take be computed by integers."""
+        """Let each batch norm that no layer could take be computed by integers."""
         for norm in batch_norms(self.network) if self.scheme.all_activations else []:
             node = norm.node
-            if node.meta["val"].dim() - 2 not in edit.CONVOLUTION_OF:
+            axes = node.meta["val"].dim() - 2
+            if axes == 0:
+                self.widen(node)
+            elif axes not in edit.CONVOLUTION_OF:
                 continue
             with self.network.graph.inserting_before(node):
                 read = []
@@ -329,6 +332,21 @@ class _Placer:
                     edit.set_tensor(self.network, f"{node.name}_{role}", value)
                     read.append(self.network.graph.get_attr(f"{node.name}_{role}"))
                 node.target, node.args = grid_norm, (node.args[0], *read, self.input_scale(node))
+
+    def widen(self, norm: Node) -> None:
+        """Let a batch norm of vectors [N, C] compute on [N, C, 1], up to the quantizer behind it: a convolution can."""
+        chain = [norm]
+        while len(chain[-1].users) == 1 and (is_fused(user := next(iter(chain[-1].users))) or user in self.placed):
+            chain.append(user)
+        graph, end, value = self.network.graph, chain[-1], norm.meta["val"]
+        with graph.inserting_before(norm):
+            x = graph.call_function(aten.unsqueeze.default, (norm.args[0], 2))
+        with graph.inserting_after(end):
+            vectors = graph.call_function(aten.squeeze.dim, (end, 2))
+        norm.args, vectors.meta["val"] = (x, *norm.args[1:]), value
+        for node in (x, *chain):
+            node.meta["val"] = value.unsqueeze(2)
+        end.replace_all_uses_with(vectors, delete_user_cb=lambda user: user is not vectors)
 
     def is_gate(self, node: Node) -> bool:
         """Whether a node is a hard sigmoid that the layer in front computes: its bias adds and its rounding clips."""
