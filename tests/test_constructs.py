@@ -238,6 +238,19 @@ class Rooted(Net):
         return (x.square().mean((2, 3), keepdim=True) * 1e-3 + 1e-6).sqrt() * x
 
 
+class Extremes(Net):
+    """The largest values of a map, adaptive max pooling of one to three dimensions, and extremes of the channels."""
+
+    features = 35
+
+    def inside(self, x: Tensor) -> Tensor:
+        values, _ = x.flatten(2).topk(2, dim=2)
+        ends = x.max(1, keepdim=True)[0] + x.min(1, keepdim=True).values
+        lines, volumes = F.adaptive_max_pool1d(values, 1), F.adaptive_max_pool3d(x[:, :, None], (1, 2, 1))
+        pooled = [F.adaptive_max_pool2d(ends, (1, 3)), F.adaptive_max_pool2d(x, 1), lines, volumes]
+        return torch.cat([part.flatten(1) for part in pooled], 1)
+
+
 class MaxPooled(Net):
     def inside(self, x: Tensor) -> Tensor:
         return F.adaptive_max_pool2d(x, 4)
@@ -249,12 +262,6 @@ class Embedded(Net):
 
     def inside(self, x: Tensor) -> Tensor:
         return F.gelu(self.norm2(x.flatten(2).transpose(1, 2) + self.position)).transpose(1, 2)
-
-
-class TopK(Net):
-    def inside(self, x: Tensor) -> Tensor:
-        values, _ = x.flatten(2).topk(8, dim=2)
-        return values
 
 
 class Octave(Net):
@@ -312,7 +319,7 @@ NETWORKS: dict[Callable[[], nn.Module], Expected] = {
     PaddedForPooling: INTEGERS,
     Volume: INTEGERS,
     Embedded: Expected(("position", "norm2.weight", "norm2.bias"), ("add", "layer_norm in norm2")),
-    TopK: INTEGERS,
+    Extremes: INTEGERS,
     LinearAttention: Expected((), ("add", "div", "matmul")),
     Rooted: Expected((), ("square", "mul", "add", "sqrt")),
     Octave: INTEGERS,

@@ -1,5 +1,6 @@
 """Operations written in other ways, put under the names that quantizers and runtimes know them by."""
 
+import operator
 from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
@@ -21,9 +22,9 @@ def name_activations(graph: Graph) -> None:
         found = _hard(node)
         if found is None:
             continue
-        operator, x = found
+        function, x = found
         with graph.inserting_before(node):
-            named = graph.call_function(operator, (x,))
+            named = graph.call_function(function, (x,))
         named.meta.update(node.meta)
         node.replace_all_uses_with(named)
 
@@ -41,6 +42,36 @@ def name_global_pools(graph: Graph) -> None:
         padding, divisor = argument(node, 3, [0]), argument(node, 6)
         if [*kernel] * (2 // len(kernel)) == [*size] and not any(padding) and divisor is None:
             node.target, node.args = aten.adaptive_avg_pool2d.default, (x, [1, 1])
+
+
+MAX_POOLS: dict[Any, Any] = {
+    aten.adaptive_max_pool1d.default: aten.max_pool1d.default,
+    aten.adaptive_max_pool2d.default: aten.max_pool2d.default,
+    aten.adaptive_max_pool3d.default: aten.max_pool3d.default,
+}
+"""Adaptive max pooling, and pooling by a kernel, of as many dimensions."""
+
+EXTREMES: dict[Any, Any] = {aten.max.dim: aten.amax.default, aten.min.dim: aten.amin.default}
+"""Extremes with their places, and alone."""
+
+
+def name_extremes(graph: Graph) -> None:
+    """Replace adaptive max pooling by pooling by a kernel, and extremes with their places by themselves, in place.
+
+    Pooling to a size that does not divide the map stays, and so does what has a reader of its places.
+    """
+    for value in list(graph.nodes):
+        node = value.args[0] if value.target is operator.getitem and value.args[1] == 0 else None
+        if not isinstance(node, Node) or any(user.users for user in node.users if user is not value):
+            continue
+        x, *rest = node.args
+        if node.target in EXTREMES:
+            value.target, value.args = EXTREMES[node.target], (x, [rest[0]], *rest[1:])
+        elif node.target in MAX_POOLS:
+            sizes, wanted = x.meta["val"].shape[2:], value.meta["val"].shape[2:]  # type: ignore[union-attr]
+            if not any(size % count for size, count in zip(sizes, wanted, strict=True)):
+                kernel = [size // count for size, count in zip(sizes, wanted, strict=True)]
+                value.target, value.args = MAX_POOLS[node.target], (x, kernel, kernel)
 
 
 def name_token_norms(network: GraphModule) -> None:
@@ -65,6 +96,8 @@ def name_token_norms(network: GraphModule) -> None:
             moved = Caller(network, reader).permuted(norm, [0, *range(2, axes + 1), 1])
             reader.replace_all_uses_with(moved)
             network.graph.erase_node(reader)
+        if not rows.users:
+            network.graph.erase_node(rows)
 
 
 def drop_permutations(graph: Graph) -> None:

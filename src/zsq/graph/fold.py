@@ -6,7 +6,7 @@ from torch.fx import GraphModule, Node
 
 from zsq.graph import edit
 from zsq.graph.batchnorm import batch_norms
-from zsq.graph.canonicalize import drop_permutations
+from zsq.graph.canonicalize import drop_permutations, name_token_norms
 from zsq.graph.edit import argument, aten, tensor_of
 from zsq.graph.lower import lower
 
@@ -22,6 +22,7 @@ def fold(network: GraphModule) -> tuple[GraphModule, dict[str, tuple[Tensor, Ten
     """
     network = edit.copy_network(network)
     lower(network)
+    name_token_norms(network)
     record = {}
     for norm in batch_norms(network):
         layer = _layer_behind(norm.node.args[0], 1)

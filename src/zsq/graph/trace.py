@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from zsq.errors import TeacherError
-from zsq.graph.canonicalize import name_activations, name_global_pools, name_token_norms
+from zsq.graph.canonicalize import name_activations, name_extremes, name_global_pools
 from zsq.graph.constants import fold_constants
 from zsq.graph.islands import cast_to_float32, narrowest_type
 from zsq.graph.outputs import has_unit_norm, leaves, outputs_of, pack, pack_outputs, recognised, results
@@ -128,7 +128,7 @@ def trace(net: nn.Module, spec: ImageSpec, name: str) -> fx.GraphModule:
     name_products(exported)
     name_activations(graph)
     name_global_pools(graph)
-    name_token_norms(exported)
+    name_extremes(graph)
     graph.eliminate_dead_code()
     graph.lint()
     network = fx.GraphModule(exported, graph, class_name=type(net).__name__)

@@ -49,7 +49,6 @@ INTEGER_OPERATORS = {
     aten.sigmoid.default,
     aten.leaky_relu.default,
     aten.softmax.int,
-    aten.adaptive_max_pool2d.default,
     aten.mean.dim,
     aten.maximum.default,
     aten.minimum.default,

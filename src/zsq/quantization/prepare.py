@@ -59,6 +59,7 @@ MOVES = {
     aten.expand_as.default,
     aten.topk.default,
     aten.amax.default,
+    aten.amin.default,
     aten.upsample_nearest1d.vec,
     aten.upsample_nearest2d.vec,
     aten.upsample_nearest3d.vec,
