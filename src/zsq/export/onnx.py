@@ -40,6 +40,10 @@ DEQUANTIZE_CHANNELS = torch.ops.quantized_decomposed.dequantize_per_channel.defa
 OPSET = 20
 """ONNX operator set of the export; the files declare the oldest that their nodes allow."""
 
+LEAST_POOLED = 32
+"""Values of a mean from which ONNX Runtime's integer pooling is quicker than its float mean between conversions: 8 us
+instead of 21 for 196 tokens of 192 channels, but 22 instead of 13 for 1,792 means of 28."""
+
 
 def write_onnx(
     converted: fx.GraphModule,
@@ -90,7 +94,7 @@ def write_onnx(
                     QUANTIZE: _quantize_to_onnx,
                     aten.mean.dim: _mean_to_onnx,
                     aten.gelu.default: _gelu_to_onnx,
-                    **({aten.linear.default: _linear_to_onnx} if own_runtime else {}),
+                    **(OWN_TRANSLATIONS if own_runtime else {}),
                 },
             )
     except torch.onnx.OnnxExporterError as error:
@@ -196,6 +200,23 @@ def _mean_to_onnx(input: Any, dim: Any, keepdim: bool = False, dtype: int = -1) 
     return op.ReduceMean(input, _integers(*axes), keepdims=keepdim)
 
 
+def _mean_as_pooling(input: Any, dim: Any, keepdim: bool = False, dtype: int = -1) -> Any:
+    """Translate `mean` of integers over any axes as the global pooling of a map whose channels are the means."""
+    rank, sizes = len(input.shape), list(input.shape)
+    axes = sorted(axis % rank for axis in dim)
+    kept = [axis for axis in range(1, rank) if axis not in axes]
+    known = 0 not in axes and all(isinstance(size, int) for size in sizes[1:])
+    values = math.prod(sizes[axis] for axis in axes) if known else 0
+    is_map = rank == 4 and axes == [2, 3]
+    if is_map or values < LEAST_POOLED or input.producer().op_type != "DequantizeLinear":
+        return _mean_to_onnx(input, dim, keepdim, dtype)
+    order = [0, *kept, *axes]
+    moved = input if order == sorted(order) else op.Transpose(input, perm=order)
+    maps = op.Reshape(moved, _integers(-1, math.prod(sizes[axis] for axis in kept), values, 1))
+    given = range(1, rank) if keepdim else kept
+    return op.Reshape(op.GlobalAveragePool(maps), _integers(-1, *(1 if n in axes else sizes[n] for n in given)))
+
+
 def _linear_to_onnx(input: Any, weight: Any, bias: Any = None) -> Any:
     """Translate `linear`: of tokens, too, it is a Gemm, whose integer kernel adds the bias; that of MatMul does not."""
     inner = list(input.shape)[1:-1]
@@ -207,6 +228,10 @@ def _linear_to_onnx(input: Any, weight: Any, bias: Any = None) -> Any:
     outputs, inputs = weight.shape
     rows = op.Reshape(input, _integers(-1, inputs))
     return op.Reshape(op.Gemm(rows, weight, bias, transB=1), _integers(-1, *inner, outputs))
+
+
+OWN_TRANSLATIONS: dict[Any, Any] = {aten.linear.default: _linear_to_onnx, aten.mean.dim: _mean_as_pooling}
+"""For ONNX Runtime: what its integer kernels take."""
 
 
 def _integers(*values: int) -> Any:
