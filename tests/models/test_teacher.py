@@ -1,6 +1,7 @@
 import copy
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from torch.nn import functional
 from zsq.data import digits
 from zsq.errors import InputError, TeacherError
 from zsq.models.teacher import load_teacher, state_sha256, teacher_from_module
-from zsq.types import ImageSpec
+from zsq.types import ImageSpec, Output
 
 SPEC = ImageSpec(channels=2, height=6, width=6, classes=4, mean=(0.5, 0.5), std=(0.25, 0.25), resize=7)
 
@@ -333,9 +334,12 @@ def test_networks_that_cannot_serve_are_told_why() -> None:
     plain = nn.Sequential(nn.Flatten(), nn.Linear(72, 4))
     with pytest.raises(TeacherError, match=r"is a TorchScript module; give the torch\.nn\.Module that it was made of"):
         teacher_from_module(torch.jit.script(plain), SPEC)
-    for last in ([nn.Softmax(1)], [nn.Softmax(-1), nn.Dropout()], [nn.Softmax(1), nn.Flatten()]):
-        with pytest.raises(TeacherError, match="ends in a softmax; zsq learns from logits: return what goes into it"):
+    ends = {"softmax": ([nn.Softmax(1)], [nn.Softmax(-1), nn.Dropout()]), "sigmoid": ([nn.Sigmoid(), nn.Flatten()],)}
+    for end, last in [(end, last) for end, lasts in ends.items() for last in lasts]:
+        with pytest.raises(TeacherError, match=f"ends in a {end}; zsq learns from logits: return what goes into it"):
             teacher_from_module(nn.Sequential(plain, *last), SPEC)
+    labels = replace(SPEC, classes=0, outputs=(Output("", "values"),))
+    assert not teacher_from_module(nn.Sequential(plain, nn.Sigmoid()), labels).spec.classes
     assert teacher_from_module(nn.Sequential(plain, nn.LogSoftmax(1)), SPEC).spec == SPEC  # its softmax is the same
 
 

@@ -50,7 +50,12 @@ DROPOUTS = tuple(
 )
 
 
-SOFTMAX = (torch.ops.aten.softmax.int, torch.ops.aten._softmax.default)
+PROBABILITIES = {
+    torch.ops.aten.softmax.int: "softmax",
+    torch.ops.aten._softmax.default: "softmax",
+    torch.ops.aten.sigmoid.default: "sigmoid",
+    torch.ops.aten.hardsigmoid.default: "hard sigmoid",
+}
 """What turns logits into probabilities; behind it, the losses that take logits are wrong."""
 
 RESHAPES = tuple(
@@ -170,17 +175,18 @@ def _check_logits(graph: fx.Graph, spec: ImageSpec, name: str) -> None:
     """Refuse a graph that gives probabilities of classes.
 
     Raises:
-        TeacherError: the last operator of an output of classes, but for those of shape, is a softmax.
+        TeacherError: the last operator of an output of classes, but for those of shape, is a softmax or a sigmoid.
     """
     kinds = [output.kind for output in spec.outputs] or ["classes"]
     for result, kind in zip(results(graph), kinds, strict=True):
         node = result
         while node.target in RESHAPES:
             node = node.all_input_nodes[0]
-        if kind == "classes" and node.target in SOFTMAX:
+        if kind == "classes" and (end := PROBABILITIES.get(node.target)):
+            labels = " Where several labels may hold at once, --outputs values takes it as it is."
             raise TeacherError(
-                f"teacher '{name}' ends in a softmax; zsq learns from logits: return what goes into it. The class is "
-                "the same."
+                f"teacher '{name}' ends in a {end}; zsq learns from logits: return what goes into it. The class is the "
+                f"same.{'' if end == 'softmax' else labels}"
             )
 
 
