@@ -33,6 +33,8 @@ class Target:
     one to the next is not rounded; else every value is."""
     integer_norms: bool = True
     """Whether a lone batch norm may be a convolution of integers in the file."""
+    least_volume_channels: int = 0
+    """Channels from which a convolution of volumes is quantized; one of fewer is float where integers take longer."""
     rounds_addends: bool = True
     """Whether what a layer gives to an addition alone is rounded first; else the layer adds in float, and the sum is
     rounded."""
@@ -79,6 +81,7 @@ TARGETS = {
             runs_in="onnxruntime",
             integer_sigmoids=True,
             float_attention=True,
+            least_volume_channels=8,
         ),
         Target(name="openvino", title="OpenVINO", runs_in="openvino", rounds_addends=False),
         Target(

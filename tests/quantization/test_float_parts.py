@@ -79,3 +79,26 @@ def test_layers_on_tokens_add_their_bias_in_integers(bits, tmp_path: Path):
     assert fused.count("QGemm") == 3
     assert "MatMulIntegerToFloat" not in fused
     assert "QLinearSoftmax" not in fused
+
+
+class Volumes(nn.Module):
+    """Images as volumes of one channel, and a convolution of many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv3d(1, 8, 2), nn.Conv3d(8, 8, 2), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.second(torch.relu(self.first(x.unsqueeze(1))))
+        logits: torch.Tensor = self.head(x.flatten(2).mean(2))
+        return logits
+
+
+def test_a_first_convolution_of_a_volume_of_one_channel_is_float(tmp_path: Path):
+    student = quantized(graph(Volumes), PTQ())
+    converted, path = convert(student), tmp_path / "model.onnx"
+    write_onnx(converted, SPEC, path)
+    require(verify_file(path, student, iter(images(100, 7).split(50)), output_step(converted), threads=1))
+    assert [name for name in fused_operators(path) if "Conv" in name] == ["Conv", "QLinearConv"]
+    assert [*coverage(converted, SPEC).float_operations] == ["conv3d in first"]
+    assert "input" in rounded(quantized(graph(Volumes), PTQ(target="openvino")))

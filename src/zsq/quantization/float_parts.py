@@ -6,7 +6,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from zsq.graph.activations import clamp_limits
-from zsq.graph.edit import aten, tensor_of
+from zsq.graph.edit import argument, aten, layers, tensor_of
 from zsq.graph.products import PRODUCTS
 
 FLOAT_OPERATORS = {
@@ -32,12 +32,15 @@ the float one, and products of two activations 1.1 times (docs/decisions/2026-11
 ELEMENTWISE = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default, aten.mean.dim}
 """Operators that are computed in float between others that are."""
 
+VOLUME = 5
+"""Dimensions of the weight of a convolution of volumes."""
+
 MASKED = -50.0
 """Scores below this, as masks of -100 make, have subnormal softmax values, which slow a product down by ten times;
 rounded to 8 bits they are 0."""
 
 
-def float_parts(network: GraphModule, moves: set[Node], layers: set[Node]) -> set[Node]:
+def float_parts(network: GraphModule, moves: set[Node], every_layer: set[Node]) -> set[Node]:
     """Return the values that are best left in float: nothing in integers reads them or has to give them.
 
     They come from an operation of `FLOAT_OPERATORS`, from an elementwise one between such, or from a linear layer,
@@ -46,19 +49,16 @@ def float_parts(network: GraphModule, moves: set[Node], layers: set[Node]) -> se
     Args:
         network: folded.
         moves: nodes that only move values.
-        layers: convolutions and linear layers with a stored weight.
+        every_layer: convolutions and linear layers that are quantized.
     """
     parts = {node for node in network.graph.nodes if node.target in FLOAT_OPERATORS}
-    linear = {layer for layer in layers if layer.target is aten.linear.default}
-
-    def source(node: Any) -> Node:
-        return source(node.args[0]) if node in moves else node
+    linear = {layer for layer in every_layer if layer.target is aten.linear.default}
 
     def readers(node: Node) -> set[Node]:
-        found: set[Node] = set()
-        for user in node.users:
-            found |= readers(user) if user in moves else {user}
-        return found
+        return _readers(node, moves)
+
+    def source(node: Any) -> Node:
+        return _source(node, moves)
 
     def belongs(node: Node) -> bool:
         if node.target not in ELEMENTWISE and clamp_limits(node) is None:
@@ -72,6 +72,41 @@ def float_parts(network: GraphModule, moves: set[Node], layers: set[Node]) -> se
         grown, parts = bool(found), parts | found
     masked = {node for node in parts if node.target is aten.softmax.int and _is_masked(network, source(node.args[0]))}
     return {node for node in (parts | linear) - masked if readers(node) and readers(node) <= parts}
+
+
+def float_volumes(network: GraphModule, moves: set[Node], least_channels: int) -> dict[Node, Node]:
+    """Return the convolutions of volumes that alone read an input of few channels, with it: both are best left float.
+
+    ONNX Runtime gathers a volume tap by tap, however few channels a tap has: integers took 6 to 14 times as long as
+    float for one channel (3x3x3 to 16 or 64), 3 to 6 times for three, and as long for 8 to 16. The input is not rounded
+    then, since the runtime quantizes weights itself behind integers.
+
+    Args:
+        network: folded.
+        moves: nodes that only move values.
+        least_channels: from which on they are quantized.
+    """
+    found = {}
+    for layer in layers(network):
+        weight, read = tensor_of(network, layer.args[1]), _source(layer.args[0], moves)
+        few = weight is not None and weight.dim() == VOLUME and weight.shape[1] < least_channels
+        if few and read.op == "placeholder" and argument(layer, 6, 1) == 1 and _readers(read, moves) == {layer}:
+            found[layer] = read
+    return found
+
+
+def _source(node: Any, moves: set[Node]) -> Node:
+    found: Node = node
+    while found in moves:
+        found = found.args[0]  # type: ignore[assignment]
+    return found
+
+
+def _readers(node: Node, moves: set[Node]) -> set[Node]:
+    found: set[Node] = set()
+    for user in node.users:
+        found |= _readers(user, moves) if user in moves else {user}
+    return found
 
 
 def _is_masked(network: GraphModule, scores: Node) -> bool:

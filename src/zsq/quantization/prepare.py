@@ -3,7 +3,7 @@
 import math
 import operator
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from zsq.graph.batchnorm import batch_norms
 from zsq.graph.edit import argument, aten, tensor_of
 from zsq.graph.outputs import outputs_of, pack, results
 from zsq.quantization.fake_quantize import keep_bias, quantize_bias
-from zsq.quantization.float_parts import float_parts
+from zsq.quantization.float_parts import float_parts, float_volumes
 from zsq.quantization.integer_ops import GATED, HARD_REACH, grid_hardsigmoid, grid_hardswish, grid_norm
 from zsq.quantization.pair_sums import pair_limit
 from zsq.quantization.quantizers import ActivationQuantizer, WeightQuantizer
@@ -215,11 +215,17 @@ def prepare(folded: GraphModule, scheme: Scheme) -> Student:
         InputError: the network has no convolution or linear layer, or none of a name to which the scheme gives a width.
     """
     network = edit.copy_network(folded)
-    every_layer = list(edit.layers(network))
+    moves = {node for node in network.graph.nodes if moves_values(node)}
+    least = scheme.target.least_volume_channels if scheme.all_activations else 0
+    volumes = float_volumes(network, moves, least)
+    every_layer = [layer for layer in edit.layers(network) if layer not in volumes]
     if not every_layer:
         raise InputError("the network has no convolution or linear layer whose weight could be quantized.")
     check_weight_names(network, scheme.weight_bits)
-    placer = _Placer(network, scheme, every_layer)
+    in_float = set(volumes.values())
+    if scheme.target.float_attention:
+        in_float |= float_parts(network, moves, set(every_layer))
+    placer = _Placer(network, scheme, every_layer, in_float)
     placer.place_activations()
     if scheme.target.integer_gates:
         placer.put_hardswish_on_grids()
@@ -255,18 +261,16 @@ def check_weight_names(folded: GraphModule, names: Iterable[str]) -> None:
 class _Placer:
     """Inserts the quantizers of one network."""
 
-    def __init__(self, network: GraphModule, scheme: Scheme, every_layer: list[Node]) -> None:
-        self.network, self.scheme, self.layers = network, scheme, every_layer
+    def __init__(
+        self, network: GraphModule, scheme: Scheme, every_layer: list[Node], in_float: Collection[Node]
+    ) -> None:
+        self.network, self.scheme, self.layers, self.in_float = network, scheme, every_layer, in_float
         kinds = [output.kind for output in outputs_of(network)] or ["classes"]
         given = zip(results(network.graph), kinds, strict=True)
         self.ends: dict[Node, OutputKind] = {self.origin(node): kind for node, kind in given}
         self.inputs = [node for node in network.graph.nodes if node.op == "placeholder"]
         self.near_poles = near_poles(network)
         self.gates = [node for node in network.graph.nodes if self.is_gate(node)]
-        self.in_float: set[Node] = set()
-        if scheme.target.float_attention:
-            moves = {node for node in network.graph.nodes if moves_values(node)}
-            self.in_float = float_parts(network, moves, set(every_layer))
         self.placed: dict[Node, str] = {}
         self.rounded_ends: dict[str, OutputKind] = {}
 
