@@ -562,12 +562,13 @@ def test_a_mistake_in_a_recipe_is_one_line(recipe, tmp_path, capsys):
 @pytest.mark.slow
 def test_a_small_grid_of_verified_files(recipe, tmp_path):
     recipe.write_text(RECIPE.replace('bits = ["8", "4"]', 'bits = ["4"]').replace("seeds = [0, 1]", "seeds = [0]"))
-    done: Comparison = compare(recipe, out=tmp_path / "out", only="*/zscgan/*")
+    done: Comparison = compare(recipe, out=tmp_path / "out", only="*/zscgan/*", log="csv")
     assert {line.status for line in done.lines.values()} == {"finished"}
     folder = tmp_path / "out" / "cells" / "digits" / "zscgan" / "qat-4" / "seed0"
     assert {path.name for path in folder.iterdir()} == {
-        *("model.onnx", "predictions.npz", "report.html", "result.json", "settings.toml", "metrics.jsonl")
+        *("model.onnx", "predictions.npz", "report.html", "result.json", "settings.toml", "metrics.jsonl", "log")
     }
+    assert (folder / "log" / "distill" / "metrics.csv").read_text().startswith("agreement,bns,")
     line = done.lines["digits/zscgan/qat-4/seed0"].outcome
     record = json.loads((folder / "result.json").read_text())
     assert record["artifacts"].keys() == {"model.onnx"}
@@ -578,6 +579,7 @@ def test_a_small_grid_of_verified_files(recipe, tmp_path):
     assert 100 * hits.mean() == pytest.approx(line.quantized_top1)
     assert line.float_top1 > 95
     fitted = tmp_path / "out" / "fits" / "digits" / "zscgan" / "seed0"
+    assert (fitted / "log" / "fit" / "metrics.csv").exists()
     alone = quantize(
         load_teacher("digits"),
         out=tmp_path / "alone",
