@@ -33,7 +33,7 @@ from zsq.runs.record import RECORD, Record
 from zsq.runs.samples import SAMPLES, SampleGrid
 from zsq.runs.settings_file import SETTINGS
 from zsq.runs.stages import LOW_RECOGNITION
-from zsq.runs.summary import figure, summary_rows
+from zsq.runs.summary import figure, profile_text, summary_rows
 from zsq.targets import target_of
 from zsq.training.checkpoints import METRICS
 
@@ -84,7 +84,7 @@ def page_of(folder: Path) -> Page:
         *_curves(folder, missing),
         *_layers(record),
     ]
-    sections += [*_floats(record), *_run(record), *_origin(folder, settings, record)]
+    sections += [*_profile(record), *_floats(record), *_run(record), *_origin(folder, settings, record)]
     if missing:
         sections.insert(0, Section("What is missing", (Lines(tuple(missing)),)))
     name = record.model if record else str(settings.get("teacher", {}).get("model", folder.name))
@@ -356,6 +356,28 @@ def _layers(record: Record | None) -> Iterator[Section]:
 
 def _number(value: float | None, unit: str, digits: int) -> Cell:
     return Cell("-") if value is None else Cell(f"{value:.{digits}f}{unit}", value)
+
+
+def _profile(record: Record | None) -> Iterator[Section]:
+    """Yield what the runtime does with the file."""
+    if record is None or (found := record.profile) is None:
+        return
+    title, source = f"What {found.runtime} does with the file", f"{found.source[:1].upper()}{found.source[1:]}."
+    if not found.kernels:
+        yield Section(title, (), source)
+        return
+    whole = found.milliseconds
+    header = ["operator", "computes in", "kernels", "implementation"]
+    rows: list[list[Cell | str]] = [
+        [kernels.name, kernels.computes, Cell(f"{kernels.count}", kernels.count), kernels.implementation or "-"]
+        for kernels in found.kernels
+    ]
+    if whole:
+        header.append("share of the time")
+        for row, kernels in zip(rows, found.kernels, strict=True):
+            share = (kernels.milliseconds or 0.0) / whole
+            row.append(Cell(f"{100 * share:.1f} %", share, share))
+    yield Section(title, (table(header, rows),), f"{profile_text(found)}. {source}")
 
 
 def _floats(record: Record | None) -> Iterator[Section]:

@@ -16,10 +16,11 @@ from zsq.data.datasets import DataSet, EvenSubset
 from zsq.errors import InputError, NumericsError, ZsqError
 from zsq.evaluation.accuracy import Evaluation, Predict, evaluate_many
 from zsq.export.converted import output_step
-from zsq.export.files import float_operators, open_file, require_runtime, write_file
+from zsq.export.files import float_operators, open_file, profile_file, require_runtime, write_file
 from zsq.export.float_onnx import write_float_onnx
 from zsq.export.onnx_runtime import OnnxClassifier
 from zsq.export.openvino import OpenVinoClassifier
+from zsq.export.profile import Profile
 from zsq.export.pt2 import write_pt2
 from zsq.export.verify import Verification, verify_file
 from zsq.graph.trace import FOREIGN_FAULTS, described
@@ -379,7 +380,7 @@ def measure_latency(job: Job) -> Latency | None:
     """Return how long the file and the float network as a file take for one image, on one thread."""
     if not job.outputs.layers:
         return None
-    image = torch.randn(1, *job.teacher.spec.shape, generator=torch.Generator().manual_seed(job.run.seed))
+    image = _image(job)
     known = Latency(file=_milliseconds(open_file(job.file, threads=1), image))
     teacher = job.teacher.to("cpu")
     size = sum(value.numel() * value.element_size() for value in teacher.network.state_dict().values())
@@ -396,6 +397,22 @@ def measure_latency(job: Job) -> Latency | None:
     except (ZsqError, *FOREIGN_FAULTS) as error:
         logger.debug("the float network was not timed", exc_info=True)
         return replace(known, note=f"the float network has no file to compare with: {described(error)}")
+
+
+def measure_profile(job: Job) -> Profile | None:
+    """Return what the target's runtime does with the file."""
+    if not job.outputs.layers:
+        return None
+    try:
+        return profile_file(job.file, job.target, _image(job))
+    except (ZsqError, *FOREIGN_FAULTS) as error:
+        logger.debug("the file was not profiled", exc_info=True)
+        return Profile(runtime=job.target.title, source=f"it was not profiled: {described(error)}")
+
+
+def _image(job: Job) -> Tensor:
+    """Return what is fed where only the time counts."""
+    return torch.randn(1, *job.teacher.spec.shape, generator=torch.Generator().manual_seed(job.run.seed))
 
 
 @torch.no_grad()
