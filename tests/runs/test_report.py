@@ -13,7 +13,7 @@ from PIL import Image
 from test_record import record
 
 from zsq.errors import InputError
-from zsq.evaluation.accuracy import Evaluation
+from zsq.evaluation.accuracy import Difference, Evaluation
 from zsq.export.profile import Kernels, Profile
 from zsq.quantization.coverage import Coverage
 from zsq.reports.html import REPORT, Gallery, Section
@@ -25,12 +25,14 @@ from zsq.runtime.checksums import sealed_values
 EVIL = "<script>document.title='broken'</script>"
 
 
-def labelled(num: int, floats: int, file: int) -> Record:
+def labelled(num: int, floats: int, file: int, found: Difference | None = None) -> Record:
     return record(
         num_eval_images=num,
         evaluation={
             "float": Evaluation(num_images=num, top1_correct=floats, top5_correct=None),
-            "quantized": Evaluation(num_images=num, top1_correct=file, top5_correct=None, agreement_count=file),
+            "quantized": Evaluation(
+                num_images=num, top1_correct=file, top5_correct=None, agreement_count=file, minus_float=found
+            ),
         },
     )
 
@@ -40,6 +42,17 @@ def labelled(num: int, floats: int, file: int) -> Record:
     [
         (labelled(10_000, 9000, 8990), "good", "Within one point of the float network on these images."),
         (labelled(100, 90, 90), "fair", "Within one point of the float network on these images."),
+        (
+            labelled(100, 90, 90, Difference(0.0, -0.9, 0.9)),
+            "good",
+            "Within one point of the float network on these images.",
+        ),
+        (
+            labelled(10_000, 9000, 8990, Difference(-0.1, -1.1, 0.9)),
+            "fair",
+            "Within one point of the float network on these images.",
+        ),
+        (labelled(10_000, 9000, 8700, Difference(-3.0, -3.4, -2.6)), "fair", "Loses 3.0 points of accuracy."),
         (labelled(10_000, 9000, 8700), "fair", "Loses 3.0 points of accuracy."),
         (labelled(10_000, 9000, 5000), "poor", "Loses 40.0 points of accuracy."),
         (labelled(100, 90, 88), "fair", "Loses 2.0 points on these images."),

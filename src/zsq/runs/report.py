@@ -33,7 +33,7 @@ from zsq.runs.record import RECORD, Record
 from zsq.runs.samples import SAMPLES, SampleGrid
 from zsq.runs.settings_file import SETTINGS
 from zsq.runs.stages import LOW_RECOGNITION
-from zsq.runs.summary import figure, profile_text, summary_rows
+from zsq.runs.summary import difference_text, figure, profile_text, summary_rows
 from zsq.targets import target_of
 from zsq.training.checkpoints import METRICS
 
@@ -129,21 +129,22 @@ def _on_labels(record: Record, found: Evaluation) -> Judged:
     assert found.top1 is not None
     assert record.float_top1 is not None
     assert found.top1_interval is not None
-    lost = record.float_top1 - found.top1
     low, high = found.top1_interval
-    reasons = (
+    reasons: tuple[str, ...] = (
         f"On {found.num_images} labelled images the file recognises {found.top1:.2f} % (95 % interval {low:.2f} to "
         f"{high:.2f}), the float network {record.float_top1:.2f} %.",
     )
-    if record.float_top1 - high > FAR:
-        return "poor", f"Loses {lost:.1f} points of accuracy.", reasons
-    if record.float_top1 - high > CLOSE:
-        return "fair", f"Loses {lost:.1f} points of accuracy.", reasons
+    lost, least, most = record.float_top1 - found.top1, record.float_top1 - high, record.float_top1 - low
+    if (paired := found.minus_float) is not None:
+        least, most = -paired.high, -paired.low
+        reasons = (*reasons, f"Image by image, that is {difference_text(paired)}.")
+    if least > CLOSE:
+        return "poor" if least > FAR else "fair", f"Loses {lost:.1f} points of accuracy.", reasons
     unsure = (f"So few images leave open whether it loses more than {CLOSE:g} point in general.",)
     if lost > CLOSE:
         return "fair", f"Loses {lost:.1f} points on these images.", (*reasons, *unsure)
     headline = "Within one point of the float network on these images."
-    if record.float_top1 - low > CLOSE:
+    if most > CLOSE:
         return "fair", headline, (*reasons, *unsure)
     return "good", headline, reasons
 

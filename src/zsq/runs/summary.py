@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from zsq.evaluation.accuracy import Difference
 from zsq.evaluation.measures import Measure
 from zsq.export.profile import Kind, Profile
 from zsq.quantization.coverage import Coverage, listed
@@ -92,6 +93,11 @@ def profile_text(profile: Profile) -> str:
     return text if share is None else f"{text}; integers take {share:.0f} % of the time"
 
 
+def difference_text(found: Difference) -> str:
+    """Say how much more one network recognises than another."""
+    return f"{found.mean:+.2f} points (95 % interval {found.low:+.2f} to {found.high:+.2f})"
+
+
 def figure(found: Measure) -> str:
     """Return a figure with its interval: a share in percent, anything else as it is."""
     scale, digits, unit = (100, 2, " %") if found.name in SHARES else (1, 4, "")
@@ -140,5 +146,7 @@ def _accuracy_rows(record: Record) -> Iterator[tuple[str, str]]:
         "quantized top-1",
         f"{percent(record.quantized_top1)} % (95 % interval {low:.2f} to {high:.2f}), {record.file}",
     )
+    if found.minus_float is not None:
+        yield "quantized minus float", difference_text(found.minus_float)
     yield "simulated top-1", f"{percent(record.simulated_top1)} %"
     yield "agreement with teacher", f"{percent(record.teacher_agreement)} %"
