@@ -260,13 +260,13 @@ def test_doctor_checks_the_machine():
 
 HELP_FLAGS = {
     "quantize": "weights input classes outputs mean std resize method quantizer bits target pixels batch class-names "
-    "recipe budget set from seed device data resume overwrite checkpoint-every out json devices quiet",
-    "synthesize": "weights input classes outputs mean std resize method recipe budget set from seed device resume "
+    "recipe budget set from seed device data log resume overwrite checkpoint-every out json devices quiet",
+    "synthesize": "weights input classes outputs mean std resize method recipe budget set from seed device log resume "
     "overwrite out count class-names devices quiet",
     "evaluate": "file weights input classes outputs mean std resize data class-names decode device json",
     "export": "out target pixels batch packed data overwrite json quiet",
-    "compare": "out only data-root device resume overwrite dry-run json jobs job-set",
-    "allocate": "weights input classes outputs mean std resize method recipe budget set from seed device resume "
+    "compare": "out only data-root device log resume overwrite dry-run json jobs job-set",
+    "allocate": "weights input classes outputs mean std resize method recipe budget set from seed device log resume "
     "overwrite out average size widths activation images quiet",
     "report": "open",
     "methods": "",

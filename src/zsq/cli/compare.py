@@ -44,6 +44,8 @@ class Compare:
     """Jobs at a time: on SLURM where there is one, else processes of this machine; needs zsq[cluster]."""
     job_set: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="KEY=VALUE")] = ()
     """A parameter of the jobs, such as slurm_partition=gpu (submitit names them); may be repeated."""
+    log: Annotated[Literal["csv", "tensorboard"] | None, option("csv|tensorboard")] = None
+    """Write losses, learning rates and pictures of samples for another tool while cells run."""
     resume: bool = False
     """Continue the comparison that --out holds: run the cells that are missing, were skipped or have changed."""
     overwrite: bool = False
@@ -69,6 +71,7 @@ class Compare:
             device=self.device,
             jobs=self.jobs,
             job_options=_job_options(self.job_set),
+            log=self.log,
         )
         if self.json:
             print(json.dumps(done.as_dict()))

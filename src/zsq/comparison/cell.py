@@ -24,6 +24,7 @@ from zsq.runs.fitted import GENERATOR, FittedRun
 from zsq.runs.job import Job, Outputs
 from zsq.runs.pipeline import Stopwatch, finish
 from zsq.runs.record import Record
+from zsq.runs.run_log import Kind, open_log
 from zsq.runs.settings import Settings
 from zsq.runs.settings_file import SETTINGS, read_settings, teacher_table, write_settings
 from zsq.runs.stages import fit, measure_recognition
@@ -71,6 +72,8 @@ class CellRunner:
     layout: Layout
     teachers: Teachers
     observer: Observer
+    log: Kind | None = None
+    """Form in which fits and cells write their losses for another tool."""
 
     @clear_memory_errors()
     @kept_memory()
@@ -143,7 +146,8 @@ class CellRunner:
         )
 
     def _run(self, cell: Cell, folder: Path) -> Run:
-        return Run(folder, seed=cell.seed, device=self.teachers.device, observer=self.observer)
+        log = open_log(self.log, folder, self.teachers.of(cell).teacher.spec)
+        return Run(folder, seed=cell.seed, device=self.teachers.device, observer=self.observer, log=log)
 
 
 def _begin(run: Run, settings: Settings, teacher: Teacher, mark: str) -> bool:

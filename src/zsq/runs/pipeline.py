@@ -36,6 +36,7 @@ from zsq.runs.stages import (
     measure_agreement,
     measure_latency,
     measure_layers,
+    measure_profile,
     measure_recognition,
     quantize_network,
     warn_of_gap,
@@ -160,9 +161,10 @@ def finish(job: Job, surrogate: Surrogate, recognition: float | None, watch: Sto
         samples = watch.timed("samples", lambda: measure_agreement(job, surrogate))
         layers = watch.timed("layers", lambda: measure_layers(job, surrogate, student))
         latency = watch.timed("latency", lambda: measure_latency(job))
+        profile = watch.timed("profile", lambda: measure_profile(job))
         warn_of_gap(job, layers)
         record = _record(job, surrogate, student, verification, covered, evaluation, samples, recognition, watch)
-        record = replace(record, layers=layers, latency=latency)
+        record = replace(record, layers=layers, latency=latency, profile=profile)
         _check_whole(job, record)
         record.write(job.folder)
         write_report(job.folder)

@@ -27,6 +27,7 @@ from zsq.runs.job import Job
 from zsq.runs.rehearsal import rehearse
 from zsq.runs.request import Request
 from zsq.runs.resume import chosen_seed, resumed_settings, warn_of_recipe
+from zsq.runs.run_log import Kind, open_log, require_log
 from zsq.runs.settings import Settings, resolve
 from zsq.runs.settings_file import SETTINGS, of_version, stored_facts, teacher_table, write_settings
 from zsq.runtime import distributed
@@ -69,6 +70,8 @@ def started(
         InputError: an argument, setting or file does not fit; what the folder held is still there then.
         ExportError: the network has no file; see `rehearse`.
     """
+    kind = _kind_of_log(request)
+    require_log(kind)
     device = distributed.start(pick_device(request.device).type)
     with shown(request.observer, quiet=request.quiet) as observer:
         teacher = _loaded(request, device)
@@ -85,8 +88,16 @@ def started(
         seed = distributed.on_main(
             lambda: chosen_seed(request.seed, request.recipe_path, request.folder, resume=request.resume)
         )
+        log = open_log(kind, request.folder, teacher.spec)
         with claimed(request.folder):
-            run = Run(request.folder, seed=seed, device=device, checkpoint_steps=checkpoint_every, observer=observer)
+            run = Run(
+                request.folder,
+                seed=seed,
+                device=device,
+                checkpoint_steps=checkpoint_every,
+                observer=observer,
+                log=log,
+            )
             for notice in images.notices if images else ():
                 logger.info(notice)
             job = Job(teacher=teacher, run=run, folder=request.folder, settings=wanted, data=images, fitted=fitted)
@@ -95,6 +106,13 @@ def started(
             if resumed is None and rehearsed:
                 _rehearse(teacher, wanted, Run(seed=seed, device=device))
             yield resumed or _plan_and_write(job, request, facts, time.perf_counter() - begin)
+
+
+def _kind_of_log(request: Request) -> Kind | None:
+    """Return the log that is asked for, else that of the run that is resumed."""
+    if request.log is None and request.resume and (request.folder / SETTINGS).is_file():
+        return stored_facts(request.folder).get("log")
+    return request.log
 
 
 def _rehearse(teacher: Teacher, settings: Settings, run: Run) -> None:
@@ -214,6 +232,8 @@ def _plan_and_write(job: Job, request: Request, said: dict[str, Any], spent: flo
         settings.method.with_steps(0).fit(job.teacher, Run(seed=job.run.seed, device=job.run.device))
     facts: dict[str, Any] = {"seed": job.run.seed, "device": job.run.device.type, "processes": distributed.processes()}
     facts |= said | {"threads": torch.get_num_threads(), "directory": os.getcwd()} | measured | versions()
+    if request.log:
+        facts["log"] = request.log
     if job.fitted:
         facts |= {"generator_sha256": job.fitted.sha256, "from": str(job.fitted.folder)}
     if distributed.is_main():
