@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Column
 from rich.text import Text
 
+from zsq.runs.forecast import Forecast
 from zsq.runtime import distributed
 from zsq.runtime.observer import Observer, Silent
 from zsq.runtime.plain_text import printable
@@ -32,10 +33,11 @@ class Lines(logging.Handler):
 
     Args:
         stream: where; None takes the stderr of the moment.
+        level: the least that is printed.
     """
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        super().__init__(logging.INFO)
+    def __init__(self, stream: TextIO | None = None, level: int = logging.INFO) -> None:
+        super().__init__(level)
         self.stream = stream
 
     def format(self, record: logging.LogRecord) -> str:
@@ -54,16 +56,22 @@ def _printing() -> list[Lines]:
 
 
 @contextmanager
-def lines_on(stream: TextIO | None = None) -> Iterator[None]:
-    """Print what zsq logs within the block, on stderr unless another stream is given; once, where blocks are nested."""
+def lines_on(stream: TextIO | None = None, *, verbose: bool = False) -> Iterator[None]:
+    """Print what zsq logs within the block, once where blocks are nested.
+
+    Args:
+        stream: where; None takes the stderr of the moment.
+        verbose: print details, too.
+    """
     if _printing():
         yield
         return
     logger = logging.getLogger("zsq")
-    handler, level = Lines(stream), logger.level
+    wanted = logging.DEBUG if verbose else logging.INFO
+    handler, level = Lines(stream, wanted), logger.level
     logger.addHandler(handler)
-    if logger.getEffectiveLevel() > logging.INFO:
-        logger.setLevel(logging.INFO)
+    if logger.getEffectiveLevel() > wanted:
+        logger.setLevel(wanted)
     try:
         yield
     finally:
@@ -113,14 +121,16 @@ class TimeLeft(bars.ProgressColumn):
 
     def __init__(self) -> None:
         super().__init__(table_column=Column(no_wrap=True))
-        self.ends: float | None = None
-        """When the run should end, by `time.monotonic`."""
+        self.forecast: Forecast | None = None
 
     def render(self, task: bars.Task) -> Text:
         """Return such as `0:31 left, run 4:05`."""
-        known = "-:--" if task.time_remaining is None else clock(task.time_remaining)
-        whole = "" if self.ends is None else f", run {clock(self.ends - time.monotonic())}"
-        return Text(f"{known} left{whole}", style="progress.remaining")
+        left, whole = task.time_remaining, ""
+        if self.forecast is not None:
+            if left is None:
+                left = self.forecast.of_phase(time.monotonic())
+            whole = f", run {clock((left or 0.0) + self.forecast.rest())}"
+        return Text(f"{'-:--' if left is None else clock(left)} left{whole}", style="progress.remaining")
 
 
 def clock(seconds: float) -> str:
@@ -158,13 +168,13 @@ class TerminalProgress:
         self._shown = 0.0
         self._begun: dict[str, tuple[float, int, int, int]] = {}
 
-    def expect(self, seconds: float) -> None:
-        """Take note that the whole run should take so many seconds from now."""
-        self._left.ends = time.monotonic() + seconds
+    def expect(self, forecast: Forecast) -> None:
+        """Show the time left of the whole run, too."""
+        self._left.forecast = forecast
 
     def _show(self, phase: str, done: int, total: int, losses: str) -> None:
         """Show a phase in the terminal, alone; what was shown before it, and it when it is finished, becomes a line."""
-        if self._task is not None and (self._task[0] != phase or self._bars.tasks[0].total != total):
+        if self._task is not None and (self._task[0] != phase or done < self._bars.tasks[0].completed):
             self._fold()
         if self._task is None:
             self._task = phase, self._bars.add_task(phase, total=total, losses="")
@@ -203,6 +213,9 @@ class TerminalProgress:
         if done < latest or total != whole or done == latest == total:  # the next run's phase of the same name
             start, first = now, done
         self._begun[phase] = (start, first, done, total)
+        forecast = self._left.forecast
+        if forecast is not None:
+            forecast.update(phase, done, total, now)
         if self._draws:
             self._show(phase, done, total, losses)
             return
@@ -212,4 +225,5 @@ class TerminalProgress:
             left = (now - start) / (done - first) * (total - done)
             if left >= 1:  # else it is over before the line is read
                 self._shown = now
-                say_line(f"{phase}: {done}/{total}, about {left:.0f} s left {losses}".rstrip())
+                of_run = "" if forecast is None else f", run {left + forecast.rest():.0f} s"
+                say_line(f"{phase}: {done}/{total}, about {left:.0f} s left{of_run} {losses}".rstrip())

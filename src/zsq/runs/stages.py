@@ -211,6 +211,7 @@ def write_and_check(job: Job, student: Student, surrogate: Surrogate) -> tuple[V
         target=job.target,
         shaken=lambda images: answered_shaken(student, images.to(job.run.device)),
     )
+    told.update("check", found.num_images, found.num_images, {})  # it ends when enough is known
     return replace(found, lowered_percent=lowered), coverage(converted, spec, float_operators(job.target))
 
 
