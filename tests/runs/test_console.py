@@ -1,51 +1,14 @@
 """What a terminal of 80 columns shows, read back through a terminal emulator."""
 
-import fcntl
-import os
-import pty
 import re
-import struct
-import sys
-import termios
 import time
 
 import pytest
+from terminals import Terminal
 
 from zsq.runs import console
 from zsq.runs.console import TerminalProgress
 from zsq.runs.forecast import Forecast
-
-pyte = pytest.importorskip("pyte", reason="the extra dev brings it")
-
-
-class Terminal:
-    """A terminal of so many columns, whose other end is stderr."""
-
-    def __init__(self, monkeypatch, columns: int) -> None:
-        self.screen = pyte.Screen(columns, 24)
-        self._stream = pyte.ByteStream(self.screen)
-        self._reader, writer = pty.openpty()
-        fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-        os.set_blocking(self._reader, False)
-        self.file = os.fdopen(writer, "w")
-        monkeypatch.setattr(sys, "stderr", self.file)
-        monkeypatch.setenv("TERM", "xterm-256color")
-        monkeypatch.setenv("COLUMNS", str(columns))
-        monkeypatch.delenv("NO_COLOR", raising=False)
-
-    def lines(self) -> list[str]:
-        """Return what stands on the screen, line by line."""
-        self.file.flush()
-        try:
-            while data := os.read(self._reader, 65536):
-                self._stream.feed(data)
-        except BlockingIOError:
-            pass
-        return [line.rstrip() for line in self.screen.display if line.strip()]
-
-    def close(self) -> None:
-        self.file.close()
-        os.close(self._reader)
 
 
 @pytest.fixture

@@ -245,8 +245,10 @@ def evaluate_file(job: Job, student: Student) -> dict[str, Evaluation]:
     return found if known is None else {"float": known, **found}
 
 
-def warn_of_chance(found: Evaluation, spec: ImageSpec, data: DataSet | EvenSubset) -> None:
-    """Warn loudly where the float network recognises no more of labelled images than guessing would."""
+def warn_of_chance(
+    found: Evaluation, spec: ImageSpec, data: DataSet | EvenSubset, who: str = "the float network"
+) -> None:
+    """Warn loudly where a network recognises no more of labelled images than guessing would."""
     if found.top1 is None or found.top1_interval is None:
         return
     chance = 100 / spec.classes
@@ -254,7 +256,7 @@ def warn_of_chance(found: Evaluation, spec: ImageSpec, data: DataSet | EvenSubse
         return
     mapping = f" ({data.mapping}; --class-names says otherwise)" if data.mapping else ""
     logger.warning(
-        f"the float network recognises {found.top1:.2f} % of {found.num_images} images of {data.name}, no more than "
+        f"{who} recognises {found.top1:.2f} % of {found.num_images} images of {data.name}, no more than "
         f"guessing would ({chance:.3g} %). Do its classes and those of the labels stand in one order{mapping}? Were "
         f"mean {_listed(spec.mean)} and std {_listed(spec.std)} those of its training (--mean, --std)?"
     )
