@@ -1,7 +1,10 @@
 """What a terminal of 80 columns shows, read back through a terminal emulator."""
 
+import logging
 import re
+import sys
 import time
+import types
 
 import pytest
 from terminals import Terminal
@@ -72,3 +75,42 @@ def test_lines_that_are_said_stand_above_the_bar(terminal_of):
         progress.update("fit", 10, 20, {})
         console.say_line("WARNING: look")
         assert [line.split()[0] for line in shown_by(progress, terminal)] == ["WARNING:", "fit"]
+
+
+class Output:
+    """One output of a notebook's cell, as IPython's display makes it."""
+
+    def __init__(self) -> None:
+        self.shown: list[str] = []
+
+    def update(self, data: dict[str, str], *, raw: bool) -> None:
+        assert raw
+        self.shown.append(data["text/plain"])
+        assert data["text/html"].startswith("<pre")
+
+
+def test_a_notebook_has_one_output_that_is_replaced(monkeypatch):
+    outputs: list[Output] = []
+
+    def display(data: dict[str, str], *, raw: bool, display_id: bool) -> Output:
+        assert display_id
+        outputs.append(Output())
+        outputs[-1].update(data, raw=raw)
+        return outputs[-1]
+
+    monkeypatch.setitem(sys.modules, "IPython.display", types.SimpleNamespace(display=display))
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    with console.shown(None, quiet=False) as progress:
+        progress.update("fit", 0, 20, {})
+        progress.update("fit", 10, 20, LOSSES)
+        logging.getLogger("zsq.test").warning("look: 1 < 2")
+        progress.update("fit", 20, 20, LOSSES)
+        progress.update("write", 0, 1, {})
+    (output,) = outputs
+    assert output.shown[0].split()[:1] == ["fit"]
+    assert "0/20" in output.shown[0]
+    assert output.shown[-1].splitlines() == [
+        "WARNING: look: 1 < 2",
+        "fit             20/20 in 0:00  ce 0.123 bns 312 label_recognition 87.5",
+        "write           0/1 in 0:00",
+    ]

@@ -159,7 +159,8 @@ class NotebookOutput(io.StringIO):
     def write(self, text: str) -> int:
         """Add text."""
         count = super().write(text)
-        self.show("")
+        if text:  # rich writes nothing, too, where a bar is rendered
+            self.show("")
         return count
 
     def show(self, bar: str) -> None:

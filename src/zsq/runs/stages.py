@@ -211,7 +211,8 @@ def write_and_check(job: Job, student: Student, surrogate: Surrogate) -> tuple[V
         target=job.target,
         shaken=lambda images: answered_shaken(student, images.to(job.run.device)),
     )
-    told.update("check", found.num_images, found.num_images, {})  # it ends when enough is known
+    if found.num_images < total:  # enough was known
+        told.update("check", found.num_images, found.num_images, {})
     return replace(found, lowered_percent=lowered), coverage(converted, spec, float_operators(job.target))
 
 
