@@ -673,6 +673,10 @@ def test_a_dry_run_checks_networks_and_data(recipe, tmp_path):
     assert len(found.lacking) == len(found.cells) == 6
     assert found.reasons[0].startswith("6 cells lack something: no such data set: 'gone.npz'")
     assert (found.fits, found.seconds, found.bytes) == (set(), 0.0, 0)
+    weights = 'model = "digits"\nweights = "gone.pth"\nsource = "package x holds them"\n'
+    recipe.write_text(recipe.read_text().replace('model = "digits"\n', weights))
+    (reason,) = estimate(recipe, "*/qat-4/*").reasons
+    assert reason == "6 cells lack something: no such weights file: gone.pth; package x holds them."
 
 
 def test_a_failed_job_is_told_by_its_fault_or_its_log() -> None:

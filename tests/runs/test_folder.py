@@ -298,7 +298,7 @@ def test_a_budget_is_the_default_where_steps_are_open(monkeypatch, teacher, argu
 
     monkeypatch.setattr(budget_module, "plan", fake)
     wanted = resolve(**arguments)
-    chosen, facts = choose_schedule(wanted, teacher, Run(), budget, recipe=recipe, num_eval_images=0, fitted=False)
+    chosen, facts, _ = choose_schedule(wanted, teacher, Run(), budget, recipe=recipe, num_eval_images=0, fitted=False)
     assert chosen == (settling(wanted) if planned and not budget else wanted)
     assert chosen.method == wanted.method or chosen.method.settle
     assert asked == ([] if planned is None else [planned])

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from rich.console import Console
 from tyro.conf import Positional, UseAppendAction, arg
 
+from zsq.cli.output import print_rows
 from zsq.comparison.compare import compare, estimate
 from zsq.comparison.estimate import Estimate
 from zsq.comparison.tables import main_table
@@ -78,9 +79,8 @@ class Compare:
         else:
             if done.recipe.quantizers:
                 console.print(fitting(main_table(done.outcomes), done.recipe.title, console.width))
-            console.print(f"{'all tables:':24} {done.layout.document}", soft_wrap=True)
-            console.print(f"{'folder:':24} {done.folder}", soft_wrap=True)
-            console.print(f"{'report:':24} {done.layout.report}", soft_wrap=True)
+            paths = {"all tables": done.layout.document, "folder": done.folder, "report": done.layout.report}
+            print_rows(console, ((name, str(path)) for name, path in paths.items()))
         if failed := done.failed(self.only):
             raise ZsqError(
                 f"{len(failed)} of {len(done.lines)} cells failed, such as {failed[0].cell}: "

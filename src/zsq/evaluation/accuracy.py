@@ -223,7 +223,7 @@ def evaluate(
         outputs: what the networks give, where it is not one vector of logits; then agreement alone is measured.
         decoder: reads boxes from the outputs; the data then say which there are.
         batch_size: images a batch.
-        progress: called after each batch with the images done and the images in all.
+        progress: called at first and after each batch with the images done and the images in all.
 
     Raises:
         InputError: the logits are not one row an image.
@@ -260,6 +260,8 @@ def evaluate_many(
         name: _Tallies(outputs, known=data.labelled, decoder=decoder) if outputs else _Counts() for name in predictors
     }
     done = 0
+    show = progress or (lambda done, total: None)
+    show(done, data.num_images)
     with torch.no_grad():
         for batch in data.batches(batch_size):
             told = None
@@ -272,8 +274,7 @@ def evaluate_many(
             for name, predict in predictors.items():
                 counts[name].add(_logits(name, predict, batch.images), batch.labels.cpu(), told)
             done += len(batch.labels)
-            if progress is not None:
-                progress(done, data.num_images)
+            show(done, data.num_images)
     return {name: count.evaluation() for name, count in counts.items()}
 
 

@@ -213,6 +213,8 @@ def write_and_check(job: Job, student: Student, surrogate: Surrogate) -> tuple[V
         target=job.target,
         shaken=lambda images: answered_shaken(student, images.to(job.run.device)),
     )
+    if found.num_images < total:  # enough was known
+        told.update("check", found.num_images, found.num_images, {})
     return replace(found, lowered_percent=lowered), coverage(converted, spec, float_operators(job.target))
 
 
@@ -248,8 +250,10 @@ def evaluate_file(job: Job, student: Student) -> dict[str, Evaluation]:
     return {name: value if name == "float" else beside_float(value, floats) for name, value in found.items()}
 
 
-def warn_of_chance(found: Evaluation, spec: ImageSpec, data: DataSet | EvenSubset) -> None:
-    """Warn loudly where the float network recognises no more of labelled images than guessing would."""
+def warn_of_chance(
+    found: Evaluation, spec: ImageSpec, data: DataSet | EvenSubset, who: str = "the float network"
+) -> None:
+    """Warn loudly where a network recognises no more of labelled images than guessing would."""
     if found.top1 is None or found.top1_interval is None:
         return
     chance = 100 / spec.classes
@@ -257,7 +261,7 @@ def warn_of_chance(found: Evaluation, spec: ImageSpec, data: DataSet | EvenSubse
         return
     mapping = f" ({data.mapping}; --class-names says otherwise)" if data.mapping else ""
     logger.warning(
-        f"the float network recognises {found.top1:.2f} % of {found.num_images} images of {data.name}, no more than "
+        f"{who} recognises {found.top1:.2f} % of {found.num_images} images of {data.name}, no more than "
         f"guessing would ({chance:.3g} %). Do its classes and those of the labels stand in one order{mapping}? Were "
         f"mean {_listed(spec.mean)} and std {_listed(spec.std)} those of its training (--mean, --std)?"
     )

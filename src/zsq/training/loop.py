@@ -150,6 +150,7 @@ class Run:
     def each(self, phase: str, items: Iterable[Item], total: int, size: Callable[[Item], int]) -> Iterator[Item]:
         """Pass items on, showing how many of `total` are done."""
         done = 0
+        self.observer.update(phase, done, total, {})
         for item in items:
             yield item
             done += size(item)
