@@ -76,7 +76,7 @@ class OnTokens(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         tokens: Tensor = self.body(x.flatten(2).transpose(1, 2))
-        return tokens.transpose(1, 2).unflatten(2, x.shape[2:])
+        return tokens.transpose(1, 2).reshape(x.shape[0], -1, *x.shape[2:])
 
 
 class Attention(nn.Module):
