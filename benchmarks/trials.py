@@ -142,7 +142,7 @@ VERBS = {
     "quantize": QUANTIZE,
     "quantize --resume": replace(QUANTIZE, kills=2),
     "synthesize": Verb(
-        lambda place: ["synthesize", *RUN[1:8], "--count", "200", "--out", str(place / "out")],
+        lambda place: ["synthesize", *RUN[1:6], "--count", "200", "--out", str(place / "out")],
         ("--resume",),
         lambda place: arrays_of(place / "out" / "images.npz"),
     ),

@@ -178,7 +178,7 @@ def test_damaged_npz(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("table", "text"),
     [
-        ("name,label\nx.png,1\n", "metadata.csv has the columns ['name', 'label']; file_name,label are needed."),
+        ("name,label\nx.png,1\n", "metadata.csv has the columns ['name', 'label']; file_name,label are needed once each."),
         ("file_name,label\n0.png,cat\n", "line 2 of metadata.csv has the label 'cat'."),
         ("file_name,label\n0.png,1\nx.png,1\n", "line 3 of metadata.csv: no such file: x.png"),
         ("label,file_name\n1,0.png\n1\n", "line 3 of metadata.csv: no such file: "),
