@@ -259,6 +259,19 @@ def flip(run: Path, place: Path, number: int) -> str:
     return "" if found == wanted else f"{name}: damage changed what is read"
 
 
+READERS: dict[str, Callable[[Path], object]] = {
+    ".png": lambda path: list(open_dataset(str(path.parent), SPEC).batches()),
+    ".csv": lambda path: list(open_dataset(str(path.parent), SPEC).batches()),
+    ".npz": lambda path: list(open_dataset(str(path), SPEC).batches()),
+    ".pth": read_state,
+    ".safetensors": load_tensors,
+    ".onnx": lambda path: open_file(path)(torch.zeros(1, 1, 8, 8)),
+    ".toml": run_tables,
+    ".json": lambda path: Record.read(path.parent),
+}
+"""What reads a file of a kind, by its ending."""
+
+
 def hostile(trials: Trials, seeds: dict[str, bytes], number: int) -> str:
     """Give a reader a file that was made to harm it: one expected fault, or a harmless read."""
     draw = random.Random(number)
@@ -281,19 +294,9 @@ def hostile(trials: Trials, seeds: dict[str, bytes], number: int) -> str:
     path = folder / name
     path.write_bytes(content)
     (folder / "a.png").exists() or (folder / "a.png").write_bytes(seeds["a.png"])
-    readers: dict[str, Callable[[], object]] = {
-        ".png": lambda: list(open_dataset(str(folder), SPEC).batches()),
-        ".csv": lambda: list(open_dataset(str(folder), SPEC).batches()),
-        ".npz": lambda: list(open_dataset(str(path), SPEC).batches()),
-        ".pth": lambda: read_state(path),
-        ".safetensors": lambda: load_tensors(path),
-        ".onnx": lambda: open_file(path)(torch.zeros(1, 1, 8, 8)),
-        ".toml": lambda: run_tables(path),
-        ".json": lambda: Record.read(folder),
-    }
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            readers[path.suffix]()
+            READERS[path.suffix](path)
     except ZsqError:
         return ""
     except Exception as error:  # noqa: BLE001 - what is looked for
