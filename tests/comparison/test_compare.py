@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,30 @@ def test_a_stopped_comparison_continues_with_the_missing_cells(ran, recipe, tmp_
     ran.cells.clear()
     compare(recipe, out=tmp_path / "out", resume=True)
     assert ran.cells == []
+
+
+@pytest.mark.slow
+def test_cells_whose_files_are_damaged_are_run_again_and_said(ran, recipe, tmp_path, said, digits, monkeypatch):
+    out, only = tmp_path / "out", "*/zscgan/*/seed0"
+    first, second, third = [line.cell for line in compare(recipe, out=out, only=only).lines.values()]
+    lines = out / "cells.jsonl"
+    lines.write_text(lines.read_text().replace('"num_eval_images": 400', '"num_eval_images": 500', 1))
+    predictions, fitted = out / "cells" / second / "predictions.npz", next(out.glob("fits/**/fit.json"))
+    predictions.write_bytes(predictions.read_bytes()[:-40])
+    fitted.write_text(fitted.read_text().replace("seconds", "minutes"))
+    ran.cells.clear()
+    compare(recipe, out=out, only=only, resume=True)
+    assert [f"digits/{name.rpartition('/')[0]}/seed0" for name in ran.cells] == [first, second]
+    told = "\n".join(said)
+    assert f"1 lines of {lines} are damaged or cut short; their cells are run again" in told
+    assert re.search(f"{predictions} is damaged: .* The cell is run again", told)
+    assert f"{fitted} is damaged. {fitted.parent} is fitted anew" in told
+
+    changed = replace(digits, graph_sha256="0" * 64)
+    monkeypatch.setattr("zsq.comparison.recipe.load", lambda network: changed)
+    compare(recipe, out=out, only=f"*{third}", resume=True)
+    assert len(ran.cells) == 3
+    assert sum(f"{third} is of 'digits' as it was before its definition changed" in line for line in said) == 1
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from zsq.runs.pipeline import Stopwatch, finish
 from zsq.runs.record import Record
 from zsq.runs.run_log import Kind, open_log
 from zsq.runs.settings import Settings
-from zsq.runs.settings_file import SETTINGS, read_settings, teacher_table, write_settings
+from zsq.runs.settings_file import SETTINGS, other_graph, read_settings, teacher_table, write_settings
 from zsq.runs.stages import fit, measure_recognition
 from zsq.runtime.checksums import sealed_values, unsealed_values
 from zsq.runtime.files import load_tensors, replacing
@@ -165,6 +165,9 @@ def _begin(run: Run, settings: Settings, teacher: Teacher, mark: str) -> bool:
     assert folder is not None
     path = folder / SETTINGS
     same = path.exists() and _mark_of(folder) == mark
+    if same and computes_otherwise(folder, teacher):
+        logger.warning(f"{folder} is of '{teacher.name}' as it was before its definition changed; it is made anew.")
+        same = False
     if not same:
         shutil.rmtree(folder, ignore_errors=True)
         facts = {"seed": run.seed, "device": run.device.type, "threads": torch.get_num_threads()}
@@ -176,6 +179,14 @@ def _begin(run: Run, settings: Settings, teacher: Teacher, mark: str) -> bool:
             logger.warning(f"{error} It is left aside: its phase starts anew.")
             checkpoint.unlink()
     return same and any(folder.glob("checkpoints/*.safetensors"))
+
+
+def computes_otherwise(folder: Path, teacher: Teacher) -> bool:
+    """Whether a fit's or a cell's folder is of a network whose definition has changed since."""
+    try:
+        return other_graph(read_settings(folder / SETTINGS), teacher)
+    except InputError:  # which is told where it matters
+        return False
 
 
 def _mark_of(folder: Path) -> str | None:

@@ -118,8 +118,7 @@ def _run(grid: Grid, chosen: list[Cell], jobs: int, options: Mapping[str, Any]) 
     """Run the cells that are missing, here or as jobs."""
     if jobs > 1 and not available():
         logger.info("submitit is not installed (pip install 'zsq[cluster]'): the cells run in order")
-    missing = grid.missing(chosen)
-    if jobs > 1 and available() and missing:
+    if jobs > 1 and available() and (missing := grid.missing(chosen)):
         run_jobs(grid, missing, count=jobs, options=options)
         grid.lines = read_lines(grid.layout.lines)
         write_tables(grid.comparison())

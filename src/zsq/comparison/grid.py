@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from zsq.comparison.cell import CellRunner, Fit
+from zsq.comparison.cell import CellRunner, Fit, computes_otherwise
 from zsq.comparison.digests import digest
 from zsq.comparison.document import write_tables
 from zsq.comparison.layout import Layout
@@ -73,7 +73,10 @@ class Grid:
         if isinstance(line.outcome, Skipped):
             return line
         loaded = self.teachers.loaded.get(cell.teacher.label)
-        if loaded is not None and loaded.teacher.weights_sha256 != line.outcome.weights_sha256:
+        if loaded is not None and (
+            loaded.teacher.weights_sha256 != line.outcome.weights_sha256
+            or computes_otherwise(self.layout.cell(cell), loaded.teacher)
+        ):
             return None
         return line if self.layout.is_whole(cell) else None
 

@@ -257,7 +257,8 @@ def evaluate_many(
     A teacher that was evaluated on the same data before is given as its `Evaluation`.
     """
     counts: dict[str, _Tallies | _Counts] = {
-        name: _Tallies(outputs, known=data.labelled, decoder=decoder) if outputs else _Counts() for name in predictors
+        name: _Tallies(outputs, known=data.labelled, decoder=decoder) if outputs else _Counts(data.num_images)
+        for name in predictors
     }
     done = 0
     show = progress or (lambda done, total: None)
@@ -278,20 +279,26 @@ def evaluate_many(
     return {name: count.evaluation() for name, count in counts.items()}
 
 
-@dataclass(slots=True)
 class _Counts:
-    num_images: int = 0
-    top1: int | None = 0
-    top5: int | None = 0
-    agreement: int | None = 0
-    predictions: list[Tensor] = field(default_factory=list)
-    labels: list[Tensor] = field(default_factory=list)
+    """What is counted of one vector of logits.
+
+    Args:
+        expected: images in all; their classes are written to one block, since small ones that stay would keep the
+            memory of each batch from being used again.
+    """
+
+    def __init__(self, expected: int) -> None:
+        self.num_images = 0
+        self.top1: int | None = 0
+        self.top5: int | None = 0
+        self.agreement: int | None = 0
+        self.predictions, self.labels = np.empty((2, expected), np.int32)
 
     def add(self, logits: Tensor, labels: Tensor, told: Tensor | None) -> None:
         guess = logits.argmax(1)
+        rows = slice(self.num_images, self.num_images + len(labels))
+        self.predictions[rows], self.labels[rows] = guess.numpy(), labels.numpy()
         self.num_images += len(labels)
-        self.predictions.append(guess)
-        self.labels.append(labels)
         known = bool((labels >= 0).all())
         if self.top1 is not None and known:
             self.top1 += int((guess == labels).sum())
@@ -312,8 +319,8 @@ class _Counts:
             top1_correct=self.top1,
             top5_correct=self.top5,
             agreement_count=self.agreement,
-            predictions=torch.cat(self.predictions).int().numpy(),
-            labels=torch.cat(self.labels).int().numpy(),
+            predictions=self.predictions[: self.num_images],
+            labels=self.labels[: self.num_images],
         )
 
 

@@ -141,9 +141,15 @@ def write_executorch(
     Returns:
         How much of it XNNPACK computes.
     Raises:
-        ExportError: ExecuTorch cannot lower the network.
+        ExportError: ExecuTorch cannot lower the network, or could not run it.
         MissingExtraError: ExecuTorch is not installed.
     """
+    for node in converted.graph.nodes:
+        if node.target is aten.conv3d.default:  # it would be lowered, and fail when it is loaded or run
+            raise ExportError(
+                f"the network has no ExecuTorch form: '{node.name}' is a 3-D convolution, which ExecuTorch's kernels do "
+                "not compute. Targets onnxruntime and openvino take it."
+            )
     network = detached_copy(converted)
     _adapt(network)
     return _write(network, spec, path, options, notes or {})
