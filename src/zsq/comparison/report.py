@@ -103,7 +103,7 @@ def _sections(comparison: Comparison, missing: list[str]) -> Iterator[Section]:
         ("Share of the gap", gaps_table(outcomes), GAPS_NOTE),
     ):
         if found is not None:
-            yield Section(title, (_table(found),), note)
+            yield Section(title, (_table(found),), note.strip().replace("`", ""))
     if outcomes.groups:
         yield Section("Cost", (_table(costs_table(outcomes)),))
     drawn = [line.outcome.figure for line in comparison.lines.values() if isinstance(line.outcome, Drawn)]
