@@ -36,7 +36,7 @@ from zsq.quantization.qat import distill
 from zsq.runs.settings import resolve
 from zsq.training.learner import Learner
 from zsq.training.loop import Run
-from zsq.types import Batch
+from zsq.types import Batch, SampleSource
 
 METHODS: dict[str, Any] = {"zscgan": ZSCGAN, "zeroq": ZeroQ, "genie": Genie}
 SHARES = (0.125, 0.25, 0.5, 1.0)
@@ -68,9 +68,16 @@ class Clock(Run):
         super().__init__()
         self.keep, self.unit, self.times = keep, unit, list[float]()
 
-    def train(self, phase: str, learner: Learner, steps: int, until: Callable[[int], bool] | None = None) -> None:
+    def train(
+        self,
+        phase: str,
+        learner: Learner,
+        steps: int,
+        until: Callable[[int], bool] | None = None,
+        shown: SampleSource | None = None,
+    ) -> None:
         """Run the steps."""
-        del until
+        del until, shown
         wanted = kept_steps(steps, self.unit)
         for step in range(steps):
             start = time.perf_counter()

@@ -3,7 +3,9 @@
     python benchmarks/trials.py [--kills 40] [--flips 200] [--disks 20] [--hostile 1000] [--minutes 10]
 
 A trial fails where a traceback is shown, a file is left half-written, a kill loses a run, damage changes a result
-without a word, or a hostile file is not refused in one line. Prints one JSON line of counts; `make soak` runs it.
+without a word, or a hostile file is not refused in one line. Kills hit every command in `VERBS` at random moments; the
+command is then repeated, and has to give what it gives undisturbed. Prints one JSON line of counts, with the kills by
+command and by the last file that was there; `make soak` runs it.
 """
 
 import argparse
@@ -20,11 +22,13 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from zsq.comparison.lines import read_lines
 from zsq.data.datasets import open_dataset
 from zsq.errors import ZsqError
 from zsq.export.content_hash import canonical_sha256
@@ -39,10 +43,30 @@ from zsq.types import ImageSpec
 ZSQ = [sys.executable, "-m", "zsq"]
 RUN = [
     *("quantize", "digits", "--set", "method.steps=40", "--set", "method.batch_size=8", "--checkpoint-every", "5"),
-    *("--set", "quantizer.num_samples=64"),
+    *("--quantizer", "qat", "--set", "quantizer.steps=20", "--set", "quantizer.num_samples=64"),
 ]
-WHOLE_SECONDS = 12.0
-"""About what a run takes from its start; kills are spread over it."""
+RECIPE = """
+title = "Tried"
+seeds = [0]
+[[teachers]]
+model = "digits"
+data = "digits"
+[[methods]]
+name = "zscgan"
+steps = 20
+batch_size = 8
+[[methods]]
+name = "noise"
+[[quantizers]]
+name = "ptq"
+bits = ["8"]
+num_samples = 64
+"""
+
+STAGES = ("settings.toml", "checkpoints", "generator.safetensors", "fit.json", "model.pt2", "model.onnx", "result.json")
+"""What appears in a folder, in order."""
+
+SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
 
 SPEC = ImageSpec(channels=3, height=8, width=8, classes=3, mean=(0.5,) * 3, std=(0.5,) * 3)
 
@@ -63,6 +87,7 @@ class Trials:
             self.counts[kind] = self.counts.get(kind, 0) + 1
             if wrong := trial(number):
                 self.failures.append(f"{kind} {number}: {wrong}")
+                print(self.failures[-1], file=sys.stderr, flush=True)
 
 
 def shell(words: list[str], bytes_left: int | None = None) -> "subprocess.CompletedProcess[str]":
@@ -81,20 +106,120 @@ def half_files(folder: Path) -> list[str]:
     return [path.name for path in folder.rglob("*.part")]
 
 
-def kill(trials: Trials, whole: str, number: int) -> str:
-    """Kill a run at some moment, continue it, and compare its file with that of a run that nobody killed."""
-    out = trials.folder / f"kill{number}"
-    process = subprocess.Popen([*ZSQ, *RUN, "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    time.sleep(random.Random(number).uniform(0.5, WHOLE_SECONDS))
-    process.send_signal((signal.SIGKILL, signal.SIGINT, signal.SIGTERM)[number % 3])
-    process.wait()
-    again = shell([*RUN, "--out", str(out), "--resume"])
-    wrong = "" if again.returncode == 0 else again.stderr[-200:]
-    if not wrong and canonical_sha256(out / "model.onnx") != whole:
-        wrong = "the file of the resumed run differs"
-    wrong = wrong or ", ".join(half_files(out))
-    shutil.rmtree(out, ignore_errors=True)
-    return wrong
+@dataclass(frozen=True)
+class Verb:
+    """A command that is killed, and what it gives."""
+
+    words: Callable[[Path], list[str]]
+    """The command, given the folder in which it works; `run` in it is a finished run of its own."""
+    again: tuple[str, ...]
+    """What is added to repeat it."""
+    result: Callable[[Path], object]
+    """What it leaves in that folder, equal whenever it gave the same."""
+    kills: int = 1
+    """How often it is killed before it is let through."""
+
+
+def arrays_of(path: Path) -> list[tuple[str, bytes]]:
+    """Return the arrays of an npz."""
+    with np.load(path) as stored:
+        return [(name, stored[name].tobytes()) for name in sorted(stored)]
+
+
+def cells_of(folder: Path) -> list[object]:
+    """Return the accuracies and predictions of a comparison."""
+    lines = sorted(read_lines(folder / "cells.jsonl").items())
+    predicted = [arrays_of(path) for path in sorted(folder.rglob("predictions.npz"))]
+    return [*((name, getattr(line.outcome, "quantized_top1", None)) for name, line in lines), *predicted]
+
+
+QUANTIZE = Verb(
+    lambda place: [*RUN, "--out", str(place / "out")],
+    ("--resume",),
+    lambda place: canonical_sha256(place / "out" / "model.onnx"),
+)
+VERBS = {
+    "quantize": QUANTIZE,
+    "quantize --resume": replace(QUANTIZE, kills=2),
+    "synthesize": Verb(
+        lambda place: ["synthesize", *RUN[1:6], "--count", "200", "--out", str(place / "out")],
+        ("--resume",),
+        lambda place: arrays_of(place / "out" / "images.npz"),
+    ),
+    "compare": Verb(
+        lambda place: ["compare", str(place / "recipe.toml"), "--out", str(place / "out")],
+        ("--resume",),
+        lambda place: cells_of(place / "out"),
+    ),
+    "evaluate": Verb(
+        lambda place: ["evaluate", str(place / "run"), "--data", "digits"],
+        (),
+        lambda place: sorted((path.name, path.read_bytes()) for path in (place / "run").glob("*.*")),
+    ),
+    "export": Verb(
+        lambda place: ["export", str(place / "run"), "--target", "openvino"],
+        ("--overwrite",),
+        lambda place: canonical_sha256(place / "run" / "model_openvino.onnx"),
+    ),
+    "report": Verb(
+        lambda place: ["report", str(place / "run")],
+        (),
+        lambda place: (place / "run" / "report.html").read_bytes(),
+    ),
+}
+ORDER = [name for name in VERBS if name in ("quantize", "quantize --resume", "synthesize", "compare")] * 2 + list(VERBS)
+"""Which commands are killed in turn: those that take long more often."""
+
+
+class Kills:
+    """Kills of each command at random moments, and where they hit."""
+
+    def __init__(self, folder: Path, run: Path) -> None:
+        self.folder, self.run = folder, run
+        self.whole: dict[str, tuple[float, object]] = {}
+        self.hits: dict[str, dict[str, int]] = {}
+
+    def place(self, name: str) -> Path:
+        """Return a folder in which a command can work."""
+        place = self.folder / name
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(self.run, place / "run")
+        (place / "recipe.toml").write_text(RECIPE)
+        return place
+
+    def undisturbed(self, name: str) -> tuple[float, object]:
+        """Return how long a command takes, and what it gives."""
+        if name not in self.whole:
+            place, begin = self.place("undisturbed"), time.monotonic()
+            found = shell(VERBS[name].words(place))
+            assert found.returncode == 0, found.stderr
+            self.whole[name] = time.monotonic() - begin, VERBS[name].result(place)
+        return self.whole[name]
+
+    def kill(self, number: int) -> str:
+        """Kill a command at some moment, repeat it, and compare what it gives; return what is wrong."""
+        name = ORDER[number % len(ORDER)]
+        verb, (seconds, whole), place = VERBS[name], self.undisturbed(name), self.place("kill")
+        words, draw = verb.words(place), random.Random(number)
+        for _ in range(verb.kills):
+            process = subprocess.Popen([*ZSQ, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            time.sleep(draw.uniform(0.3, seconds))
+            process.send_signal(draw.choice(SIGNALS))
+            if "Traceback" in process.communicate()[1]:
+                return f"{name}: a traceback"
+            self._count(name, place, finished=process.returncode == 0)
+            words = [*verb.words(place), *verb.again]
+        again = shell(words)
+        if again.returncode:
+            return f"{name}: {again.stderr[-200:]}"
+        return f"{name}: the result differs" if verb.result(place) != whole else ", ".join(half_files(place))
+
+    def _count(self, name: str, place: Path, *, finished: bool) -> None:
+        out = place / "out"
+        found = [stage for stage in STAGES if any(out.rglob(stage))]
+        stage = "finished" if finished else found[-1] if found else "start"
+        hits = self.hits.setdefault(name, {})
+        hits[stage] = hits.get(stage, 0) + 1
 
 
 def disk(trials: Trials, number: int) -> str:
@@ -134,6 +259,19 @@ def flip(run: Path, place: Path, number: int) -> str:
     return "" if found == wanted else f"{name}: damage changed what is read"
 
 
+READERS: dict[str, Callable[[Path], object]] = {
+    ".png": lambda path: list(open_dataset(str(path.parent), SPEC).batches()),
+    ".csv": lambda path: list(open_dataset(str(path.parent), SPEC).batches()),
+    ".npz": lambda path: list(open_dataset(str(path), SPEC).batches()),
+    ".pth": read_state,
+    ".safetensors": load_tensors,
+    ".onnx": lambda path: open_file(path)(torch.zeros(1, 1, 8, 8)),
+    ".toml": run_tables,
+    ".json": lambda path: Record.read(path.parent),
+}
+"""What reads a file of a kind, by its ending."""
+
+
 def hostile(trials: Trials, seeds: dict[str, bytes], number: int) -> str:
     """Give a reader a file that was made to harm it: one expected fault, or a harmless read."""
     draw = random.Random(number)
@@ -156,19 +294,9 @@ def hostile(trials: Trials, seeds: dict[str, bytes], number: int) -> str:
     path = folder / name
     path.write_bytes(content)
     (folder / "a.png").exists() or (folder / "a.png").write_bytes(seeds["a.png"])
-    readers: dict[str, Callable[[], object]] = {
-        ".png": lambda: list(open_dataset(str(folder), SPEC).batches()),
-        ".csv": lambda: list(open_dataset(str(folder), SPEC).batches()),
-        ".npz": lambda: list(open_dataset(str(path), SPEC).batches()),
-        ".pth": lambda: read_state(path),
-        ".safetensors": lambda: load_tensors(path),
-        ".onnx": lambda: open_file(path)(torch.zeros(1, 1, 8, 8)),
-        ".toml": lambda: run_tables(path),
-        ".json": lambda: Record.read(folder),
-    }
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            readers[path.suffix]()
+            READERS[path.suffix](path)
     except ZsqError:
         return ""
     except Exception as error:  # noqa: BLE001 - what is looked for
@@ -214,14 +342,13 @@ def main() -> None:
         first = shell([*RUN, "--out", str(whole)])
         if first.returncode:
             sys.exit(f"Error: the run that is tried fails by itself: {first.stderr[-500:]}")
-        sha256, seeds = canonical_sha256(whole / "model.onnx"), seeds_of(whole)
+        seeds = seeds_of(whole)
         trials.each("hostile", asked.hostile, lambda number: hostile(trials, seeds, number))
         trials.each("flips", asked.flips, lambda number: flip(whole, trials.folder / "flip", number))
         trials.each("disks", asked.disks, lambda number: disk(trials, number))
-        trials.each("kills", asked.kills, lambda number: kill(trials, sha256, number))
-    for failure in trials.failures:
-        print(failure, file=sys.stderr)
-    print(json.dumps({**trials.counts, "failures": len(trials.failures)}))
+        kills = Kills(trials.folder, whole)
+        trials.each("kills", asked.kills, kills.kill)
+    print(json.dumps({**trials.counts, "failures": len(trials.failures), "hits": kills.hits}))
     sys.exit(bool(trials.failures))
 
 

@@ -1,14 +1,21 @@
 """The CIFAR-10 ResNets of He et al., section 4.2, with parameter-free ("option A") shortcuts: 20, 32 and 44 layers.
 
-The names of the weights are those of `akamaster/pytorch_resnet_cifar10`. To quantize a trained network:
+Trained weights lie in `pretrained_models` of github.com/akamaster/pytorch_resnet_cifar10; there, the last layer is
+called `linear`.
 
+    python examples/cifar10.py resnet20-12fca82f.th cifar10_resnet20.safetensors
     zsq quantize examples/cifar10.py:cifar10_resnet20 --weights cifar10_resnet20.safetensors --out runs/resnet20
 """
 
+import sys
+from pathlib import Path
+
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from zsq.models.weights import read_state
 from zsq.types import ImageSpec
 
 SPEC = ImageSpec(
@@ -73,3 +80,12 @@ def cifar10_resnet44() -> CifarResNet:
 
 for _factory in (cifar10_resnet20, cifar10_resnet32, cifar10_resnet44):
     _factory.image_spec = SPEC  # type: ignore[attr-defined]
+
+
+def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return published weights by the names that they have here."""
+    return {name.removeprefix("module.").replace("linear.", "fc."): value for name, value in state.items()}
+
+
+if __name__ == "__main__":
+    save_file(renamed(read_state(Path(sys.argv[1]))), sys.argv[2])

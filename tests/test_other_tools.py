@@ -99,3 +99,11 @@ def test_ai_edge_quantizer_calibrates_with_them(names: dict[str, Any]) -> None:
     names["image"] = next(iter(names["loader"]))[0]
     run("AI Edge Quantizer (LiteRT)", names)
     assert Path("int8.tflite").stat().st_size < Path("float.tflite").stat().st_size
+    runner = pytest.importorskip("ai_edge_litert.interpreter").Interpreter("int8.tflite").get_signature_runner()
+    scale, zero_point = runner.get_input_details()["args_0"]["quantization"]
+
+    def quantized(image: torch.Tensor) -> np.ndarray:
+        integers = np.clip(np.round(image.numpy() / scale) + zero_point, -128, 127).astype(np.int8)
+        return runner(args_0=integers)["output_0"]
+
+    assert agreement(names, quantized) >= 0.9

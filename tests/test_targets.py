@@ -1,5 +1,6 @@
 """The contract of targets: any network, every width that the file can hold, agreement with the simulation."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -15,13 +16,15 @@ from zsq.data.datasets import open_dataset
 from zsq.errors import ExportError, InputError, MissingExtraError
 from zsq.evaluation.accuracy import evaluate
 from zsq.export.converted import output_step
-from zsq.export.files import open_file, write_file
+from zsq.export.files import open_file, profile_file, write_file
 from zsq.export.onnx import write_onnx
 from zsq.export.openvino import OpenVinoClassifier
+from zsq.export.profile import Profile
 from zsq.export.tensorrt_rules import RULES, broken_rules
 from zsq.export.verify import Verification, require, verify_file
 from zsq.quantization import PTQ, QAT
 from zsq.quantization.convert import convert
+from zsq.quantization.prepare import prepared_layers
 from zsq.quantization.ptq import quantize_ptq
 from zsq.quantization.qat import Distiller
 from zsq.quantization.quantizers import ActivationQuantizer, WeightQuantizer, quantizers
@@ -46,12 +49,31 @@ def test_a_file_computes_what_was_simulated(name, bits, make, tmp_path):
     pytest.importorskip(target.runs_in, reason=f"target {name} runs its file in it")
     student = quantized(graph(make), PTQ(bits=bits, target=name))
     converted, path = convert(student), tmp_path / target.file
-    write_file(converted, SPEC, path, target)
+    write_file(converted, SPEC, path, target, notes={"target": name})
     x = images(300, seed=5)
     found = verify_file(path, student, x.split(100), output_step(converted), threads=1, target=target)
     require(found)
     assert (found.agreement_target is None) == (target.runs_in == "onnxruntime")
     assert found.saturating_layers == found.broken_rules == ()
+    if bits == "8" and make in (Plain, Mobile):
+        check_profile(profile_file(path, target, x[:1]), len(prepared_layers(student.network)))
+
+
+def check_profile(found: Profile, num_layers: int) -> None:
+    """Check that a runtime says of itself that it computes all layers in integers."""
+    layers = [
+        kernels
+        for kernels in found.kernels
+        if re.search("conv(?!ert)|gemm|fully_?connected|matmul", kernels.name, re.I)
+    ]
+    assert {kernels.computes for kernels in layers} == {"integers"}
+    assert sum(kernels.count for kernels in layers) == num_layers
+    assert found.num_kernels() == found.num_kernels("integers", "float", "conversion", "other")
+    if found.milliseconds is None:
+        assert found.runtime in ("LiteRT", "ExecuTorch", "TensorRT")
+    else:
+        assert found.share("integers", "float", "conversion", "other") == pytest.approx(100)
+        assert found.num_kernels() < found.num_operators
 
 
 @pytest.mark.parametrize(("name", "bits"), refused)

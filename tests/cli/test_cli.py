@@ -20,15 +20,18 @@ import onnx
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import zsq as package
 from zsq.cli import main, start
+from zsq.cli.output import print_rows
 from zsq.data import digits
 from zsq.export.content_hash import canonical_sha256
 from zsq.methods import METHODS
 from zsq.quantization import QUANTIZERS
 from zsq.runs.console import TerminalProgress
+from zsq.runs.forecast import Forecast
 from zsq.runs.pipeline import HASHED
 from zsq.runtime.checksums import unsealed_values
 
@@ -96,7 +99,7 @@ def wide(monkeypatch):
 def finished(tmp_path_factory) -> tuple[Path, Outcome]:
     """A finished run of the bundled network, and what its command printed."""
     folder = tmp_path_factory.mktemp("cli") / "run"
-    return folder, zsq("quantize", "digits", *TINY, "--data", "digits", "--json", "--out", folder)
+    return folder, zsq("quantize", "digits", "-v", *TINY, "--data", "digits", "--json", "--out", folder)
 
 
 @pytest.fixture
@@ -239,6 +242,26 @@ def test_quiet_leaves_the_result_alone(place):
     assert "folder:" in found.out
 
 
+@pytest.mark.slow
+def test_verbose_says_settings_seconds_and_layers(finished):
+    told = finished[1].err
+    assert re.search(r"^quantizer: name=ptq, bits=8, ", told, flags=re.MULTILINE)
+    assert re.search(r"^seconds: fit [\d.]+, quantize [\d.]+, export [\d.]+, ", told, flags=re.MULTILINE)
+    assert len(re.findall(r"^layer \S+: \d+ % of what rounding moves", told, flags=re.MULTILINE)) == 5
+
+
+def test_long_texts_are_folded_beside_their_names_in_a_terminal_alone():
+    rows = [("check", "100.00 % of 100 clear images, 100.00 % of all 100"), ("folder", f"runs/{'a' * 40}")]
+    printed = []
+    for terminal in (True, False):
+        out = io.StringIO()
+        print_rows(Console(file=out, force_terminal=terminal, width=60, color_system=None), rows)
+        printed.append(out.getvalue().splitlines())
+    assert printed[1] == [f"{name + ':':24} {text}" for name, text in rows]
+    assert printed[0][:2] == [f"{'check:':24} 100.00 % of 100 clear images,", f"{'':24} 100.00 % of all 100"]
+    assert printed[0][-1].split()[-1] == rows[1][1]  # a path can be copied
+
+
 def test_a_mistyped_command_is_corrected():
     found = zsq("quantise", "digits")
     assert found.code == 2
@@ -260,13 +283,13 @@ def test_doctor_checks_the_machine():
 
 HELP_FLAGS = {
     "quantize": "weights input classes outputs mean std resize method quantizer bits target pixels batch class-names "
-    "recipe budget set from seed device data resume overwrite checkpoint-every out json devices quiet",
-    "synthesize": "weights input classes outputs mean std resize method recipe budget set from seed device resume "
+    "recipe budget set from seed device data log resume overwrite checkpoint-every out json devices quiet",
+    "synthesize": "weights input classes outputs mean std resize method recipe budget set from seed device log resume "
     "overwrite out count class-names devices quiet",
     "evaluate": "file weights input classes outputs mean std resize data class-names decode device json",
     "export": "out target pixels batch packed data overwrite json quiet",
-    "compare": "out only data-root device resume overwrite dry-run json jobs job-set",
-    "allocate": "weights input classes outputs mean std resize method recipe budget set from seed device resume "
+    "compare": "out only data-root device log resume overwrite dry-run json jobs job-set",
+    "allocate": "weights input classes outputs mean std resize method recipe budget set from seed device log resume "
     "overwrite out average size widths activation images quiet",
     "report": "open",
     "methods": "",
@@ -586,6 +609,16 @@ def test_a_log_gets_few_lines_and_one_at_the_end(capsys):
     lines = err.splitlines()
     assert lines[-1] == "fit: 100/100, done in 0 s ce 0.01 bns 300"
     assert len(lines) <= 2
+
+
+def test_a_log_gets_the_time_left_of_the_run(capsys, monkeypatch):
+    clock = iter([0.0, 40.0])
+    monkeypatch.setattr("zsq.runs.console.time.monotonic", lambda: next(clock))
+    with TerminalProgress() as progress:
+        progress.expect(Forecast({"fit": 80.0, "write": 10.0}))
+        progress.update("fit", 0, 10, {})
+        progress.update("fit", 5, 10, {})
+    assert capsys.readouterr().err.splitlines() == ["fit: 5/10, about 40 s left, run 50 s"]
 
 
 def test_a_terminal_gets_a_bar_with_step_losses_and_time_left(monkeypatch, capsys):

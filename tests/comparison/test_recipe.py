@@ -199,6 +199,7 @@ COMPARISONS = sorted(path.name for path in RECIPES.glob("*.toml") if "teachers" 
 @pytest.mark.parametrize("name", COMPARISONS)
 def test_every_comparison_of_the_repository_can_be_read(name):
     recipe = read_recipe(RECIPES / name)
+    assert all(bool(teacher.source) == bool(teacher.weights) for teacher in recipe.teachers)
     found = cells(recipe)
     assert recipe.title
     assert found

@@ -178,13 +178,23 @@ def test_damaged_npz(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("table", "text"),
     [
-        ("name,label\nx.png,1\n", "metadata.csv has the columns ['name', 'label']; file_name,label are needed."),
+        (
+            "name,label\nx.png,1\n",
+            "metadata.csv has the columns ['name', 'label']; file_name,label are needed once each.",
+        ),
         ("file_name,label\n0.png,cat\n", "line 2 of metadata.csv has the label 'cat'."),
         ("file_name,label\n0.png,1\nx.png,1\n", "line 3 of metadata.csv: no such file: x.png"),
         ("label,file_name\n1,0.png\n1\n", "line 3 of metadata.csv: no such file: "),
         ("file_name,label\n0.png,1\n0.png,3\n", "label 3 of image 1 is outside 0..2"),
         ("file_name,label\n", "holds no images."),
         ("", "metadata.csv has the columns []"),
+        ("file_name,label,label\n0.png,1,2\n", "metadata.csv has the columns ['file_name', 'label', 'label']"),
+        ("file_name;label\n0.png;1\n", "metadata.csv has the columns ['file_name;label']"),
+        ('file_name,label\n"0.png,1\n', "line 2 of metadata.csv has the label ''"),
+        ("file_name,label\n../set/0.png,1\n", "../set/0.png is not below the folder of metadata.csv"),
+        ("file_name,label\n/etc/passwd,1\n", "/etc/passwd is not below the folder of metadata.csv"),
+        (f"file_name,label\n{'a' * 5000},1\n", "line 2 of metadata.csv: no such file: aaa"),
+        ("file_name,label\na\0.png,1\n", "line 2 of metadata.csv: no such file: a\0.png"),
     ],
 )
 def test_metadata_that_does_not_fit(tmp_path, table, text) -> None:

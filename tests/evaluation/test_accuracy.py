@@ -7,7 +7,14 @@ from torch import Tensor, nn
 
 from zsq.data.datasets import open_dataset
 from zsq.errors import InputError, NumericsError
-from zsq.evaluation.accuracy import Evaluation, evaluate, evaluate_many, paired_difference, wilson_interval
+from zsq.evaluation.accuracy import (
+    Evaluation,
+    beside_float,
+    evaluate,
+    evaluate_many,
+    paired_difference,
+    wilson_interval,
+)
 from zsq.types import Batch, ImageSpec
 
 
@@ -98,20 +105,31 @@ def test_a_teacher_evaluated_before_is_not_asked_again(numbered) -> None:
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "mean", "reach"),
+    ("first", "second", "mean", "middle", "reach"),
     [
-        # d = 0 1 0 0: mean 1/4, variance (3/16 + 9/16) / 3 = 1/4, so 1.96 * 0.5 / 2; unpaired: 1.96 * sqrt(2/3) / 2
-        ([1, 1, 1, 0], [1, 0, 1, 0], 25.0, 48.999),
-        ([1, 1, 0], [1, 1, 0], 0.0, 0.0),  # the same images: no doubt, whatever their number
-        # two seeds: d = 0.5 -0.5: variance 0.5, so 1.96 * sqrt(0.5) / sqrt(2) = 0.98
-        ([1.0, 0.0], [0.5, 0.5], 0.0, 97.998),
+        # d = 0 1 0 0 and 1 -1: mean 1/6, variance 3/6 - 1/36, so 1.96 * sqrt(17/36 / 6); unpaired: 1.96 * sqrt(2/3) / 2
+        ([1, 1, 1, 0], [1, 0, 1, 0], 25.0, 100 / 6, 54.986),
+        ([1, 1, 0], [1, 1, 0], 0.0, 0.0, 55.436),  # no difference on three images says little: 1.96 * sqrt(2/5 / 5)
+        # two seeds: d = 0.5 -0.5 and 1 -1: variance 2.5/4, so 1.96 * sqrt(0.625 / 4)
+        ([1.0, 0.0], [0.5, 0.5], 0.0, 0.0, 77.474),
     ],
 )
-def test_paired_difference(first, second, mean, reach) -> None:
+def test_paired_difference(first, second, mean, middle, reach) -> None:
     found = paired_difference(np.array(first), np.array(second))
     assert found.mean == pytest.approx(mean, abs=1e-9)
-    assert found.high - found.mean == pytest.approx(reach, abs=0.001)
-    assert found.mean - found.low == pytest.approx(reach, abs=0.001)
+    assert found.high == pytest.approx(middle + reach, abs=0.001)
+    assert found.low == pytest.approx(middle - reach, abs=0.001)
+
+
+def test_a_difference_is_one_of_the_same_images() -> None:
+    labels = np.zeros(4, np.int32)
+    floats, file = (
+        Evaluation(num_images=4, top1_correct=3, top5_correct=None, predictions=np.array(found), labels=labels)
+        for found in ([0, 0, 0, 1], [1, 0, 0, 0])
+    )
+    assert beside_float(file, floats).minus_float == paired_difference(np.array([0, 1, 1, 1]), np.array([1, 1, 1, 0]))
+    unlabelled = Evaluation(num_images=4, top1_correct=None, top5_correct=None)
+    assert beside_float(unlabelled, floats).minus_float is None
 
 
 @pytest.mark.parametrize(("first", "second"), [(3, 4), (1, 1), (0, 0)])

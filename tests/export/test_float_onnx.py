@@ -18,5 +18,7 @@ def test_the_file_computes_what_the_network_does(tmp_path: Path, model: str) -> 
     images = torch.randn(3, *teacher.spec.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted = teacher.network(images)
-    found = OnnxClassifier(tmp_path / "float.onnx", threads=1)(images)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    file = OnnxClassifier(tmp_path / "float.onnx", threads=1, profiled=True)
+    torch.testing.assert_close(file(images), wanted, rtol=1e-4, atol=1e-4)
+    kernels = {found.computes for found in file.profile().kernels if "Conv" in found.name}
+    assert kernels == {"float"}

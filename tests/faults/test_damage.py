@@ -162,8 +162,8 @@ def test_no_flip_in_predictions_passes(tmp_path):
         except InputError as error:
             told += "is damaged" in str(error)
         else:
-            assert np.array_equal(found[0], values)
-            assert np.array_equal(found[1], values[::-1])
+            assert np.array_equal(found.found, values)
+            assert np.array_equal(found.labels, values[::-1])
     assert told > FLIPS / 2
 
 

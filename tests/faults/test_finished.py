@@ -54,6 +54,9 @@ class Diverges:
     def halve(self):
         return False
 
+    def rates(self):
+        return {}
+
 
 def test_what_diverges_in_its_last_step_is_not_stored(tmp_path):
     with pytest.raises(NumericsError, match=r"after step 4 of 5, 1 of 1 tensors, such as weight, are not numbers"):

@@ -166,6 +166,16 @@ def test_hash_depends_on_names_shapes_and_values_only() -> None:
     assert len({state_sha256(value) for value in [state, *others]}) == 5
 
 
+def test_what_is_computed_with_the_same_weights_has_a_hash_of_its_own() -> None:
+    layer = nn.Conv2d(2, 4, 6)
+    ends = (nn.ReLU(), nn.ReLU(), nn.LeakyReLU(0.1), nn.LeakyReLU(0.2))
+    teachers = [teacher_from_module(nn.Sequential(layer, nn.Flatten(), end), SPEC) for end in ends]
+    assert len({each.weights_sha256 for each in teachers}) == 1
+    first, same, *others = (each.graph_sha256 for each in teachers)
+    assert first == same
+    assert len({first, *others}) == 3
+
+
 def test_digits() -> None:
     teacher = load_teacher("digits")
     assert (teacher.name, teacher.weights_source, teacher.spec) == ("digits", "bundled", digits.SPEC)

@@ -1,3 +1,4 @@
+import socket
 import sys
 import types
 
@@ -181,6 +182,19 @@ class TestPytorchcv:
         with pytest.raises(TeacherError, match=r"could not be fetched \(File is downloaded but.*weights='random'"):
             load_teacher("pytorchcv:resnet18")
         assert capsys.readouterr().out == ""
+
+    def test_weights_without_a_connection(self, monkeypatch, tmp_path) -> None:
+        def nowhere(*arguments: object, **options: object) -> None:
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+        monkeypatch.setattr(socket, "getaddrinfo", nowhere)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        with pytest.raises(TeacherError) as caught:
+            load_teacher("pytorchcv:resnet20_cifar10")
+        assert str(caught.value) == (
+            "pytorchcv:resnet20_cifar10: its weights could not be fetched (the server that has them cannot be reached "
+            "from here). Give weights=FILE, or weights='random'."
+        )
 
 
 @pytest.mark.parametrize(

@@ -1,49 +1,17 @@
 """What a terminal of 80 columns shows, read back through a terminal emulator."""
 
-import fcntl
-import os
-import pty
-import struct
+import logging
+import re
 import sys
-import termios
 import time
+import types
 
 import pytest
+from terminals import Terminal
 
 from zsq.runs import console
 from zsq.runs.console import TerminalProgress
-
-pyte = pytest.importorskip("pyte", reason="the extra dev brings it")
-
-
-class Terminal:
-    """A terminal of so many columns, whose other end is stderr."""
-
-    def __init__(self, monkeypatch, columns: int) -> None:
-        self.screen = pyte.Screen(columns, 24)
-        self._stream = pyte.ByteStream(self.screen)
-        self._reader, writer = pty.openpty()
-        fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-        os.set_blocking(self._reader, False)
-        self.file = os.fdopen(writer, "w")
-        monkeypatch.setattr(sys, "stderr", self.file)
-        monkeypatch.setenv("TERM", "xterm-256color")
-        monkeypatch.setenv("COLUMNS", str(columns))
-        monkeypatch.delenv("NO_COLOR", raising=False)
-
-    def lines(self) -> list[str]:
-        """Return what stands on the screen, line by line."""
-        self.file.flush()
-        try:
-            while data := os.read(self._reader, 65536):
-                self._stream.feed(data)
-        except BlockingIOError:
-            pass
-        return [line.rstrip() for line in self.screen.display if line.strip()]
-
-    def close(self) -> None:
-        self.file.close()
-        os.close(self._reader)
+from zsq.runs.forecast import Forecast
 
 
 @pytest.fixture
@@ -73,14 +41,14 @@ def shown_by(progress: TerminalProgress, terminal: Terminal) -> list[str]:
 def test_phase_step_and_time_left_stay_and_losses_go_first(terminal_of, columns):
     terminal = terminal_of(columns)
     with TerminalProgress() as progress:
-        progress.expect(245)
+        progress.expect(Forecast({"compare samples": 1.0, "report": 245.0}))
         progress.update("compare samples", 0, 200_000, {})
         time.sleep(0.05)
         progress.update("compare samples", 100_000, 200_000, LOSSES)
         (line,) = shown_by(progress, terminal)
         assert line.startswith("compare samples ")
         assert "100000/200000" in line
-        assert "left, run 4:0" in line
+        assert re.search(r"0:0\d left, run [34]:\d\d", line)
         assert len(line) <= columns
         assert ("label_recognition 87.5" in line) == (columns == 120)
 
@@ -90,10 +58,11 @@ def test_finished_phases_are_one_line_each(terminal_of):
     with TerminalProgress() as progress:
         progress.update("fit", 10, 20, LOSSES)
         progress.update("fit", 20, 20, LOSSES)
-        progress.update("check", 5, 500, {})  # ends early
+        progress.update("check", 5, 500, {})
+        progress.update("check", 10, 10, {})  # ends early
         progress.update("evaluate", 100, 899, {})
         *folded, current = shown_by(progress, terminal)
-        assert [line.split()[:2] for line in folded] == [["fit", "20/20"], ["check", "5/500"]]
+        assert [line.split()[:2] for line in folded] == [["fit", "20/20"], ["check", "10/10"]]
         assert folded[0] == "fit             20/20 in 0:00  ce 0.123 bns 312 label_recognition 87.5"
         assert current.startswith("evaluate ")
         assert "100/899" in current
@@ -106,3 +75,42 @@ def test_lines_that_are_said_stand_above_the_bar(terminal_of):
         progress.update("fit", 10, 20, {})
         console.say_line("WARNING: look")
         assert [line.split()[0] for line in shown_by(progress, terminal)] == ["WARNING:", "fit"]
+
+
+class Output:
+    """One output of a notebook's cell, as IPython's display makes it."""
+
+    def __init__(self) -> None:
+        self.shown: list[str] = []
+
+    def update(self, data: dict[str, str], *, raw: bool) -> None:
+        assert raw
+        self.shown.append(data["text/plain"])
+        assert data["text/html"].startswith("<pre")
+
+
+def test_a_notebook_has_one_output_that_is_replaced(monkeypatch):
+    outputs: list[Output] = []
+
+    def display(data: dict[str, str], *, raw: bool, display_id: bool) -> Output:
+        assert display_id
+        outputs.append(Output())
+        outputs[-1].update(data, raw=raw)
+        return outputs[-1]
+
+    monkeypatch.setitem(sys.modules, "IPython.display", types.SimpleNamespace(display=display))
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    with console.shown(None, quiet=False) as progress:
+        progress.update("fit", 0, 20, {})
+        progress.update("fit", 10, 20, LOSSES)
+        logging.getLogger("zsq.test").warning("look: 1 < 2")
+        progress.update("fit", 20, 20, LOSSES)
+        progress.update("write", 0, 1, {})
+    (output,) = outputs
+    assert output.shown[0].split()[:1] == ["fit"]
+    assert "0/20" in output.shown[0]
+    assert output.shown[-1].splitlines() == [
+        "WARNING: look: 1 < 2",
+        "fit             20/20 in 0:00  ce 0.123 bns 312 label_recognition 87.5",
+        "write           0/1 in 0:00",
+    ]

@@ -37,9 +37,8 @@ def resolve_settings(method, quantizer, bits, *, source_run=None, recipe=None, a
 def run_folder(tmp_path, teacher):
     """A folder as a run with 5 generator steps leaves it behind."""
     folder = tmp_path / "run"
-    write_settings(
-        folder / "settings.toml", resolve(assignments=["method.steps=5"]), teacher_table(teacher), {"seed": 0}
-    )
+    facts = {"seed": 0} | versions()
+    write_settings(folder / "settings.toml", resolve(assignments=["method.steps=5"]), teacher_table(teacher), facts)
     meta = {"method": "zscgan", "weights_sha256": teacher.weights_sha256}
     save_tensors(folder / "generator.safetensors", {"generator.a": torch.ones(2)}, meta)
     return folder
@@ -247,6 +246,8 @@ def test_a_resumed_run_keeps_network_images_and_seed(run_folder, teacher):
         resumed_settings(run_folder, resolve(), teacher, 1)
     with pytest.raises(InputError, match="its network 'digits' had other weights"):
         resumed_settings(run_folder, resolve(), replace(teacher, weights_sha256="f" * 64), 0)
+    with pytest.raises(InputError, match="its network 'digits' had the same weights and computed something else with"):
+        resumed_settings(run_folder, resolve(), replace(teacher, graph_sha256="f" * 64), 0)
     with pytest.raises(InputError, match=r"its images were 1x8x8 .*, not 1x8x8 .*0.9"):
         resumed_settings(run_folder, resolve(), replace(teacher, spec=replace(teacher.spec, std=(0.9,))), 0)
 
@@ -298,7 +299,7 @@ def test_a_budget_is_the_default_where_steps_are_open(monkeypatch, teacher, argu
 
     monkeypatch.setattr(budget_module, "plan", fake)
     wanted = resolve(**arguments)
-    chosen, facts = choose_schedule(wanted, teacher, Run(), budget, recipe=recipe, num_eval_images=0, fitted=False)
+    chosen, facts, _ = choose_schedule(wanted, teacher, Run(), budget, recipe=recipe, num_eval_images=0, fitted=False)
     assert chosen == (settling(wanted) if planned and not budget else wanted)
     assert chosen.method == wanted.method or chosen.method.settle
     assert asked == ([] if planned is None else [planned])

@@ -1,15 +1,19 @@
 """Images without labels, classes in another order, means of another training: what a run says of them."""
 
 import logging
+import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
+from terminals import Terminal
 
 from zsq import QAT, Noise, Real, compare, load_teacher, quantize
 from zsq.cli.main import main
+from zsq.data import digits
 from zsq.data.datasets import open_dataset
 from zsq.errors import InputError
 from zsq.runs.summary import summary_rows
@@ -36,9 +40,9 @@ def folders(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("data", ["flat", "flat.npz"])
-def test_a_run_measures_agreement_on_images_without_labels(data, folders, tmp_path):
-    result = quantize("digits", method=Noise(), settings=FEW, out=tmp_path / "run", data=folders / data, quiet=True)
+def test_a_run_measures_agreement_on_images_without_labels(folders, tmp_path):
+    data = folders / "flat.npz"
+    result = quantize("digits", method=Noise(), settings=FEW, out=tmp_path / "run", data=data, quiet=True)
     record = result.record
     assert (record.quantized_top1, record.float_top1) == (None, None)
     assert record.teacher_agreement > 90
@@ -63,14 +67,60 @@ def test_class_names_bring_folders_into_order(folders, tmp_path, caplog):
     assert "guessing" not in caplog.text
 
 
+@pytest.fixture(scope="module")
+def screens(folders):
+    """What a terminal of 80 columns shows of a first use, command by command, in the folder of the images."""
+    state = load_file(digits.NETWORK.weights)
+    checkpoint = {"epoch": 3, "model_state_dict": {f"module.{name}": value for name, value in state.items()}}
+    torch.save(checkpoint, folders / "net.pth")
+    (folders / "net.py").write_text("from zsq.data.digits.network import DigitsNet\n\n\nbuild = DigitsNet\n")
+    network = "net.py:build --weights net.pth --input 1x8x8 --classes 10 --mean 0.305 --std 0.3757"
+    tiny = "--set method.steps=20 --set method.width=8 --set quantizer.num_samples=64"
+    shown = {}
+    for command in (
+        f"quantize {network} {tiny} --out run",
+        "evaluate run --data flat",
+        "evaluate run --data named",
+        "evaluate run --data named --class-names names.txt",
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folders)
+            terminal = Terminal(patch, 80)
+            patch.setattr("sys.stdout", terminal.file)
+            main(command.split())
+            shown[command.partition(" --out")[0].removeprefix("evaluate run --data ")] = terminal.lines()
+        terminal.close()
+    first, *others = shown.values()
+    return first, dict(zip(list(shown)[1:], others, strict=True))
+
+
 @pytest.mark.slow
-def test_evaluate_measures_agreement_beside_a_network(folders, tmp_path, capsys):
-    quantize("digits", method=Noise(), settings=FEW, out=tmp_path / "run", quiet=True)
-    main(["evaluate", "digits", "--file", str(tmp_path / "run"), "--data", str(folders / "flat")])
-    assert "model.onnx" in capsys.readouterr().out
-    main(["evaluate", str(tmp_path / "run"), "--data", str(folders / "flat")])  # knows its float network
-    assert "model.onnx" in capsys.readouterr().out
-    shutil.copy(tmp_path / "run" / "model.onnx", tmp_path)
+def test_a_first_run_without_images_can_be_read_in_a_terminal(screens, folders):
+    lines, _ = screens
+    phases = [line.split()[0] for line in lines if re.search(r" \d+/\d+ in \d:\d\d", line)]
+    assert phases == ["rehearse", "fit", "recognise", "calibrate", "calibrate", "write", "check", "compare", "report"]
+    assert not [line for line in lines if "left" in line.split()]
+    summary = "\n".join(lines[-12:])
+    assert re.search(r"^agreement on samples:    \S+ ", summary, flags=re.MULTILINE)
+    assert re.search(r"^ {25}\S", summary, flags=re.MULTILINE)  # folded beside the names
+    assert re.search(r"^folder: +run$", summary, flags=re.MULTILINE)
+    assert (folders / "run" / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_a_run_is_measured_on_images_as_they_come(screens, folders):
+    _, shown = screens
+    flat, wrong, right = ("\n".join(lines) for lines in shown.values())
+    assert re.search(r"model\.onnx.* 50", flat)
+    assert "eight=0, five=1" in wrong
+    words = " ".join(wrong.split())
+    assert re.search(r"WARNING: model.onnx recognises \S+ % of 50 images of named, no more than guessing would", words)
+    assert "WARNING" not in right
+
+
+@pytest.mark.slow
+def test_a_file_without_its_run_has_no_float_network_to_agree_with(screens, folders, tmp_path, capsys):
+    shutil.copy(folders / "run" / "model.onnx", tmp_path)
     for words in (["digits"], [str(tmp_path / "model.onnx")]):
         with pytest.raises(SystemExit):
             main(["evaluate", *words, "--data", str(folders / "flat")])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from zsq.errors import InputError
-from zsq.evaluation.accuracy import Evaluation
+from zsq.evaluation.accuracy import Difference, Evaluation
 from zsq.export.verify import Verification
 from zsq.runs.record import SCHEMA, Artifact, Record, SampleAgreement
 
@@ -20,6 +20,11 @@ CHECK = Verification(
     max_logit_difference_steps=1.0,
     decided_self_agreement=99.5,
     decided_agreement_optimized=99.5,
+)
+
+
+COMPARED = Evaluation(
+    num_images=200, top1_correct=196, top5_correct=None, agreement_count=199, minus_float=Difference(-0.5, -1.9, 0.9)
 )
 
 
@@ -58,7 +63,11 @@ def record(**changed: Any) -> Record:
 
 @pytest.mark.parametrize(
     "changed",
-    [{}, {"evaluation": {}, "data": None, "num_eval_images": 0}, {"samples": None, "kd_weight": None}],
+    [
+        {"evaluation": {"quantized": COMPARED}},
+        {"evaluation": {}, "data": None, "num_eval_images": 0},
+        {"samples": None, "kd_weight": None},
+    ],
     ids=["all", "without data", "without samples"],
 )
 def test_what_is_written_is_read_back(changed: dict[str, Any], tmp_path: Path) -> None:

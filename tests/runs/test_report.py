@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from PIL import Image
 from test_record import record
 
 from zsq.errors import InputError
-from zsq.evaluation.accuracy import Evaluation
+from zsq.evaluation.accuracy import Difference, Evaluation
+from zsq.export.profile import Kernels, Profile
 from zsq.quantization.coverage import Coverage
 from zsq.reports.html import REPORT, Gallery, Section
 from zsq.runs.record import Latency, Record, SampleAgreement
@@ -23,12 +25,14 @@ from zsq.runtime.checksums import sealed_values
 EVIL = "<script>document.title='broken'</script>"
 
 
-def labelled(num: int, floats: int, file: int) -> Record:
+def labelled(num: int, floats: int, file: int, found: Difference | None = None) -> Record:
     return record(
         num_eval_images=num,
         evaluation={
             "float": Evaluation(num_images=num, top1_correct=floats, top5_correct=None),
-            "quantized": Evaluation(num_images=num, top1_correct=file, top5_correct=None, agreement_count=file),
+            "quantized": Evaluation(
+                num_images=num, top1_correct=file, top5_correct=None, agreement_count=file, minus_float=found
+            ),
         },
     )
 
@@ -38,6 +42,17 @@ def labelled(num: int, floats: int, file: int) -> Record:
     [
         (labelled(10_000, 9000, 8990), "good", "Within one point of the float network on these images."),
         (labelled(100, 90, 90), "fair", "Within one point of the float network on these images."),
+        (
+            labelled(100, 90, 90, Difference(0.0, -0.9, 0.9)),
+            "good",
+            "Within one point of the float network on these images.",
+        ),
+        (
+            labelled(10_000, 9000, 8990, Difference(-0.1, -1.1, 0.9)),
+            "fair",
+            "Within one point of the float network on these images.",
+        ),
+        (labelled(10_000, 9000, 8700, Difference(-3.0, -3.4, -2.6)), "fair", "Loses 3.0 points of accuracy."),
         (labelled(10_000, 9000, 8700), "fair", "Loses 3.0 points of accuracy."),
         (labelled(10_000, 9000, 5000), "poor", "Loses 40.0 points of accuracy."),
         (labelled(100, 90, 88), "fair", "Loses 2.0 points on these images."),
@@ -118,15 +133,30 @@ def test_warnings_say_what_to_do(tmp_path: Path) -> None:
 
 
 def test_size_and_latency_stand_beside_those_of_the_float_file(tmp_path: Path) -> None:
-    given = record(latency=Latency(file=0.5, float_file=1.0, float_bytes=8192, float_runtime="onnxruntime"))
+    kernels = (
+        Kernels(name="QLinearConv", computes="integers", count=3, implementation="CPU", milliseconds=0.3),
+        Kernels(name="Softmax<b>", computes="float", count=1, milliseconds=0.1),
+    )
+    given = record(
+        latency=Latency(file=0.5, float_file=1.0, float_bytes=8192, float_runtime="onnxruntime"),
+        profile=Profile(runtime="ONNX Runtime", kernels=kernels, num_operators=17, source="its profile"),
+    )
     size = given.artifacts[given.file].bytes
     given.write(tmp_path)
     text = write_report(tmp_path).read_text()
     assert f"2.00 times as fast, {8192 / size:.2f} times smaller" in text
     assert "0.5 ms" in text
-    record(latency=Latency(file=0.5, note="the float network has no file <b>")).write(tmp_path)
+    assert (
+        "17 operators run as 4 kernels: 3 in integers, 1 in float; integers take 75 % of the time. Its profile." in text
+    )
+    assert "Softmax&lt;b&gt;" in text
+    assert Record.read(tmp_path) == given
+    ruled = Profile(runtime="TensorRT", kernels=(replace(kernels[0], milliseconds=None),), source="its rules")
+    record(latency=Latency(file=0.5, note="the float network has no file <b>"), profile=ruled).write(tmp_path)
     text = write_report(tmp_path).read_text()
     assert "times as fast" not in text
+    assert "by its rules, not run: operators 3 in integers. Its rules." in text
+    assert "share of the time" not in text
     assert "the float network has no file &lt;b&gt;." in text
 
 

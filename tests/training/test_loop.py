@@ -14,7 +14,7 @@ from zsq.runtime.files import load_tensors, replacing, save_tensors
 from zsq.runtime.random_streams import stream
 from zsq.training.checkpoints import Checkpoints
 from zsq.training.loop import LOG_EVERY, Run
-from zsq.training.optim import cosine, flatten_optimizer, rate_on, restore_optimizer, set_learning_rate
+from zsq.training.optim import cosine, flatten_optimizer, learning_rates, rate_on, restore_optimizer, set_learning_rate
 from zsq.training.state import part, under
 
 
@@ -39,6 +39,9 @@ class Toy:
         self.optimizer.step()
         shown = loss.detach() * (math.nan if step == self.bad_at else 1)
         return {"fine": loss.detach(), "distance": shown}
+
+    def rates(self) -> dict[str, float]:
+        return learning_rates(self.optimizer)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"weight": self.weight.detach()} | under("optimizer", flatten_optimizer(self.optimizer))

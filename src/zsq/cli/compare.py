@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from rich.console import Console
 from tyro.conf import Positional, UseAppendAction, arg
 
+from zsq.cli.output import print_rows
 from zsq.comparison.compare import compare, estimate
 from zsq.comparison.estimate import Estimate
 from zsq.comparison.tables import main_table
@@ -44,6 +45,8 @@ class Compare:
     """Jobs at a time: on SLURM where there is one, else processes of this machine; needs zsq[cluster]."""
     job_set: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="KEY=VALUE")] = ()
     """A parameter of the jobs, such as slurm_partition=gpu (submitit names them); may be repeated."""
+    log: Annotated[Literal["csv", "tensorboard"] | None, option("csv|tensorboard")] = None
+    """Write losses, learning rates and pictures of samples for another tool while cells run."""
     resume: bool = False
     """Continue the comparison that --out holds: run the cells that are missing, were skipped or have changed."""
     overwrite: bool = False
@@ -69,15 +72,15 @@ class Compare:
             device=self.device,
             jobs=self.jobs,
             job_options=_job_options(self.job_set),
+            log=self.log,
         )
         if self.json:
             print(json.dumps(done.as_dict()))
         else:
             if done.recipe.quantizers:
                 console.print(fitting(main_table(done.outcomes), done.recipe.title, console.width))
-            console.print(f"{'all tables:':24} {done.layout.document}", soft_wrap=True)
-            console.print(f"{'folder:':24} {done.folder}", soft_wrap=True)
-            console.print(f"{'report:':24} {done.layout.report}", soft_wrap=True)
+            paths = {"all tables": done.layout.document, "folder": done.folder, "report": done.layout.report}
+            print_rows(console, ((name, str(path)) for name, path in paths.items()))
         if failed := done.failed(self.only):
             raise ZsqError(
                 f"{len(failed)} of {len(done.lines)} cells failed, such as {failed[0].cell}: "

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from zsq.cli.output import print_rows
 from zsq.models.teacher import known_models, load_teacher
 from zsq.runs.quantize import quantize
 from zsq.runtime.versions import versions
@@ -23,8 +24,7 @@ class Doctor:
 
     def run(self, console: Console) -> None:
         """Print what was found; an expected fault if something does not work."""
-        for name, text in report():
-            console.print(f"{name + ':':24} {text}", soft_wrap=True)
+        print_rows(console, report())
 
 
 def report() -> Iterator[tuple[str, str]]:

@@ -107,9 +107,11 @@ class Evaluate:
         data = self._open(file.spec, place)
         if data.labelled or not is_run(place.parent):
             self._check_alone(data)
-            return evaluate_many(
+            found = evaluate_many(
                 {place.name: file}, data, outputs=file.spec.outputs, decoder=self._decoder(file.spec), progress=show
             )
+            warn_of_chance(found[place.name], file.spec, data, place.name)
+            return found
         return self._of_network(self._stored(place), place, show)
 
     def _of_network(self, teacher: Teacher, place: Path | None, show: Progress) -> dict[str, Evaluation]:

@@ -7,7 +7,7 @@ from typing import Annotated
 from rich.console import Console
 from tyro.conf import OmitArgPrefixes, arg
 
-from zsq.cli.output import prints_to_stderr
+from zsq.cli.output import print_rows, prints_to_stderr
 from zsq.reports.text_tables import percent
 from zsq.runs.export import ExportRequest, export_run_request
 from zsq.targets import target_of
@@ -43,5 +43,4 @@ class Export:
         ]
         if check.lowered_percent is not None:
             rows.append(("lowered to XNNPACK", f"{check.lowered_percent:.0f} % of the operators"))
-        for name, text in rows:
-            console.print(f"{name + ':':24} {text}", soft_wrap=True)
+        print_rows(console, rows)

@@ -22,7 +22,7 @@ from zsq.cli.export import Export
 from zsq.cli.launcher import LOST, STOPPED, run_workers, watch_starter
 from zsq.cli.methods import Methods
 from zsq.cli.models import Models
-from zsq.cli.names import NAMES, SUPERVISED, WRONG_USAGE, misspelled
+from zsq.cli.names import DEBUG, NAMES, SUPERVISED, VERBOSE, WRONG_USAGE, misspelled, without_anywhere
 from zsq.cli.output import PlainConsole, open_streams
 from zsq.cli.quantize import Quantize
 from zsq.cli.report import Report
@@ -40,9 +40,6 @@ from zsq.runtime.quiet import leave_stdout
 
 WORKER = (sys.executable, "-P", "-m", "zsq")
 """What starts this command line in a process of its own, which imports nothing from the current folder by itself."""
-
-DEBUG = "--debug"
-"""Shows the traceback of a fault, wherever it stands in the command line."""
 
 KINDS = (Quantize, Synthesize, Evaluate, Export, Compare, Allocate, Report, Methods, Models, Doctor)
 
@@ -71,7 +68,8 @@ def parse(arguments: list[str] | None = None) -> Any:
         prog="zsq",
         description="Quantize a trained network without any of its training data.\n\n"
         "`zsq COMMAND --help` has examples, `zsq --version` names the versions,\n"
-        "`zsq --install-completion` sets up the shell; --debug shows the traceback of a fault.",
+        "`zsq --install-completion` sets up the shell. In any command, -v says more of the work,\n"
+        "and --debug shows the traceback of a fault.",
         args=arguments,
         config=(FlagCreatePairsOff, DisallowNone, PositionalMetavarFromFieldName),
     )
@@ -86,9 +84,9 @@ def main(arguments: list[str] | None = None) -> None:
 def _main(arguments: list[str] | None) -> None:
     open_streams()
     given = sys.argv[1:] if arguments is None else arguments
-    words = [word for word in given if word != DEBUG]
+    words = without_anywhere(given)
     try:
-        _run(words)
+        _run(words, verbose=any(word in VERBOSE for word in given))
         sys.stdout.flush()  # a disk that is full is a fault here, not at exit
     except LostProcessError as error:
         if SUPERVISED in os.environ:
@@ -108,8 +106,8 @@ def _main(arguments: list[str] | None) -> None:
         _stop(_said(error, words))
 
 
-def _run(words: list[str]) -> None:
-    """Do what the words ask for."""
+def _run(words: list[str], *, verbose: bool) -> None:
+    """Do what the words ask for, and say more of it if asked to."""
     if words == ["--install-completion"]:
         _install_completion()
         return
@@ -119,8 +117,8 @@ def _run(words: list[str]) -> None:
         sys.stdout.flush()  # help that nobody reads is a fault here, not at exit
     watch_starter()
     if isinstance(command, Quantize | Synthesize) and _needs_workers(command):
-        sys.exit(run_workers([*WORKER, *words], command.devices))
-    with lines_on():
+        sys.exit(run_workers([*WORKER, *words, *VERBOSE[:verbose]], command.devices))
+    with lines_on(verbose=verbose):
         command.run(PlainConsole())
 
 

@@ -15,11 +15,23 @@ NAMES = (
     "doctor",
 )
 
+DEBUG, VERBOSE = "--debug", ("-v", "--verbose")
+"""Words that may stand anywhere in the command line: show the traceback of a fault; say more of the work."""
+
 SUPERVISED = "ZSQ_SUPERVISED"
 """Variable of the environment that processes of `--devices` have."""
 
 WRONG_USAGE = 2
 """Exit status where arguments are missing or unknown."""
+
+
+def without_anywhere(words: list[str]) -> list[str]:
+    """Return the command line without the words that may stand anywhere.
+
+    >>> without_anywhere(["quantize", "-v", "digits", "--debug"])
+    ['quantize', 'digits']
+    """
+    return [word for word in words if word != DEBUG and word not in VERBOSE]
 
 
 def misspelled(words: list[str]) -> InputError | None:

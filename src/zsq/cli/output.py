@@ -3,12 +3,16 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rich.console import Console
 
 from zsq.runtime.plain_text import printable
+
+NAME_WIDTH = 24
+"""Columns that names of rows take."""
 
 
 class PlainConsole(Console):
@@ -20,6 +24,18 @@ class PlainConsole(Console):
     def print(self, *objects: Any, **options: Any) -> None:
         """Print texts and tables."""
         super().print(*(printable(item) if isinstance(item, str) else item for item in objects), **options)
+
+
+def print_rows(console: Console, rows: Iterable[tuple[str, str]]) -> None:
+    """Print names and texts, a line each; in a terminal, long texts are folded between words, beside their names."""
+    for name, text in rows:
+        line = f"{name + ':':{NAME_WIDTH}} {text}"
+        if console.is_terminal:
+            indent = " " * (NAME_WIDTH + 1)
+            line = textwrap.fill(
+                line, console.width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+            )
+        console.print(line, soft_wrap=True)
 
 
 def open_streams() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 from rich.console import Console
 from tyro.conf import OmitArgPrefixes, arg
 
-from zsq.cli.output import prints_to_stderr
+from zsq.cli.output import print_rows, prints_to_stderr
 from zsq.reports.html import REPORT
 from zsq.runs.quantize import quantize_request
 from zsq.runs.request import QuantizeRequest
@@ -43,7 +43,5 @@ class Quantize:
         if self.json:
             print(json_format.dumps(result.record.as_dict()))
             return
-        for name, text in summary_rows(result.record):
-            console.print(f"{name + ':':24} {text}", soft_wrap=True)
-        console.print(f"{'folder:':24} {result.folder}", soft_wrap=True)
-        console.print(f"{'report:':24} {result.folder / REPORT}", soft_wrap=True)
+        paths = ("folder", str(result.folder)), ("report", str(result.folder / REPORT))
+        print_rows(console, (*summary_rows(result.record), *paths))

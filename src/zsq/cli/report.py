@@ -8,6 +8,7 @@ from typing import Annotated
 from rich.console import Console
 from tyro.conf import Positional, arg
 
+from zsq.cli.output import print_rows
 from zsq.comparison.layout import Layout
 from zsq.comparison.report import write_comparison_report
 from zsq.runs.report import write_report
@@ -31,6 +32,6 @@ class Report:
         """Do it and print the path."""
         write = write_comparison_report if Layout(self.folder).recipe.exists() else write_report
         path = write(self.folder)
-        console.print(f"{'report:':24} {path}", soft_wrap=True)
+        print_rows(console, [("report", str(path))])
         if self.open and not webbrowser.open(path.absolute().as_uri()):
             console.print("no browser could be opened here", soft_wrap=True)

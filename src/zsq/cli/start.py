@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from zsq.cli.names import SUPERVISED, WRONG_USAGE, misspelled
+from zsq.cli.names import SUPERVISED, WRONG_USAGE, misspelled, without_anywhere
 from zsq.runtime.quiet import leave_stdout
 from zsq.runtime.versions import version_line
 
@@ -23,7 +23,7 @@ QUIET = "--quiet"
 def main() -> None:
     """Run the command line of this process."""
     words = sys.argv[1:]
-    if error := misspelled([word for word in words if word != "--debug"]):
+    if error := misspelled(without_anywhere(words)):
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(WRONG_USAGE)
     if words == ["--version"]:

@@ -24,8 +24,9 @@ from zsq.runs.fitted import GENERATOR, FittedRun
 from zsq.runs.job import Job, Outputs
 from zsq.runs.pipeline import Stopwatch, finish
 from zsq.runs.record import Record
+from zsq.runs.run_log import Kind, open_log
 from zsq.runs.settings import Settings
-from zsq.runs.settings_file import SETTINGS, read_settings, teacher_table, write_settings
+from zsq.runs.settings_file import SETTINGS, other_graph, read_settings, teacher_table, write_settings
 from zsq.runs.stages import fit, measure_recognition
 from zsq.runtime.checksums import sealed_values, unsealed_values
 from zsq.runtime.files import load_tensors, replacing
@@ -71,6 +72,8 @@ class CellRunner:
     layout: Layout
     teachers: Teachers
     observer: Observer
+    log: Kind | None = None
+    """Form in which fits and cells write their losses for another tool."""
 
     @clear_memory_errors()
     @kept_memory()
@@ -143,7 +146,8 @@ class CellRunner:
         )
 
     def _run(self, cell: Cell, folder: Path) -> Run:
-        return Run(folder, seed=cell.seed, device=self.teachers.device, observer=self.observer)
+        log = open_log(self.log, folder, self.teachers.of(cell).teacher.spec)
+        return Run(folder, seed=cell.seed, device=self.teachers.device, observer=self.observer, log=log)
 
 
 def _begin(run: Run, settings: Settings, teacher: Teacher, mark: str) -> bool:
@@ -161,6 +165,9 @@ def _begin(run: Run, settings: Settings, teacher: Teacher, mark: str) -> bool:
     assert folder is not None
     path = folder / SETTINGS
     same = path.exists() and _mark_of(folder) == mark
+    if same and computes_otherwise(folder, teacher):
+        logger.warning(f"{folder} is of '{teacher.name}' as it was before its definition changed; it is made anew.")
+        same = False
     if not same:
         shutil.rmtree(folder, ignore_errors=True)
         facts = {"seed": run.seed, "device": run.device.type, "threads": torch.get_num_threads()}
@@ -172,6 +179,14 @@ def _begin(run: Run, settings: Settings, teacher: Teacher, mark: str) -> bool:
             logger.warning(f"{error} It is left aside: its phase starts anew.")
             checkpoint.unlink()
     return same and any(folder.glob("checkpoints/*.safetensors"))
+
+
+def computes_otherwise(folder: Path, teacher: Teacher) -> bool:
+    """Whether a fit's or a cell's folder is of a network whose definition has changed since."""
+    try:
+        return other_graph(read_settings(folder / SETTINGS), teacher)
+    except InputError:  # which is told where it matters
+        return False
 
 
 def _mark_of(folder: Path) -> str | None:

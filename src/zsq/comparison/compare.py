@@ -19,6 +19,7 @@ from zsq.comparison.teachers import Teachers
 from zsq.errors import InputError
 from zsq.runs.console import shown
 from zsq.runs.folder import claimed
+from zsq.runs.run_log import Kind, require_log
 from zsq.runtime.device import pick_device
 from zsq.runtime.files import replacing
 from zsq.runtime.observer import Observer
@@ -68,6 +69,7 @@ def compare(
     device: str = "auto",
     jobs: int = 1,
     job_options: Mapping[str, Any] | None = None,
+    log: Kind | None = None,
     observer: Observer | None = None,
     quiet: bool = False,
 ) -> Comparison:
@@ -84,6 +86,8 @@ def compare(
         jobs: at a time, on a SLURM cluster where there is one, else processes of this machine; needs submitit (extra
             `cluster`), without which cells run in order. Cells that share a fit stay in one job.
         job_options: parameters of submitit's executor, such as `slurm_partition`.
+        log: write losses, learning rates and pictures of samples of each fit and cell to its folder while it runs,
+            `csv` or for `tensorboard`.
         observer, quiet: as for `zsq.quantize`.
 
     Raises:
@@ -91,6 +95,7 @@ def compare(
     """
     if jobs < 1:
         raise InputError(f"--jobs is {jobs}; it must be at least 1.")
+    require_log(log)
     read = read_recipe(Path(recipe))
     chosen = list_cells(read, only)
     layout, root = Layout(Path(out)), None if data_root is None else Path(data_root)
@@ -104,7 +109,7 @@ def compare(
         with replacing(layout.recipe) as temporary:
             temporary.write_bytes(text)
         try:
-            return _run(Grid.open(read, layout, teachers, watching), chosen, jobs, job_options or {})
+            return _run(Grid.open(read, layout, teachers, watching, log), chosen, jobs, job_options or {})
         finally:
             write_comparison_report(layout.folder)
 
@@ -113,8 +118,7 @@ def _run(grid: Grid, chosen: list[Cell], jobs: int, options: Mapping[str, Any]) 
     """Run the cells that are missing, here or as jobs."""
     if jobs > 1 and not available():
         logger.info("submitit is not installed (pip install 'zsq[cluster]'): the cells run in order")
-    missing = grid.missing(chosen)
-    if jobs > 1 and available() and missing:
+    if jobs > 1 and available() and (missing := grid.missing(chosen)):
         run_jobs(grid, missing, count=jobs, options=options)
         grid.lines = read_lines(grid.layout.lines)
         write_tables(grid.comparison())

@@ -9,7 +9,7 @@ from zsq.comparison.recipe import Cell
 from zsq.models.teacher import Teacher
 from zsq.runs.settings import to_tables
 
-ELSEWHERE = ("label", "title", "real", "bits", "quantizer", "methods")
+ELSEWHERE = ("label", "title", "source", "real", "bits", "quantizer", "methods")
 """What a recipe says of a teacher that changes no result, or stands in the settings of a cell."""
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from zsq.comparison.lines import Drawn, Skipped
 from zsq.comparison.recipe import Recipe, cells
 from zsq.comparison.result import Comparison
-from zsq.comparison.tables import claims_table, costs_table, figures_table, gaps_table, main_table
+from zsq.comparison.tables import claims_table, costs_table, differences_table, figures_table, gaps_table, main_table
 from zsq.reports.text_tables import to_csv, to_latex, to_markdown
 from zsq.runtime.files import replacing
 
@@ -13,6 +13,9 @@ CLAIMS_NOTE = (
     "Difference in points, image by image, each image's correctness averaged over the seeds that both have, with its "
     "95 % interval: it is about other test images, not about other seeds. `holds`: the interval lies above minus the "
     "margin; `contradicted`: below it; `open`: neither.\n"
+)
+DIFFERENCES_NOTE = (
+    "Points, image by image on the same images, with the 95 % interval; of the same quantizer and bits.\n"
 )
 GAPS_NOTE = "Percent of the difference between the two methods; `no gap` where its 95 % interval reaches 0.\n"
 COSTS_NOTE = (
@@ -32,6 +35,8 @@ def _parts(comparison: Comparison) -> Iterator[str]:
         yield from (_explain(recipe), to_markdown(main_table(outcomes)))
     if claims := claims_table(outcomes):
         yield from ("## Claims\n", CLAIMS_NOTE, to_markdown(claims))
+    if differences := differences_table(outcomes):
+        yield from ("## Differences\n", DIFFERENCES_NOTE, to_markdown(differences))
     if gaps := gaps_table(outcomes):
         yield from ("## Share of the gap that is closed\n", GAPS_NOTE, to_markdown(gaps))
     if outcomes.groups:

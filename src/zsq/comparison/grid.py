@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from zsq.comparison.cell import CellRunner, Fit
+from zsq.comparison.cell import CellRunner, Fit, computes_otherwise
 from zsq.comparison.digests import digest
 from zsq.comparison.document import write_tables
 from zsq.comparison.layout import Layout
@@ -15,6 +15,7 @@ from zsq.comparison.recipe import Cell, Recipe, cells
 from zsq.comparison.result import Comparison
 from zsq.comparison.teachers import Teachers
 from zsq.errors import ZsqError
+from zsq.runs.run_log import Kind
 from zsq.runtime.observer import Observer
 
 logger = logging.getLogger(__name__)
@@ -49,11 +50,15 @@ class Grid:
     observer: Observer
     lines: dict[str, CellLine]
     """The latest line of each cell, by its name, whether or not it counts."""
+    log: Kind | None
+    """Form in which fits and cells write their losses for another tool."""
 
     @classmethod
-    def open(cls, recipe: Recipe, layout: Layout, teachers: Teachers, observer: Observer) -> "Grid":
+    def open(
+        cls, recipe: Recipe, layout: Layout, teachers: Teachers, observer: Observer, log: Kind | None = None
+    ) -> "Grid":
         """Return the grid of a comparison's folder."""
-        return cls(recipe, layout, teachers, observer, read_lines(layout.lines))
+        return cls(recipe, layout, teachers, observer, read_lines(layout.lines), log)
 
     def comparison(self) -> Comparison:
         """Return the lines that count: those of what the recipe asks for now."""
@@ -68,7 +73,10 @@ class Grid:
         if isinstance(line.outcome, Skipped):
             return line
         loaded = self.teachers.loaded.get(cell.teacher.label)
-        if loaded is not None and loaded.teacher.weights_sha256 != line.outcome.weights_sha256:
+        if loaded is not None and (
+            loaded.teacher.weights_sha256 != line.outcome.weights_sha256
+            or computes_otherwise(self.layout.cell(cell), loaded.teacher)
+        ):
             return None
         return line if self.layout.is_whole(cell) else None
 
@@ -86,7 +94,7 @@ class Grid:
         missing = self.missing(chosen)
         if len(missing) < len(chosen):
             logger.info(f"{len(chosen) - len(missing)} of {len(chosen)} cells are finished")
-        runner = CellRunner(self.layout, self.teachers, self.observer)
+        runner = CellRunner(self.layout, self.teachers, self.observer, self.log)
         done, clock = 0, _Clock(missing)
         try:
             for _, sharing in itertools.groupby(missing, key=lambda cell: cell.fit_name):

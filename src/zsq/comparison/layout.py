@@ -15,20 +15,33 @@ from zsq.runs.stages import PREDICTIONS
 logger = logging.getLogger(__name__)
 
 
-def read_predictions(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return predicted and true classes, each [N], which a zip's checksums vouch for.
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """Classes of the images of a cell's data set, each [N]."""
+
+    found: np.ndarray
+    """Those that the file names."""
+    labels: np.ndarray
+    """The true ones."""
+    floats: np.ndarray | None
+    """Those that the float network names; None in files of before."""
+
+
+def read_predictions(path: Path) -> Predictions:
+    """Return predicted and true classes, which a zip's checksums vouch for.
 
     Raises:
         InputError: the file is damaged.
     """
     try:
         with path.open("rb") as stream, np.load(stream) as arrays:  # np.load leaves a damaged file of its own open
-            predictions, labels = arrays["predictions"], arrays["labels"]
+            read = Predictions(arrays["predictions"], arrays["labels"], arrays.get("float_predictions"))
     except ZIP_FAULTS as error:
         raise InputError(f"{path} is damaged: {str(error) or type(error).__name__}.") from error
-    if predictions.shape != labels.shape or predictions.ndim != 1:
-        raise InputError(f"{path} is damaged: it holds {list(predictions.shape)} and {list(labels.shape)} classes.")
-    return predictions, labels
+    shapes = [list(values.shape) for values in (read.found, read.labels, read.floats) if values is not None]
+    if len(shapes[0]) != 1 or any(shape != shapes[0] for shape in shapes):
+        raise InputError(f"{path} is damaged: it holds {' and '.join(map(str, shapes))} classes.")
+    return read
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from zsq.errors import InputError, unknown_name
+from zsq.errors import InputError, TeacherError, unknown_name
 from zsq.methods import Real
 from zsq.models.network import Network
 from zsq.models.teacher import Teacher, load
@@ -38,6 +38,8 @@ class TeacherEntry(Network):
     """Part of the cells' names; unset, the last part of `model`."""
     title: str = ""
     """What tables show; unset, the label."""
+    source: str = ""
+    """Where the file of `weights` comes from; said where it is missing."""
     data: str | None = None
     """Labelled images on which accuracy is measured."""
     real: str | None = None
@@ -53,6 +55,8 @@ class TeacherEntry(Network):
         """Return the network; relative paths lie below `root` where they exist there."""
         weights = self.weights if self.weights in (None, "random") else below(root, str(self.weights))
         said = {name: getattr(self, name) for name in ("input", "classes", "mean", "std", "resize")}
+        if self.source and weights not in (None, "random") and not Path(str(weights).partition(":")[0]).exists():
+            raise TeacherError(f"no such weights file: {weights}; {self.source}.")
         return load(Network(model=below(root, self.model), weights=weights, **said))
 
 

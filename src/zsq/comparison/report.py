@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from zsq.comparison.digests import digest
+from zsq.comparison.document import CLAIMS_NOTE, DIFFERENCES_NOTE, GAPS_NOTE
 from zsq.comparison.layout import Layout, read_predictions
 from zsq.comparison.lines import CellLine, Drawn, Quantized, Skipped, read_lines
 from zsq.comparison.recipe import Cell, TeacherEntry, cells, read_recipe
 from zsq.comparison.result import Comparison
 from zsq.comparison.statistics import Group
-from zsq.comparison.tables import claims_table, costs_table, gaps_table, main_table
+from zsq.comparison.tables import claims_table, costs_table, differences_table, gaps_table, main_table
 from zsq.errors import InputError
 from zsq.evaluation.measures import CONFIDENCE_Z
 from zsq.reports import html
@@ -78,7 +79,10 @@ def _best(comparison: Comparison) -> Iterator[str]:
                 name, best = max(found.items(), key=lambda item: item[1].mean)
                 low, high = _interval(best)
                 top1 = f"{best.mean:.2f} % (95 % interval {low:.2f} to {high:.2f})"
-                yield f"{teacher.title}, bits {bits}: best without data {name}: {top1}; float {best.float_top1:.2f} %."
+                floats = f"float {best.float_top1:.2f} %"
+                if (lost := best.minus_float) is not None:
+                    floats += f", a difference of {lost.mean:+.2f} points ({lost.low:+.2f} to {lost.high:+.2f})"
+                yield f"{teacher.title}, bits {bits}: best without data {name}: {top1}; {floats}."
 
 
 def _sections(comparison: Comparison, missing: list[str]) -> Iterator[Section]:
@@ -93,9 +97,13 @@ def _sections(comparison: Comparison, missing: list[str]) -> Iterator[Section]:
                 "Marks of one place stand beside each other."
             )
             yield Section(f"{teacher.title}: accuracy against size and time", (drawings,), note)
-    for title, found in (("Claims", claims_table(outcomes)), ("Share of the gap", gaps_table(outcomes))):
+    for title, found, note in (
+        ("Differences on the same images", differences_table(outcomes), DIFFERENCES_NOTE),
+        ("Claims", claims_table(outcomes), CLAIMS_NOTE),
+        ("Share of the gap", gaps_table(outcomes), GAPS_NOTE),
+    ):
         if found is not None:
-            yield Section(title, (_table(found),))
+            yield Section(title, (_table(found),), note.strip().replace("`", ""))
     if outcomes.groups:
         yield Section("Cost", (_table(costs_table(outcomes)),))
     drawn = [line.outcome.figure for line in comparison.lines.values() if isinstance(line.outcome, Drawn)]

@@ -23,6 +23,15 @@ class Group:
     results: tuple[Quantized, ...]
     hits: dict[int, np.ndarray]
     """Whether each image was recognised, bool [N], by seed."""
+    float_hits: np.ndarray | None = None
+    """Whether the float network recognised it, bool [N]; None in folders of before."""
+
+    @property
+    def minus_float(self) -> Difference | None:
+        """Difference to the float network, image by image; None where its classes are not known."""
+        if self.float_hits is None:
+            return None
+        return paired_difference(np.mean(list(self.hits.values()), axis=0), self.float_hits)
 
     @property
     def mean(self) -> float:
@@ -232,11 +241,12 @@ def _groups(grid: Iterable[Cell], lines: Mapping[str, CellLine], layout: Layout)
 
 
 def _group(members: Iterable[Cell], lines: Mapping[str, CellLine], layout: Layout) -> Group:
-    results, hits = [], {}
+    results, hits, floats = [], {}, None
     for cell in members:
         line = lines.get(cell.name)
         if line is not None and isinstance(line.outcome, Quantized):
             results.append(line.outcome)
-            predictions, labels = read_predictions(layout.predictions(cell))
-            hits[cell.seed] = predictions == labels
-    return Group(tuple(results), hits)
+            read = read_predictions(layout.predictions(cell))
+            hits[cell.seed] = read.found == read.labels
+            floats = floats if read.floats is None else read.floats == read.labels
+    return Group(tuple(results), hits, floats)

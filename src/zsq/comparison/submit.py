@@ -20,6 +20,7 @@ from zsq.comparison.recipe import Cell, cells, read_recipe
 from zsq.comparison.teachers import Teachers
 from zsq.errors import InputError, ZsqError
 from zsq.runs.console import lines_on
+from zsq.runs.run_log import Kind
 from zsq.runtime.observer import Silent
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,13 @@ def share_out(grid: Sequence[Cell], count: int) -> list[list[Cell]]:
 
 
 def run_share(
-    names: Sequence[str], folder: Path, root: Path | None, device: str, threads: int, gpu: str | None = None
+    names: Sequence[str],
+    folder: Path,
+    root: Path | None,
+    device: str,
+    threads: int,
+    log: Kind | None = None,
+    gpu: str | None = None,
 ) -> None:
     """Run some cells of the comparison that a folder holds, as one job, which sees the GPU of that name only."""
     torch.set_num_threads(threads)
@@ -58,7 +65,7 @@ def run_share(
     teachers = Teachers(root, torch.device(device), recipe.figure)
     with lines_on(sys.stdout):
         teachers.check(chosen)
-        Grid.open(recipe, layout, teachers, Silent()).run(chosen)
+        Grid.open(recipe, layout, teachers, Silent(), log).run(chosen)
 
 
 def visible_gpus() -> list[str]:
@@ -115,7 +122,7 @@ def run_jobs(grid: Grid, missing: Sequence[Cell], *, count: int, options: Mappin
     threads = max(1, (os.cpu_count() or 1) // len(shares)) if here else torch.get_num_threads()
     logger.info(f"{len(missing)} cells in {len(shares)} jobs on {executor.cluster}, logs in {layout.jobs}")
     gpus = itertools.cycle(visible_gpus() if here and teachers.device.type == "cuda" else [None])
-    place = (layout.folder.resolve(), teachers.root, teachers.device.type, threads)
+    place = (layout.folder.resolve(), teachers.root, teachers.device.type, threads, grid.log)
     with _safe_path():
         jobs = [
             executor.submit(run_share, [cell.name for cell in share], *place, gpu)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from zsq.comparison.recipe import MethodEntry, QuantizerEntry, TeacherEntry, gap_of
-from zsq.comparison.statistics import Gap, Group, Key, Outcomes
+from zsq.comparison.statistics import Gap, Group, Key, Outcomes, difference
 from zsq.evaluation.accuracy import Difference
 from zsq.quantization.prepare import Bits
 from zsq.reports.text_tables import EMPTY, Entry, TextTable, text_table
@@ -78,6 +78,40 @@ def claims_table(outcomes: Outcomes) -> TextTable | None:
     ]
     header = ["claim", "network", "bits", "above", "below", "difference (95 %)", "margin", "verdict"]
     return text_table(header, rows, text_columns=3) if rows else None
+
+
+def differences_table(outcomes: Outcomes) -> TextTable | None:
+    """Return how each group differs from the float network and from the other methods; None before a cell is done."""
+    methods = outcomes.recipe.methods
+    rows = [
+        [
+            *_titles(outcomes, key),
+            _accuracy(group),
+            EMPTY if group.minus_float is None else _interval(group.minus_float),
+            *(_minus(outcomes, key, other) for other in methods if len(methods) > 1),
+        ]
+        for key, group in outcomes.groups.items()
+    ]
+    others = [f"minus {method.title}" for method in methods if len(methods) > 1]
+    header = ["network", "bits", "method", "quantizer", "top-1 %", "minus float", *others]
+    return text_table(header, rows, text_columns=4) if rows else None
+
+
+def _titles(outcomes: Outcomes, key: Key) -> list[str]:
+    """Return what the columns of text say of a group."""
+    teacher, method, quantizer, bits = key
+    networks = {entry.label: entry.title for entry in outcomes.recipe.teachers}
+    methods = {entry.label: entry.title for entry in outcomes.recipe.methods}
+    return [networks[teacher], _int(bits), methods[method], quantizer]
+
+
+def _minus(outcomes: Outcomes, key: Key, other: MethodEntry) -> str:
+    """Return the difference of a group to that of another method; nothing to itself or without a common seed."""
+    teacher, method, quantizer, bits = key
+    group = outcomes.groups.get((teacher, other.label, quantizer, bits))
+    if group is None or other.label == method or (found := difference(outcomes.groups[key], group)) is None:
+        return EMPTY
+    return _interval(found)
 
 
 def gaps_table(outcomes: Outcomes) -> TextTable | None:

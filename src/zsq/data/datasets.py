@@ -549,10 +549,10 @@ def _listed(table: Path, name: str) -> tuple[list[Path], list[int]]:
     with table.open(newline="", encoding="utf-8-sig") as stream:
         rows = csv.DictReader(stream)
         try:
-            columns = rows.fieldnames or []
-            if not {"file_name", "label"} <= set(columns):
+            columns = list(rows.fieldnames or [])
+            if [columns.count(wanted) for wanted in ("file_name", "label")] != [1, 1]:
                 raise InputError(
-                    f"data set '{name}': metadata.csv has the columns {columns}; file_name,label are needed."
+                    f"data set '{name}': metadata.csv has the columns {columns}; file_name,label are needed once each."
                 )
             for row in rows:
                 label = (row["label"] or "").strip()
@@ -560,15 +560,29 @@ def _listed(table: Path, name: str) -> tuple[list[Path], list[int]]:
                     raise InputError(
                         f"data set '{name}': line {rows.line_num} of metadata.csv has the label '{label}'."
                     )
-                file = row["file_name"] or ""
-                path = table.parent / file
-                if not path.is_file():
-                    raise InputError(f"data set '{name}': line {rows.line_num} of metadata.csv: no such file: {file}")
-                files.append(path)
+                try:
+                    files.append(_below(table.parent, row["file_name"] or ""))
+                except InputError as error:
+                    raise InputError(f"data set '{name}': line {rows.line_num} of metadata.csv: {error}") from None
                 labels.append(int(label))
         except (UnicodeDecodeError, csv.Error) as error:
             raise InputError(f"data set '{name}': metadata.csv cannot be read: {error}") from error
     return files, labels
+
+
+def _below(folder: Path, name: str) -> Path:
+    """Return the file of a name below a folder: what came with a data set may not name others of this machine.
+
+    Raises:
+        InputError: there is none, or it lies elsewhere.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise InputError(f"{name[:200]} is not below the folder of metadata.csv; put that above its images.")
+    path = folder / name
+    with contextlib.suppress(OSError):  # a name longer than file systems take
+        if path.is_file():
+            return path
+    raise InputError(f"no such file: {name[:200]}")
 
 
 def _in_folders(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -40,6 +40,17 @@ class ImageSet(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How much more of the same images one network recognises than another, in percentage points."""
+
+    mean: float
+    """First minus second, from -100 to 100."""
+    low: float
+    high: float
+    """Ends of the 95 % interval."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
     """What a network recognised of a data set; every share is in percent (0 to 100)."""
@@ -63,6 +74,8 @@ class Evaluation:
     interval, where a network gives something else than one vector of logits (`Answers.agreements`)."""
     measures: tuple[Measure, ...] = ()
     """The same in the measures of each output."""
+    minus_float: Difference | None = None
+    """How much more of the same images it recognises than the float network; None without labels."""
     truths: tuple[Measure, ...] = ()
     """How near it is to what is true of the images, where that is known."""
 
@@ -111,6 +124,7 @@ class Evaluation:
             "top5": self.top5,
             "teacher_agreement": self.teacher_agreement,
             "agreement_interval": None if self.agreement_interval is None else list(self.agreement_interval),
+            "minus_float": None if self.minus_float is None else asdict(self.minus_float),
         } | self._of_outputs()
 
     def _of_outputs(self) -> dict[str, Any]:
@@ -142,34 +156,27 @@ def wilson_interval(correct: int, count: int) -> tuple[float, float]:
     return 100 * low, 100 * high
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """How much more of the same images one network recognises than another, in percentage points."""
-
-    mean: float
-    """First minus second, from -100 to 100."""
-    low: float
-    high: float
-    """Ends of the 95 % interval."""
-
-
 def paired_difference(first: np.ndarray, second: np.ndarray) -> Difference:
     r"""Return the mean of the per-image differences and its 95 % interval.
 
-    .. math:: \bar d \pm z \frac{s_d}{\sqrt n}, \quad d_i = a_i - b_i,
-        \quad s_d^2 = \frac{1}{n-1} \sum_i (d_i - \bar d)^2
+    .. math:: \tilde d \pm z \sqrt{\frac{s^2}{n + 2}}, \quad \tilde d = \frac{\sum_i d_i}{n + 2},
+        \quad s^2 = \frac{2 + \sum_i d_i^2}{n + 2} - \tilde d^2, \quad d_i = a_i - b_i
 
-    Both networks saw the same images, so what makes an image easy for both cancels. Where a network was trained with
-    several seeds, each a_i is the mean over them; the interval is about other images, not about other seeds.
+    Both networks saw the same images, so what makes an image easy for both cancels. Two more images, of which each
+    network alone recognises one, keep the interval honest where the two hardly differ on few images. Where a network
+    was trained with several seeds, each a_i is the mean over them; the interval is about other images, not about other
+    seeds.
 
     Args:
         first, second: share of the seeds with which image i was recognised, from 0 to 1, each [n], n at least 2.
     Raises:
         InputError: the two are not of one length of at least 2.
-    Source: the normal interval of a mean of paired differences (McNemar's setting, with its variance estimated).
+    Source: Bonett and Price, Adjusted Wald confidence interval for a difference of binomial proportions based on paired
+    data, 2012.
 
-    >>> paired_difference(np.array([1, 1, 1, 0]), np.array([1, 0, 1, 0])).mean
-    25.0
+    >>> found = paired_difference(np.array([1, 1, 1, 0]), np.array([1, 0, 1, 0]))
+    >>> found.mean, round(found.low, 2), round(found.high, 2)
+    (25.0, -38.32, 71.65)
     """
     if first.shape != second.shape or first.ndim != 1 or len(first) < 2:
         raise InputError(
@@ -177,9 +184,24 @@ def paired_difference(first: np.ndarray, second: np.ndarray) -> Difference:
             "can be compared."
         )
     differences = first.astype(np.float64) - second.astype(np.float64)
-    mean = float(differences.mean())
-    reach = CONFIDENCE_Z * float(differences.std(ddof=1)) / math.sqrt(len(differences))
-    return Difference(100 * mean, 100 * (mean - reach), 100 * (mean + reach))
+    count = len(differences) + 2
+    middle = float(differences.sum()) / count
+    variance = (2 + float(np.square(differences).sum())) / count - middle * middle
+    reach = CONFIDENCE_Z * math.sqrt(variance / count)
+    low, high = max(-1.0, middle - reach), min(1.0, middle + reach)
+    return Difference(100 * float(differences.mean()), 100 * low, 100 * high)
+
+
+def beside_float(found: Evaluation, floats: Evaluation) -> Evaluation:
+    """Return results with their difference to the float network's, image by image, where labels are known."""
+    if found.top1_correct is None or floats.top1_correct is None or found.num_images < 2:
+        return found
+    hits = []
+    for results in (found, floats):
+        assert results.predictions is not None
+        assert results.labels is not None
+        hits.append(results.predictions == results.labels)
+    return replace(found, minus_float=paired_difference(*hits))
 
 
 def evaluate(
@@ -201,7 +223,7 @@ def evaluate(
         outputs: what the networks give, where it is not one vector of logits; then agreement alone is measured.
         decoder: reads boxes from the outputs; the data then say which there are.
         batch_size: images a batch.
-        progress: called after each batch with the images done and the images in all.
+        progress: called at first and after each batch with the images done and the images in all.
 
     Raises:
         InputError: the logits are not one row an image.
@@ -235,9 +257,12 @@ def evaluate_many(
     A teacher that was evaluated on the same data before is given as its `Evaluation`.
     """
     counts: dict[str, _Tallies | _Counts] = {
-        name: _Tallies(outputs, known=data.labelled, decoder=decoder) if outputs else _Counts() for name in predictors
+        name: _Tallies(outputs, known=data.labelled, decoder=decoder) if outputs else _Counts(data.num_images)
+        for name in predictors
     }
     done = 0
+    show = progress or (lambda done, total: None)
+    show(done, data.num_images)
     with torch.no_grad():
         for batch in data.batches(batch_size):
             told = None
@@ -250,25 +275,30 @@ def evaluate_many(
             for name, predict in predictors.items():
                 counts[name].add(_logits(name, predict, batch.images), batch.labels.cpu(), told)
             done += len(batch.labels)
-            if progress is not None:
-                progress(done, data.num_images)
+            show(done, data.num_images)
     return {name: count.evaluation() for name, count in counts.items()}
 
 
-@dataclass(slots=True)
 class _Counts:
-    num_images: int = 0
-    top1: int | None = 0
-    top5: int | None = 0
-    agreement: int | None = 0
-    predictions: list[Tensor] = field(default_factory=list)
-    labels: list[Tensor] = field(default_factory=list)
+    """What is counted of one vector of logits.
+
+    Args:
+        expected: images in all; their classes are written to one block, since small ones that stay would keep the
+            memory of each batch from being used again.
+    """
+
+    def __init__(self, expected: int) -> None:
+        self.num_images = 0
+        self.top1: int | None = 0
+        self.top5: int | None = 0
+        self.agreement: int | None = 0
+        self.predictions, self.labels = np.empty((2, expected), np.int32)
 
     def add(self, logits: Tensor, labels: Tensor, told: Tensor | None) -> None:
         guess = logits.argmax(1)
+        rows = slice(self.num_images, self.num_images + len(labels))
+        self.predictions[rows], self.labels[rows] = guess.numpy(), labels.numpy()
         self.num_images += len(labels)
-        self.predictions.append(guess)
-        self.labels.append(labels)
         known = bool((labels >= 0).all())
         if self.top1 is not None and known:
             self.top1 += int((guess == labels).sum())
@@ -289,8 +319,8 @@ class _Counts:
             top1_correct=self.top1,
             top5_correct=self.top5,
             agreement_count=self.agreement,
-            predictions=torch.cat(self.predictions).int().numpy(),
-            labels=torch.cat(self.labels).int().numpy(),
+            predictions=self.predictions[: self.num_images],
+            labels=self.labels[: self.num_images],
         )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from zsq.errors import InputError
 from zsq.export.image_spec import KEY, from_json
 from zsq.export.pixels import as_pixels, fed, layout_in
+from zsq.export.profile import Profile
 from zsq.types import ImageSpec
 
 
@@ -75,6 +76,14 @@ class FileClassifier(ABC):
                     "damaged, or not as zsq has written it."
                 )
         return found
+
+    def profile(self) -> Profile:
+        """Return what the runtime did with the file in the calls since it was opened with `profiled`; once.
+
+        Raises:
+            InputError: it was opened without, or has not been called.
+        """
+        raise InputError(f"{self._path}: its runtime tells nothing of what it does.")
 
     @abstractmethod
     def _run(self, array: np.ndarray) -> Sequence[np.ndarray]:

@@ -8,9 +8,12 @@ is simulated; what it does not compute is left to ExecuTorch's portable kernels,
 import contextlib
 import importlib
 import io
+import json
 import logging
 import math
 import re
+import struct
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -29,6 +32,7 @@ from zsq.export.converted import DEQUANTIZE, QUANTIZE, detached_copy, drop_impli
 from zsq.export.image_spec import KEY, to_json
 from zsq.export.options import PLAIN, FileOptions
 from zsq.export.pixels import NOTE, Layout
+from zsq.export.profile import Profile, Ran, grouped
 from zsq.graph import edit
 from zsq.graph.activations import clamp_limits
 from zsq.graph.edit import aten
@@ -41,6 +45,11 @@ OLDEST = (1, 5)
 """Version of ExecuTorch from which files are known to run as they are written."""
 
 DEQUANTIZE_CHANNELS = torch.ops.quantized_decomposed.dequantize_per_channel.default
+
+XNNPACK_HEADER = 10
+"""Bytes in front of start and size of the network that XNNPACK gets, uint32 each."""
+XNNPACK_SCHEMA = Path("backends", "xnnpack", "serialization", "schema.fbs")
+"""Its form, in ExecuTorch's package."""
 
 FORWARD = "forward"
 """Method of a program that computes the logits; every other one returns a note."""
@@ -132,9 +141,15 @@ def write_executorch(
     Returns:
         How much of it XNNPACK computes.
     Raises:
-        ExportError: ExecuTorch cannot lower the network.
+        ExportError: ExecuTorch cannot lower the network, or could not run it.
         MissingExtraError: ExecuTorch is not installed.
     """
+    for node in converted.graph.nodes:
+        if node.target is aten.conv3d.default:  # it would be lowered, and fail when it is loaded or run
+            raise ExportError(
+                f"the network has no ExecuTorch form: '{node.name}' is a 3-D convolution, which ExecuTorch's kernels "
+                "do not compute. Targets onnxruntime and openvino take it."
+            )
     network = detached_copy(converted)
     _adapt(network)
     return _write(network, spec, path, options, notes or {})
@@ -336,6 +351,57 @@ def content_of(path: Path) -> Iterator[tuple[str, bytes]]:
         yield from ((f"{kind}/{number}", bytes(part)) for number, part in enumerate(parts))
 
 
+def _xnnpack_network(data: bytes) -> dict[str, Any]:
+    """Return a network that XNNPACK gets from a file, by the names of its schema, as ExecuTorch's `flatc` reads it."""
+    import executorch
+    from executorch.exir._serialize import _flatbuffer
+
+    (root,) = executorch.__path__
+    start, size = struct.unpack_from("<II", data, XNNPACK_HEADER)
+    with tempfile.TemporaryDirectory(prefix="zsq-") as folder:
+        file = Path(folder) / "network.xnn"
+        file.write_bytes(data[start : start + size])
+        _flatbuffer._flatc_decompile(folder, str(Path(root) / XNNPACK_SCHEMA), str(file), ["--raw-binary"])
+        text = file.with_suffix(".json").read_text(encoding="utf-8")
+    return dict(json.loads(re.sub(r":\s*(-?)inf\b", r": \1Infinity", text)))
+
+
+def _in_xnnpack(data: bytes) -> Iterator[Ran]:
+    """Yield the operators of a network that XNNPACK gets."""
+    network = _xnnpack_network(data)
+    types = {}
+    for value in network["xvalues"]:
+        found = value["xvalue_union"]
+        tensor = found.get("tensor_value", found)
+        types[tensor["id_out"]] = tensor["datatype"].removeprefix("xnn_datatype_")
+    for node in network["xnodes"]:
+        used = [value for name, value in node["xnode_union"].items() if name in ("input_id", "input1_id", "output_id")]
+        kinds = tuple("int8" if types[value].startswith("q") else "float32" for value in used if value in types)
+        yield Ran(node["xnode_union_type"].removeprefix("XNN"), kinds, "XNNPACK")
+
+
+def _kernels(path: Path) -> Iterator[Ran]:
+    """Yield what a file lets XNNPACK and ExecuTorch's own kernels compute."""
+    from executorch.exir._serialize._program import deserialize_pte_binary
+    from executorch.exir.schema import KernelCall
+    from executorch.exir.schema import Tensor as Stored
+
+    program = deserialize_pte_binary(Path(path).read_bytes()).program
+    (plan,) = (plan for plan in program.execution_plan if plan.name == FORWARD)
+    for part in program.backend_delegate_data:
+        yield from _in_xnnpack(bytes(part.data))
+    for call in (step.instr_args for chain in plan.chains for step in chain.instructions):
+        if isinstance(call, KernelCall):
+            values = [plan.values[index].val for index in call.args]
+            kinds = [value.scalar_type.name for value in values if isinstance(value, Stored)]
+            yield Ran(plan.operators[call.op_index].name.partition("::")[2], tuple(map(_type_name, kinds)), "portable")
+
+
+def _type_name(name: str) -> str:
+    """Return a type of a program as PyTorch names it."""
+    return {"FLOAT": "float32", "CHAR": "int8", "BYTE": "uint8", "HALF": "float16"}.get(name, name.lower())
+
+
 class _Threads:
     """ExecuTorch's pool of threads, of which a process has one; programs loaded before it is changed hold the old."""
 
@@ -373,6 +439,16 @@ class ExecuTorchClassifier(FileClassifier):
             notes[name] = str(text)
         sizes = self._program.metadata(FORWARD).input_tensor_meta(0).sizes()
         super().__init__(path, notes, list(sizes))
+
+    def profile(self) -> Profile:
+        """See `FileClassifier.profile`: what the file gives to whom, by ExecuTorch's reader; it keeps no times."""
+        kernels = grouped(_kernels(Path(self._path)))
+        return Profile(
+            runtime="ExecuTorch",
+            kernels=kernels,
+            num_operators=sum(found.count for found in kernels),
+            source="ExecuTorch's reader of the file: XNNPACK's operators and its own kernels, without times",
+        )
 
     def _load(self) -> None:
         """Load the program, on as many threads as are asked for."""

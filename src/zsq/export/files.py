@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from zsq.errors import InputError
 from zsq.export.classifier import FileClassifier
@@ -17,10 +17,15 @@ from zsq.export.onnx import write_onnx
 from zsq.export.onnx_runtime import OnnxClassifier
 from zsq.export.openvino import IR, OpenVinoClassifier, require_openvino
 from zsq.export.options import PLAIN, FileOptions
+from zsq.export.profile import Profile
+from zsq.export.tensorrt_rules import profile_by_rules
 from zsq.targets import TARGETS, Target
 from zsq.types import ImageSpec
 
 logger = logging.getLogger(__name__)
+
+PROFILED_CALLS = 6
+"""Of a profile; the first does not count."""
 
 EXECUTORCH, LITERT, ONNX = ".pte", ".tflite", ".onnx"
 
@@ -92,10 +97,11 @@ def is_file_of_ours(path: Path) -> bool:
     return path.suffix in {IR, *(target.suffix for target in TARGETS.values())}
 
 
-def open_file(path: Path, threads: int | None = None) -> FileClassifier:
+def open_file(path: Path, threads: int | None = None, profiled: bool = False) -> FileClassifier:
     """Open a file in the runtime that it was written for, as its ending and its metadata say.
 
-    An ONNX file for another processor than this one is run literally, since kernels here may saturate.
+    An ONNX file for another processor than this one is run literally, since kernels here may saturate. With `profiled`,
+    the runtime notes what it does, for `FileClassifier.profile`.
 
     Raises:
         InputError: it does not exist, or its runtime cannot load it.
@@ -103,7 +109,7 @@ def open_file(path: Path, threads: int | None = None) -> FileClassifier:
     """
     path = Path(path)
     if path.suffix == IR:
-        return OpenVinoClassifier(path, threads=threads)
+        return OpenVinoClassifier(path, threads=threads, profiled=profiled)
     if not is_file_of_ours(path):
         known = ", ".join(sorted({target.suffix for target in TARGETS.values()}))
         raise InputError(f"{path}: such a file is not one that zsq writes; known: {known}.")
@@ -113,5 +119,20 @@ def open_file(path: Path, threads: int | None = None) -> FileClassifier:
         return LiteRtClassifier(path, threads=threads)
     target = TARGETS.get(notes_of(path).get("target", ""), TARGETS["onnxruntime"])
     if target.runs_in == "openvino":
-        return OpenVinoClassifier(path, threads=threads)
-    return OnnxClassifier(path, optimize=target.keeps_pairs, threads=threads)
+        return OpenVinoClassifier(path, threads=threads, profiled=profiled)
+    return OnnxClassifier(path, optimize=target.keeps_pairs, threads=threads, profiled=profiled)
+
+
+def profile_file(path: Path, target: Target, image: Tensor) -> Profile:
+    """Return what a target's runtime does with a file, from a few calls with one normalised image [1, C, H, W].
+
+    Raises:
+        InputError: it cannot be run.
+        MissingExtraError: its runtime is not installed.
+    """
+    if target.name == "tensorrt":
+        return profile_by_rules(path)
+    file = open_file(path, threads=1, profiled=True)
+    for _ in range(PROFILED_CALLS):
+        file(image)
+    return file.profile()

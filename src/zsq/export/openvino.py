@@ -1,16 +1,19 @@
 """Run a file in OpenVINO on the processor, and write it as OpenVINO's own intermediate representation (IR)."""
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+import onnx
 import torch
 
 from zsq.errors import ExportError, InputError, MissingExtraError
 from zsq.export.classifier import FileClassifier
 from zsq.export.image_spec import notes_of
+from zsq.export.profile import Profile, Ran, grouped
 
 INSTALL = "pip install 'zsq[openvino]'"
 
@@ -80,15 +83,18 @@ class OpenVinoClassifier(FileClassifier):
     Args:
         path: the ``.onnx`` or ``.xml`` file.
         threads: threads of inference; None leaves the choice to the runtime.
+        profiled: let the runtime note what it does, for `profile`.
     Raises:
         MissingExtraError: OpenVINO is not installed.
         InputError: the file does not exist, or OpenVINO cannot read or compile it.
     """
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
+    def __init__(self, path: Path, threads: int | None = None, profiled: bool = False) -> None:
         openvino = require_openvino()
         notes = ir_notes(path) if Path(path).suffix == IR else notes_of(path)
         settings = {"INFERENCE_PRECISION_HINT": "f32"} | ({} if threads is None else {"INFERENCE_NUM_THREADS": threads})
+        settings |= {"PERF_COUNT": True} if profiled else {}
+        self._profiled, self._calls, self._first = profiled, 0, dict[str, float]()
         try:
             self._compiled = openvino.Core().compile_model(str(path), "CPU", settings)
         except RuntimeError as error:
@@ -96,6 +102,52 @@ class OpenVinoClassifier(FileClassifier):
         sizes = self._compiled.input(0).partial_shape
         super().__init__(path, notes, [size.get_length() if size.is_static else "batch" for size in sizes])
 
+    def profile(self) -> Profile:
+        """See `FileClassifier.profile`; means, without the first call."""
+        if not self._profiled:
+            return super().profile()
+        later = max(1, self._calls - 1)
+        spent = {
+            name: max(0.0, mean * self._calls - (self._first[name] if self._calls > 1 else 0.0)) / later
+            for name, mean in self._means().items()
+        }
+        return Profile(
+            runtime="OpenVINO",
+            kernels=grouped(_kernels(self._compiled.get_runtime_model(), spent)),
+            num_operators=len(onnx.load(self._path, load_external_data=False).graph.node),
+            source="OpenVINO's performance counters of a few images, one at a time on one thread",
+        )
+
+    def _means(self) -> dict[str, float]:
+        """Return the milliseconds of each node, as a mean over all calls."""
+        nodes = self._compiled.get_runtime_model().get_ops()
+        return {node.get_friendly_name(): _milliseconds(node) for node in nodes}
+
     def _run(self, array: np.ndarray) -> list[np.ndarray]:
         found = self._compiled([array])
+        self._calls += 1
+        if self._profiled and self._calls == 1:
+            self._first = self._means()
         return [np.array(found[index]) for index in range(len(found))]
+
+
+def _fact(node: Any, name: str) -> str:
+    """Return what an executed network says of a node."""
+    return str(node.get_rt_info()[name].astype(str))
+
+
+def _milliseconds(node: Any) -> float:
+    spent = _fact(node, "execTimeMcs")
+    return int(spent) / 1000 if spent.isdecimal() else 0.0
+
+
+def _kernels(model: Any, spent: dict[str, float]) -> Iterator[Ran]:
+    """Yield the kernels of an executed network, without what was computed when it was compiled or only renames."""
+    constant: set[str] = set()
+    for node in model.get_ordered_ops():
+        name, kind, how = node.get_friendly_name(), _fact(node, "layerType"), _fact(node, "primitiveType")
+        sources = {value.get_node().get_friendly_name() for value in node.input_values()}
+        if kind == "Const" or (sources and sources <= constant):
+            constant.add(name)
+        elif kind not in ("Input", "Output") and not how.startswith("unknown"):
+            yield Ran(kind, (_fact(node, "runtimePrecision"),), how, spent[name])

@@ -11,8 +11,12 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
+from zsq.export.profile import Profile, Ran, grouped
+
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 WEIGHTED = ("Conv", "Gemm", "MatMul")
+FUSED = ("Add", "Relu", "Clip")
+"""What a layer takes into its kernel where it follows."""
 MOVES = ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze")
 
 
@@ -53,6 +57,33 @@ def broken_rules(path: Path) -> tuple[str, ...]:
         if names:
             found.append(f"{text}: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}")
     return tuple(found)
+
+
+def profile_by_rules(path: Path) -> Profile:
+    """Return in what TensorRT computes each operator by its rules, without running it.
+
+    A layer computes in int8 where what it reads is dequantized, with what it fuses behind it; any other operator where
+    what it gives is quantized as well. What only moves values follows them.
+    """
+    file = _File.of(onnx.load(path))
+    quantized = {name for node in file.nodes if node.op_type == QUANTIZE for name in node.input[:1]}
+    inside: set[str] = set()
+    kernels = []
+    for node in file.nodes:
+        if node.op_type in (QUANTIZE, DEQUANTIZE, *MOVES):
+            continue
+        fused = node.op_type in FUSED and any(name in inside for name in node.input)
+        read = [name for name in node.input if name and name not in file.stored]
+        dequantized = bool(read) and all(name in inside or file.rounded_by(name) == DEQUANTIZE for name in read)
+        integers = dequantized and (fused or node.op_type in WEIGHTED or node.output[0] in quantized)
+        if integers and (fused or node.op_type in WEIGHTED):
+            inside.update(node.output)
+        kernels.append(Ran(node.op_type, ("int8" if integers else "float32",), "fused" if fused else ""))
+    return Profile(
+        runtime="TensorRT",
+        kernels=grouped(kernels),
+        source="TensorRT's rules, applied to the file; this is no profile, since TensorRT was not run",
+    )
 
 
 def _stored_integers(file: _File) -> Iterator[tuple[onnx.NodeProto, onnx.TensorProto]]:

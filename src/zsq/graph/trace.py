@@ -50,7 +50,7 @@ DROPOUTS = tuple(
 )
 
 
-PROBABILITIES = {
+PROBABILITIES: dict[object, str] = {
     torch.ops.aten.softmax.int: "softmax",
     torch.ops.aten._softmax.default: "softmax",
     torch.ops.aten.sigmoid.default: "sigmoid",

@@ -19,7 +19,7 @@ from zsq.runtime.cuda_graphs import Replays
 from zsq.runtime.random_streams import stream
 from zsq.training.loop import Run
 from zsq.training.losses import bns_loss
-from zsq.training.optim import cosine, flatten_optimizer, rate_on, restore_optimizer, set_learning_rate
+from zsq.training.optim import cosine, flatten_optimizer, learning_rates, rate_on, restore_optimizer, set_learning_rate
 from zsq.training.state import part, under
 from zsq.types import Batch, ImageSpec, joined
 
@@ -110,7 +110,8 @@ class GeneratorSettings(LearningMethod, ABC):
         """
         source = self.source(teacher, run, distill_steps)
         if fitted is None:
-            run.train("fit", source, self.steps, until=Settling(teacher, source, self.steps) if self.settle else None)
+            until = Settling(teacher, source, self.steps) if self.settle else None
+            run.train("fit", source, self.steps, until=until, shown=source)
         else:
             restore(source, fitted)
         return Surrogate(source, teacher.network)
@@ -254,6 +255,10 @@ class GeneratorSource(ABC):
     def step(self, step: int) -> dict[str, Tensor]:
         """Update the generator once and return its losses."""
         return self.update(step, None).losses
+
+    def rates(self) -> dict[str, float]:
+        """See `Learner.rates`."""
+        return learning_rates(self.optimizer)
 
     def batch(self, step: int, student: nn.Module | None) -> Batch:
         """Return a fresh batch and learn from it: one forward pass of generator and teacher serves both losses."""

@@ -16,7 +16,7 @@ from zsq.runtime import distributed
 from zsq.runtime.cuda_graphs import Replays
 from zsq.runtime.random_streams import stream
 from zsq.training.loop import Run
-from zsq.training.optim import flatten_optimizer, rate_on, restore_optimizer, set_learning_rate
+from zsq.training.optim import flatten_optimizer, learning_rates, rate_on, restore_optimizer, set_learning_rate
 from zsq.training.state import part, under
 
 
@@ -54,7 +54,7 @@ class Inversion(LearningMethod, ABC):
         del distill_steps
         source = self.source(teacher, run)
         if fitted is None:
-            run.train("fit", source, source.steps)
+            run.train("fit", source, source.steps, shown=source)
         else:
             restore(source, fitted)
         return Surrogate(source, teacher.network)
@@ -152,6 +152,10 @@ class InversionSource(PoolSource, ABC):
             self.history[iteration] = values.pop("total")
         self.changed = True
         return values
+
+    def rates(self) -> dict[str, float]:
+        """See `Learner.rates`."""
+        return learning_rates(self.optimizer)
 
     def _gradient(self, images: Tensor, labels: Tensor) -> tuple[tuple[Tensor], dict[str, Tensor]]:
         """Return the loss's gradient to the images, and the losses with their weighted sum, `total`."""

@@ -54,6 +54,8 @@ class Teacher:
     """`bundled`, the file's name, `zoo`, `factory`, `program`, `random` or `memory`."""
     weights_sha256: str
     """Hash over the sorted state dict (name, dtype, shape, bytes), whatever file it came from."""
+    graph_sha256: str
+    """Hash of what is computed with these weights; see `graph_sha256`."""
     weights_file: str | None = None
     """Where the weights lay, where they are a file of the user's: an absolute path."""
     class_names: tuple[str, ...] = ()
@@ -197,6 +199,21 @@ def state_sha256(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def graph_sha256(network: fx.GraphModule) -> str:
+    """Return the sha256 of an exported graph: each operator with its arguments, whatever its value is called.
+
+    Another version of PyTorch may export the same network otherwise.
+    """
+    numbers: dict[fx.Node, int] = {}
+    digest = hashlib.sha256()
+    for node in network.graph.nodes:
+        read = fx.node.map_arg((node.args, node.kwargs), lambda value: f"%{numbers[value]}")
+        named = "" if node.op in ("placeholder", "output") else node.target
+        digest.update(f"{node.op} {named} {read}\n".encode())
+        numbers[node] = len(numbers)
+    return digest.hexdigest()
+
+
 def _from_zoo(network: Network) -> tuple[nn.Module, ImageSpec]:
     library, _, name = network.model.partition(":")
     default = zoo.zoo_spec(library, name)
@@ -299,4 +316,5 @@ def _teacher(net: nn.Module, spec: ImageSpec, name: str, source: str) -> Teacher
         network=network,
         weights_source=source,
         weights_sha256=state_sha256(net.state_dict()),
+        graph_sha256=graph_sha256(network),
     )

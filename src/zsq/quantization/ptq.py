@@ -256,6 +256,12 @@ def _correct(
         correct_biases(student, folded.to(run.device), first_images(images(), run.device))
 
 
+def calibration_passes(settings: PTQ) -> list[str]:
+    """Return how each pass over the calibration images is shown: the first sees ranges, a second one histograms."""
+    count = 2 if settings.resolved_range_rule in NEEDS_HISTOGRAM else 1
+    return [f"calibrate {number}/{count}" for number in range(1, count + 1)]
+
+
 @torch.no_grad()
 def calibrate(
     student: Student,
@@ -280,10 +286,8 @@ def calibrate(
     activations = activation_quantizers(student)
     for quantizer in activations.values():
         quantizer.average_ranges = rule == "moving-average"
-    passes = ["observe", "histogram"] if rule in NEEDS_HISTOGRAM else ["observe"]
-    for number, mode in enumerate(passes, 1):
+    for title, mode in zip(calibration_passes(settings), ("observe", "histogram"), strict=False):
         set_mode(student, mode)  # type: ignore[arg-type]
-        title = f"calibrate {number}/{len(passes)}"
         seen = 0
         for batch in run.each(title, images(), settings.num_samples, lambda batch: len(batch.images)):
             student(batch.images.to(run.device))

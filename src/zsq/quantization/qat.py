@@ -25,7 +25,7 @@ from zsq.runtime.cuda_graphs import Replays
 from zsq.training.answers import Answers
 from zsq.training.loop import Run
 from zsq.training.losses import distillation_loss, intermediate_loss
-from zsq.training.optim import cosine, flatten_optimizer, rate_on, restore_optimizer, set_learning_rate
+from zsq.training.optim import cosine, flatten_optimizer, learning_rates, rate_on, restore_optimizer, set_learning_rate
 from zsq.training.state import part, under
 from zsq.types import Batch, SampleSource, averaged
 
@@ -147,6 +147,7 @@ class Distiller:
                 {
                     "params": [p for p in trainable if id(p) in grids],
                     "lr": rate_on(device, settings.scale_learning_rate),
+                    "title": "scale_learning_rate",
                 },
             ],
             momentum=settings.momentum,
@@ -167,6 +168,10 @@ class Distiller:
         _, losses = self.replays.call("learn", self._learn, images, labels, batch.teacher_logits)
         self.batch = None
         return losses | batch.losses
+
+    def rates(self) -> dict[str, float]:
+        """See `Learner.rates`."""
+        return learning_rates(self.optimizer)
 
     def _learn(self, images: Tensor, labels: Tensor, logits: Tensor | None) -> tuple[tuple[()], dict[str, Tensor]]:
         """Update the student once and return nothing but the losses; the batch goes through in `parts`."""
@@ -272,7 +277,7 @@ def distill(student: Student, teacher: nn.Module, source: SampleSource, settings
     """
     judged = settings.steps > 0 and not source.true_labels
     calibrated = copy.deepcopy(student.network) if judged else student.network
-    run.train("distill", Distiller(student, teacher, source, settings, run.device), settings.steps)
+    run.train("distill", Distiller(student, teacher, source, settings, run.device), settings.steps, shown=source)
     student.eval()
     for layer in prepared_layers(student.network):  # scales that followed weights, or that an older version stored
         quantizer, weight = quantized_weight(student.network, layer)

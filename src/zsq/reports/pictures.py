@@ -53,10 +53,14 @@ def rows_of_images(
 
 
 def images_in_rows(
-    source: _Sampler, spec: ImageSpec, labels: Tensor | None = None, columns: int = GRID_COLUMNS
+    source: _Sampler,
+    spec: ImageSpec,
+    labels: Tensor | None = None,
+    columns: int = GRID_COLUMNS,
+    searched: int = SEARCHED,
 ) -> tuple[Tensor, Tensor]:
     """Return a network's inputs [rows x columns, C, ...], one row a label, and which places have one, bool; arguments
-    as of `rows_of_images`."""
+    as of `rows_of_images`, and through how many images to look where a source cannot be asked for a label."""
     if spec.classes == 0:
         return _any_images(source, columns)
     labels = grid_labels(spec.classes) if labels is None else labels
@@ -67,7 +71,7 @@ def images_in_rows(
     known = torch.zeros(len(images), dtype=torch.bool)
     filled = [0] * len(labels)
     row_of = {int(label): row for row, label in enumerate(labels)}
-    for batch in source.sample(SEARCHED):
+    for batch in source.sample(searched):
         images = images.to(batch.images.device)
         shown = batch.labels if batch.labels.dim() == 1 else batch.labels.flatten(1).mode(1).values
         for image, label in zip(batch.images, shown.tolist(), strict=True):
@@ -129,8 +133,8 @@ def _sliced(volume: np.ndarray) -> np.ndarray:
     return np.block([[grey[0], grey[1]], [grey[2], grey[3]]])[..., None]
 
 
-def write_grid(images: np.ndarray, path: Path) -> None:
-    """Write uint8 [rows, columns, H, W, C] as one PNG; other than 3 channels show the first as grey."""
+def as_grid(images: np.ndarray) -> np.ndarray:
+    """Return uint8 [rows, columns, H, W, C] as one picture, [H', W', 3]; other than 3 channels show the first, grey."""
     if images.shape[-1] != 3:
         images = images[..., :1].repeat(3, axis=-1)
     block = min(-(-max(images.shape[2:4]) // LARGEST_TILE), *images.shape[2:4])
@@ -144,6 +148,15 @@ def write_grid(images: np.ndarray, path: Path) -> None:
     images = images.repeat(factor, axis=2).repeat(factor, axis=3)
     images = np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
     rows, columns, height, width, channels = images.shape
-    canvas = images.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
+    return images.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
+
+
+def write_grid(images: np.ndarray, path: Path) -> None:
+    """Write `as_grid` of images as a PNG."""
+    write_picture(as_grid(images), path)
+
+
+def write_picture(pixels: np.ndarray, path: Path) -> None:
+    """Write uint8 [H, W, 3] as a PNG."""
     with replacing(path) as temporary:
-        Image.fromarray(canvas).save(temporary, format="PNG")
+        Image.fromarray(pixels).save(temporary, format="PNG")

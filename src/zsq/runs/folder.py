@@ -7,6 +7,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from zsq.errors import InputError
+from zsq.runs.run_log import clear_log
 from zsq.runtime import distributed
 from zsq.targets import TARGETS
 
@@ -111,3 +112,5 @@ def clear_folder(folder: Path, *, everything: bool) -> None:
             rest.unlink(missing_ok=True)
         if everything:
             path.unlink(missing_ok=True)
+    if everything:
+        clear_log(folder)

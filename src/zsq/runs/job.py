@@ -25,7 +25,7 @@ class Outputs:
     simulation: bool = True
     """Measure the accuracy of the simulation, too."""
     layers: bool = True
-    """Measure what rounding does to each layer, and the latency."""
+    """Measure what rounding does to each layer and the latency, and profile the file."""
     float_results: Evaluation | None = None
     """The float network's results on the data where they are known; None measures them."""
 

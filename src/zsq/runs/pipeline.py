@@ -1,9 +1,11 @@
 """One run from its fit to its record."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import TypeVar
@@ -20,6 +22,7 @@ from zsq.methods import Surrogate
 from zsq.quantization.coverage import Coverage
 from zsq.quantization.prepare import Student
 from zsq.reports.html import REPORT
+from zsq.runs.details import end_details
 from zsq.runs.fitted import GENERATOR
 from zsq.runs.job import Job
 from zsq.runs.losses import Losses
@@ -36,6 +39,7 @@ from zsq.runs.stages import (
     measure_agreement,
     measure_latency,
     measure_layers,
+    measure_profile,
     measure_recognition,
     quantize_network,
     warn_of_gap,
@@ -53,6 +57,8 @@ HASHED = (GENERATOR, PROGRAM, *(target.file for target in TARGETS.values()))
 """Artifacts that are the same, bit for bit, whenever a run is repeated on the CPU."""
 
 Outcome = TypeVar("Outcome")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,14 +164,23 @@ def finish(job: Job, surrogate: Surrogate, recognition: float | None, watch: Sto
         verification, covered = watch.timed("export", lambda: write_and_check(job, student, surrogate))
         evaluation = watch.timed("evaluate", lambda: evaluate_file(job, student))
         samples = watch.timed("samples", lambda: measure_agreement(job, surrogate))
+        show = partial(job.run.observer.update, "report", values={}, total=4)
+        show(done=0)
         layers = watch.timed("layers", lambda: measure_layers(job, surrogate, student))
+        show(done=1)
         latency = watch.timed("latency", lambda: measure_latency(job))
+        show(done=2)
+        profile = watch.timed("profile", lambda: measure_profile(job))
+        show(done=3)
         warn_of_gap(job, layers)
         record = _record(job, surrogate, student, verification, covered, evaluation, samples, recognition, watch)
-        record = replace(record, layers=layers, latency=latency)
+        record = replace(record, layers=layers, latency=latency, profile=profile)
+        for line in end_details(record):
+            logger.debug(line)
         _check_whole(job, record)
         record.write(job.folder)
         write_report(job.folder)
+        show(done=4)
         require(verification)
         return Result(record, job.folder)
 

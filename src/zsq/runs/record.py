@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from zsq.errors import InputError
 from zsq.evaluation.accuracy import Evaluation
 from zsq.evaluation.measures import Measure
+from zsq.export.profile import Profile
 from zsq.export.verify import Verification
 from zsq.quantization.coverage import Coverage
 from zsq.quantization.layer_report import LayerReport
@@ -124,6 +125,8 @@ class Record:
     """What rounding does to each layer, on a few samples."""
     latency: Latency | None = None
     """How long the file takes for one image, on the machine of the run."""
+    profile: Profile | None = None
+    """What the target's runtime does with the file: its kernels, in integers or in float."""
     seconds: float = 0.0
     """Wall-clock time of the run."""
     seconds_by_phase: dict[str, float] = field(default_factory=dict)
@@ -171,6 +174,7 @@ class Record:
         content["artifacts"] = {name: asdict(value) for name, value in self.artifacts.items()}
         content["layers"] = [asdict(layer) for layer in self.layers]
         content["latency"] = None if self.latency is None else asdict(self.latency)
+        content["profile"] = None if self.profile is None else asdict(self.profile)
         content["samples"] = None if self.samples is None else asdict(self.samples)
         derived = ("float_top1", "quantized_top1", "simulated_top1", "teacher_agreement", "runtime_agreement")
         return content | {name: getattr(self, name) for name in derived}

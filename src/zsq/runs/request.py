@@ -69,6 +69,8 @@ class Request:
     """Of every random draw; unset, that of the recipe or of the run that is resumed, else 0."""
     device: Literal["cpu", "cuda", "auto"] = "auto"
     """Where to compute."""
+    log: Annotated[Literal["csv", "tensorboard"] | None, option("csv|tensorboard")] = None
+    """Write losses, learning rates and pictures of samples for another tool while the run goes on."""
     resume: bool = False
     """Continue what --out holds; in place of MODEL, --resume DIR."""
     overwrite: bool = False

@@ -11,7 +11,7 @@ from zsq.models.teacher import Teacher
 from zsq.runs.fitted import FittedRun
 from zsq.runs.recipe_file import read_toml, run_tables
 from zsq.runs.settings import Settings, resolve, to_tables
-from zsq.runs.settings_file import SETTINGS, of_version, read_settings, shape_of, stored_spec
+from zsq.runs.settings_file import SETTINGS, of_version, other_graph, read_settings, shape_of, stored_spec
 from zsq.runtime import distributed
 from zsq.runtime.versions import versions
 
@@ -58,7 +58,7 @@ def resumed_settings(
     facts = content.get("run", {})
     differing = [
         *_differing_settings(stored, wanted),
-        *_differing_network(content.get("teacher", {}), folder, teacher),
+        *_differing_network(content, folder, teacher),
         *([f"its seed is {facts.get('seed')}, not {seed}"] if facts.get("seed") != seed else []),
         *_differing_source(facts, fitted),
     ]
@@ -81,12 +81,15 @@ def _differing_settings(stored: Settings, wanted: Settings) -> list[str]:
     return found
 
 
-def _differing_network(was: dict[str, Any], folder: Path, teacher: Teacher) -> list[str]:
+def _differing_network(content: dict[str, Any], folder: Path, teacher: Teacher) -> list[str]:
+    was = content.get("teacher", {})
     if was.get("weights_sha256") != teacher.weights_sha256:
         return [f"its network '{was.get('model')}' had other weights"]
     spec = stored_spec(folder / SETTINGS)
     if shape_of(spec) != shape_of(teacher.spec):
         return [f"its images were {shape_of(spec)}, not {shape_of(teacher.spec)}"]
+    if other_graph(content, teacher):
+        return [f"its network '{was.get('model')}' had the same weights and computed something else with them"]
     return []
 
 

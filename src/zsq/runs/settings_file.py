@@ -1,6 +1,6 @@
 """`settings.toml` of a run's folder: network, method, quantizer and what the run was started with; a recipe, too."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -53,6 +53,7 @@ def teacher_table(teacher: Teacher) -> dict[str, Any]:
             "weights": teacher.weights_source,
             "weights_file": teacher.weights_file,
             "weights_sha256": teacher.weights_sha256,
+            "graph_sha256": teacher.graph_sha256,
             "channels": spec.channels,
             "height": spec.height,
             "width": spec.width,
@@ -64,6 +65,13 @@ def teacher_table(teacher: Teacher) -> dict[str, Any]:
         | ({} if spec.is_image else {"depth": spec.depth, "axes": spec.axes})
         | ({"outputs": [asdict(output) for output in spec.outputs]} if spec.outputs else {})
     )
+
+
+def other_graph(content: Mapping[str, Any], teacher: Teacher) -> bool:
+    """Whether a settings.toml is of a network that computed something else; versions of PyTorch cannot be compared."""
+    if content.get("run", {}).get("torch") != versions()["torch"]:
+        return False
+    return bool(content.get("teacher", {}).get("graph_sha256", teacher.graph_sha256) != teacher.graph_sha256)
 
 
 def stored_spec(path: Path, *, sealed: bool = True) -> ImageSpec:

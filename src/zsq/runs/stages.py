@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +15,13 @@ from torch import Tensor
 
 from zsq.data.datasets import DataSet, EvenSubset
 from zsq.errors import InputError, NumericsError, ZsqError
-from zsq.evaluation.accuracy import Evaluation, Predict, evaluate_many
+from zsq.evaluation.accuracy import Evaluation, Predict, beside_float, evaluate_many
 from zsq.export.converted import output_step
-from zsq.export.files import float_operators, open_file, require_runtime, write_file
+from zsq.export.files import float_operators, open_file, profile_file, require_runtime, write_file
 from zsq.export.float_onnx import write_float_onnx
 from zsq.export.onnx_runtime import OnnxClassifier
 from zsq.export.openvino import OpenVinoClassifier
+from zsq.export.profile import Profile
 from zsq.export.pt2 import write_pt2
 from zsq.export.verify import Verification, verify_file
 from zsq.graph.trace import FOREIGN_FAULTS, described
@@ -46,7 +48,7 @@ from zsq.types import Batch, ImageSpec, SampleSource
 PROGRAM = "model.pt2"
 
 PREDICTIONS = "predictions.npz"
-"""File of predicted and true classes, int32 [N] each."""
+"""File of the classes that file and float network name and of the true ones, int32 [N] each."""
 
 CHECK_IMAGES, ENOUGH_DECIDED = 500, 100
 """Samples on which the file is checked at most, and decided images after which the check ends if all agree."""
@@ -211,6 +213,8 @@ def write_and_check(job: Job, student: Student, surrogate: Surrogate) -> tuple[V
         target=job.target,
         shaken=lambda images: answered_shaken(student, images.to(job.run.device)),
     )
+    if found.num_images < total:  # enough was known
+        told.update("check", found.num_images, found.num_images, {})
     return replace(found, lowered_percent=lowered), coverage(converted, spec, float_operators(job.target))
 
 
@@ -237,15 +241,19 @@ def evaluate_file(job: Job, student: Student) -> dict[str, Evaluation]:
     if outputs and known is not None:
         teacher = _asked_once(job)
     found = evaluate_many(networks, job.data, teacher=teacher, outputs=outputs, batch_size=at_once, progress=show)
-    if "float" in found:
+    if known is None:
         warn_of_chance(found["float"], job.teacher.spec, job.data)
+    found = found if known is None else {"float": known, **found}
+    floats = found["float"]
     if job.outputs.predictions and not outputs:
-        _keep_predictions(job.folder / PREDICTIONS, found["quantized"])
-    return found if known is None else {"float": known, **found}
+        _keep_predictions(job.folder / PREDICTIONS, found["quantized"], floats)
+    return {name: value if name == "float" else beside_float(value, floats) for name, value in found.items()}
 
 
-def warn_of_chance(found: Evaluation, spec: ImageSpec, data: DataSet | EvenSubset) -> None:
-    """Warn loudly where the float network recognises no more of labelled images than guessing would."""
+def warn_of_chance(
+    found: Evaluation, spec: ImageSpec, data: DataSet | EvenSubset, who: str = "the float network"
+) -> None:
+    """Warn loudly where a network recognises no more of labelled images than guessing would."""
     if found.top1 is None or found.top1_interval is None:
         return
     chance = 100 / spec.classes
@@ -253,7 +261,7 @@ def warn_of_chance(found: Evaluation, spec: ImageSpec, data: DataSet | EvenSubse
         return
     mapping = f" ({data.mapping}; --class-names says otherwise)" if data.mapping else ""
     logger.warning(
-        f"the float network recognises {found.top1:.2f} % of {found.num_images} images of {data.name}, no more than "
+        f"{who} recognises {found.top1:.2f} % of {found.num_images} images of {data.name}, no more than "
         f"guessing would ({chance:.3g} %). Do its classes and those of the labels stand in one order{mapping}? Were "
         f"mean {_listed(spec.mean)} and std {_listed(spec.std)} those of its training (--mean, --std)?"
     )
@@ -280,12 +288,13 @@ def _listed(values: Iterable[float]) -> str:
     return ",".join(f"{value:g}" for value in values)
 
 
-def _keep_predictions(path: Path, found: Evaluation) -> None:
-    """Write the class of each image, so that results can be compared image by image."""
-    assert found.predictions is not None
-    assert found.labels is not None
+def _keep_predictions(path: Path, found: Evaluation, floats: Evaluation) -> None:
+    """Write the class of each image, that which the float network names too, so that results can be compared image by
+    image."""
+    arrays = {"predictions": found.predictions, "float_predictions": floats.predictions, "labels": found.labels}
+    kept: dict[str, Any] = {name: values for name, values in arrays.items() if values is not None}
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, predictions=found.predictions, labels=found.labels)
+        np.savez_compressed(file, **kept)
 
 
 def described_bits(job: Job, student: Student) -> str:
@@ -379,7 +388,7 @@ def measure_latency(job: Job) -> Latency | None:
     """Return how long the file and the float network as a file take for one image, on one thread."""
     if not job.outputs.layers:
         return None
-    image = torch.randn(1, *job.teacher.spec.shape, generator=torch.Generator().manual_seed(job.run.seed))
+    image = _image(job)
     known = Latency(file=_milliseconds(open_file(job.file, threads=1), image))
     teacher = job.teacher.to("cpu")
     size = sum(value.numel() * value.element_size() for value in teacher.network.state_dict().values())
@@ -396,6 +405,22 @@ def measure_latency(job: Job) -> Latency | None:
     except (ZsqError, *FOREIGN_FAULTS) as error:
         logger.debug("the float network was not timed", exc_info=True)
         return replace(known, note=f"the float network has no file to compare with: {described(error)}")
+
+
+def measure_profile(job: Job) -> Profile | None:
+    """Return what the target's runtime does with the file."""
+    if not job.outputs.layers:
+        return None
+    try:
+        return profile_file(job.file, job.target, _image(job))
+    except (ZsqError, *FOREIGN_FAULTS) as error:
+        logger.debug("the file was not profiled", exc_info=True)
+        return Profile(runtime=job.target.title, source=f"it was not profiled: {described(error)}")
+
+
+def _image(job: Job) -> Tensor:
+    """Return what is fed where only the time counts."""
+    return torch.randn(1, *job.teacher.spec.shape, generator=torch.Generator().manual_seed(job.run.seed))
 
 
 @torch.no_grad()

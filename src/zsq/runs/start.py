@@ -19,14 +19,16 @@ from zsq.graph.fold import fold
 from zsq.models.teacher import Teacher
 from zsq.quantization import PTQ
 from zsq.quantization.prepare import check_weight_names
-from zsq.runs.budget import EVALUATED, EXPECTED, choose_schedule, sized
+from zsq.runs.budget import EVALUATED, Costs, choose_schedule, forecast, sized
 from zsq.runs.console import TerminalProgress, shown
+from zsq.runs.details import start_details
 from zsq.runs.fitted import FittedRun
 from zsq.runs.folder import claimed, clear_folder, open_folder
 from zsq.runs.job import Job
 from zsq.runs.rehearsal import rehearse
 from zsq.runs.request import Request
 from zsq.runs.resume import chosen_seed, resumed_settings, warn_of_recipe
+from zsq.runs.run_log import Kind, open_log, require_log
 from zsq.runs.settings import Settings, resolve
 from zsq.runs.settings_file import SETTINGS, of_version, stored_facts, teacher_table, write_settings
 from zsq.runtime import distributed
@@ -69,6 +71,8 @@ def started(
         InputError: an argument, setting or file does not fit; what the folder held is still there then.
         ExportError: the network has no file; see `rehearse`.
     """
+    kind = _kind_of_log(request)
+    require_log(kind)
     device = distributed.start(pick_device(request.device).type)
     with shown(request.observer, quiet=request.quiet) as observer:
         teacher = _loaded(request, device)
@@ -85,16 +89,42 @@ def started(
         seed = distributed.on_main(
             lambda: chosen_seed(request.seed, request.recipe_path, request.folder, resume=request.resume)
         )
+        log = open_log(kind, request.folder, teacher.spec)
         with claimed(request.folder):
-            run = Run(request.folder, seed=seed, device=device, checkpoint_steps=checkpoint_every, observer=observer)
+            run = Run(
+                request.folder,
+                seed=seed,
+                device=device,
+                checkpoint_steps=checkpoint_every,
+                observer=observer,
+                log=log,
+            )
             for notice in images.notices if images else ():
                 logger.info(notice)
             job = Job(teacher=teacher, run=run, folder=request.folder, settings=wanted, data=images, fitted=fitted)
             resumed = _open_or_resume(job, request)
             begin = time.perf_counter()
             if resumed is None and rehearsed:
+                observer.update("rehearse", 0, 1, {})
                 _rehearse(teacher, wanted, Run(seed=seed, device=device))
-            yield resumed or _plan_and_write(job, request, facts, time.perf_counter() - begin)
+                observer.update("rehearse", 1, 1, {})
+            spent, costs = time.perf_counter() - begin, None
+            if resumed is None:
+                job, costs = _plan_and_write(job, request, facts, spent)
+            else:
+                job = resumed
+            if rehearsed and isinstance(observer, TerminalProgress):
+                observer.expect(forecast(job, costs))
+            for line in start_details(job):
+                logger.debug(line)
+            yield job
+
+
+def _kind_of_log(request: Request) -> Kind | None:
+    """Return the log that is asked for, else that of the run that is resumed."""
+    if request.log is None and request.resume and (request.folder / SETTINGS).is_file():
+        return stored_facts(request.folder).get("log")
+    return request.log
 
 
 def _rehearse(teacher: Teacher, settings: Settings, run: Run) -> None:
@@ -191,14 +221,14 @@ def _evaluated_on(job: Job, count: int | None) -> Job:
     return job if count is None or job.data is None else replace(job, data=EvenSubset(job.data, count))
 
 
-def _plan_and_write(job: Job, request: Request, said: dict[str, Any], spent: float) -> Job:
-    """Fit the schedule of a new run to the budget, clear the folder, write the settings, and return the job.
+def _plan_and_write(job: Job, request: Request, said: dict[str, Any], spent: float) -> tuple[Job, Costs | None]:
+    """Fit the schedule of a new run to the budget, clear the folder, write the settings; return job and costs.
 
     What is to be overwritten is deleted only when the method has been seen to start. Of the budget, so many seconds are
     spent.
     """
     warn_of_recipe(request.recipe_path, job.teacher, reuses=job.fitted is not None)
-    settings, measured = choose_schedule(
+    settings, measured, costs = choose_schedule(
         sized(job.settings, job.teacher.spec),
         job.teacher,
         job.run,
@@ -208,15 +238,15 @@ def _plan_and_write(job: Job, request: Request, said: dict[str, Any], spent: flo
         fitted=job.fitted is not None,
         spent=spent,
     )
-    if EXPECTED in measured and isinstance(job.run.observer, TerminalProgress):
-        job.run.observer.expect(measured[EXPECTED])
     if request.overwrite and job.fitted is None and not measured:
         settings.method.with_steps(0).fit(job.teacher, Run(seed=job.run.seed, device=job.run.device))
     facts: dict[str, Any] = {"seed": job.run.seed, "device": job.run.device.type, "processes": distributed.processes()}
     facts |= said | {"threads": torch.get_num_threads(), "directory": os.getcwd()} | measured | versions()
+    if request.log:
+        facts["log"] = request.log
     if job.fitted:
         facts |= {"generator_sha256": job.fitted.sha256, "from": str(job.fitted.folder)}
     if distributed.is_main():
         clear_folder(job.folder, everything=True)
         write_settings(job.folder / SETTINGS, settings, teacher_table(job.teacher), facts)
-    return _evaluated_on(replace(job, settings=settings), measured.get(EVALUATED))
+    return _evaluated_on(replace(job, settings=settings), measured.get(EVALUATED)), costs

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 
+from zsq.evaluation.accuracy import Difference
 from zsq.evaluation.measures import Measure
+from zsq.export.profile import Kind, Profile
 from zsq.quantization.coverage import Coverage, listed
 from zsq.reports.text_tables import percent
 from zsq.runs.record import Record
@@ -44,6 +46,8 @@ def summary_rows(record: Record) -> Iterator[tuple[str, str]]:
             f"{percent(check.decided_agreement_target)} % of the clear images, "
             f"{percent(check.agreement_target)} % of all",
         )
+    if record.profile is not None and record.profile.kernels:
+        yield f"in {record.profile.runtime}", profile_text(record.profile)
     yield from _sample_rows(record)
     if record.distillation_undone:
         yield "distillation", "made it worse and is undone: the file is what calibration gave"
@@ -71,6 +75,27 @@ def measure_rows(measures: tuple[Measure, ...], of: str) -> Iterator[tuple[str, 
     """Yield how near file and float network are in the measures of each output, `of` so many images."""
     for found in measures:
         yield f"{found.name}, {found.output}", f"{figure(found)}, against the float network on {of}"
+
+
+def profile_text(profile: Profile) -> str:
+    """Say how many kernels a runtime runs for the file, in what, and what share of the time."""
+    kinds: list[tuple[Kind, str]] = [
+        ("integers", "in integers"),
+        ("float", "in float"),
+        ("conversion", "conversions"),
+        ("other", "other"),
+    ]
+    counts = [f"{count} {name}" for kind, name in kinds if (count := profile.num_kernels(kind))]
+    if profile.num_operators is None:
+        return f"by its rules, not run: operators {', '.join(counts)}"
+    text = f"{profile.num_operators} operators run as {profile.num_kernels()} kernels: {', '.join(counts)}"
+    share = profile.share("integers")
+    return text if share is None else f"{text}; integers take {share:.0f} % of the time"
+
+
+def difference_text(found: Difference) -> str:
+    """Say how much more one network recognises than another."""
+    return f"{found.mean:+.2f} points (95 % interval {found.low:+.2f} to {found.high:+.2f})"
 
 
 def figure(found: Measure) -> str:
@@ -121,5 +146,7 @@ def _accuracy_rows(record: Record) -> Iterator[tuple[str, str]]:
         "quantized top-1",
         f"{percent(record.quantized_top1)} % (95 % interval {low:.2f} to {high:.2f}), {record.file}",
     )
+    if found.minus_float is not None:
+        yield "quantized minus float", difference_text(found.minus_float)
     yield "simulated top-1", f"{percent(record.simulated_top1)} %"
     yield "agreement with teacher", f"{percent(record.teacher_agreement)} %"

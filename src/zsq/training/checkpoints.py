@@ -81,10 +81,10 @@ class Checkpoints:
         self.saved_at = time.monotonic()
         self.seconds = self.saved_at - begin
 
-    def log(self, step: int, losses: dict[str, float]) -> None:
-        """Append a line of metrics."""
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Append a line of metrics: losses and learning rates."""
         if self.folder is not None and distributed.is_main():
-            line = json.dumps({"phase": self.phase, "step": step, **losses})
+            line = json.dumps({"phase": self.phase, "step": step, **values})
             path = self.folder / METRICS
             with writing(path), path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")

@@ -13,6 +13,10 @@ class Learner(Protocol):
         """Do step `step` and return its losses as scalars."""
         ...
 
+    def rates(self) -> dict[str, float]:
+        """Return the learning rates of the latest step, by name."""
+        ...
+
     def halve(self) -> bool:
         """Split later batches into twice as many parts where that is possible, and return whether it was."""
         ...

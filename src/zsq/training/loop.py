@@ -4,6 +4,7 @@ import logging
 import math
 import signal
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,6 +19,8 @@ from zsq.runtime.observer import Observer, Silent
 from zsq.runtime.signals import held_signals
 from zsq.training.checkpoints import Checkpoints
 from zsq.training.learner import Learner
+from zsq.training.log import Log, NoLog
+from zsq.types import SampleSource
 
 LOG_EVERY = 10
 """Steps between two reads of the losses: on a GPU, each read waits for the device."""
@@ -40,6 +43,7 @@ class Run:
         device: where networks live.
         checkpoint_steps: steps between checkpoints; None saves every 30 seconds, or in 2 % of the time.
         observer: is told how far the work is; None: nobody is.
+        log: is told losses and rates, and shown samples; None: nothing is.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class Run:
         device: torch.device | str = "cpu",
         checkpoint_steps: int | None = None,
         observer: Observer | None = None,
+        log: Log | None = None,
     ) -> None:
         if checkpoint_steps is not None and checkpoint_steps < 1:
             raise InputError(f"checkpoint-every is {checkpoint_steps}; it must be at least 1 step.")
@@ -58,8 +63,16 @@ class Run:
         self.device = torch.device(device)
         self.checkpoint_steps = checkpoint_steps
         self.observer: Observer = observer or Silent()
+        self.log: Log = log or NoLog()
 
-    def train(self, phase: str, learner: Learner, steps: int, until: Callable[[int], bool] | None = None) -> None:
+    def train(
+        self,
+        phase: str,
+        learner: Learner,
+        steps: int,
+        until: Callable[[int], bool] | None = None,
+        shown: SampleSource | None = None,
+    ) -> None:
         """Run steps 0 to `steps` of a phase, from its checkpoint where the folder holds one.
 
         An interrupt (SIGINT) or a request to end (SIGTERM) takes effect after the step, and its checkpoint.
@@ -69,14 +82,16 @@ class Run:
             learner: takes the steps.
             steps: most steps.
             until: told how many are done; true ends the phase. It depends on nothing but the learner's state.
+            shown: the log gets pictures of its samples.
 
         Raises:
             NumericsError: a loss is not finite; names term and step.
         """
         checkpoints = Checkpoints(self.folder, phase, self.checkpoint_steps)
-        log = _Log(self, checkpoints, steps)
-        with forgetting(), kept_memory(), held_signals() as received:
-            for step in range(checkpoints.resume(learner), steps):
+        log = _Losses(self, checkpoints, learner, steps)
+        first = checkpoints.resume(learner)
+        with forgetting(), kept_memory(), self._logged(phase, first, steps), held_signals() as received:
+            for step in range(first, steps):
                 try:
                     log.add(step, self.take(learner, step))
                 except RuntimeError:
@@ -92,8 +107,22 @@ class Run:
                     log.flush()
                     self._check_state(phase, learner, step, steps)
                     checkpoints.save(learner, done)
+                if shown is not None and (due or full):
+                    self.log.show(step + 1, shown)
                 if stop or done == steps:
                     break
+
+    @contextmanager
+    def _logged(self, phase: str, first: int, steps: int) -> Iterator[None]:
+        """Keep the log of a phase open within the block; of one that was finished before, nothing is told again."""
+        if first >= steps:
+            yield
+            return
+        self.log.begin(phase, first, steps)
+        try:
+            yield
+        finally:
+            self.log.end()
 
     def take(self, learner: Learner, step: int) -> dict[str, Tensor]:
         """Do a step; where its batch does not fit into the device's memory, again with the batch in halves.
@@ -121,6 +150,7 @@ class Run:
     def each(self, phase: str, items: Iterable[Item], total: int, size: Callable[[Item], int]) -> Iterator[Item]:
         """Pass items on, showing how many of `total` are done."""
         done = 0
+        self.observer.update(phase, done, total, {})
         for item in items:
             yield item
             done += size(item)
@@ -150,11 +180,11 @@ class Run:
         return stop
 
 
-class _Log:
+class _Losses:
     """Losses of steps that nobody has read yet, and where they go."""
 
-    def __init__(self, run: Run, checkpoints: Checkpoints, steps: int) -> None:
-        self.run, self.checkpoints, self.steps = run, checkpoints, steps
+    def __init__(self, run: Run, checkpoints: Checkpoints, learner: Learner, steps: int) -> None:
+        self.run, self.checkpoints, self.learner, self.steps = run, checkpoints, learner, steps
         self.pending: list[tuple[int, dict[str, Tensor]]] = []
 
     @property
@@ -182,7 +212,9 @@ class _Log:
         latest = dict(zip(names, values[-1], strict=True))
         done = self.pending[-1][0] + 1
         self.run.observer.update(self.checkpoints.phase, done, self.steps, latest)
+        latest |= self.learner.rates()
         self.checkpoints.log(done, latest)
+        self.run.log.add(done, latest)
         self.pending = []
 
     def _check(self, step: int, losses: dict[str, float]) -> None:

@@ -29,6 +29,16 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
             group["lr"] = rate
 
 
+def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Return the learning rate of each group of parameters by the group's `title`; reading them waits for the device.
+
+    >>> weight = torch.nn.Parameter(torch.ones(1))
+    >>> learning_rates(torch.optim.SGD([{"params": [weight], "lr": 0.5}]))
+    {'learning_rate': 0.5}
+    """
+    return {group.get("title", "learning_rate"): float(group["lr"]) for group in optimizer.param_groups}
+
+
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Flatten an optimizer's moments into named tensors."""
     state = optimizer.state_dict()["state"]

@@ -1,5 +1,6 @@
 """Run a ``.tflite`` file in LiteRT's interpreter on the processor."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,11 @@ import numpy as np
 from zsq.errors import InputError, MissingExtraError
 from zsq.export.classifier import FileClassifier
 from zsq.export.litert.flatbuffer import INSTALL, read_notes
+from zsq.export.profile import Profile, Ran, grouped
 from zsq.runtime.quiet import silent_stderr
+
+DELEGATE = "DELEGATE"
+"""Operator that stands for those of the file that XNNPACK computes."""
 
 
 def require_litert() -> Any:
@@ -56,6 +61,29 @@ class LiteRtClassifier(FileClassifier):
         self._fed: tuple[int, ...] = ()
         super().__init__(path, notes, ["batch" if sizes[0] == 1 else sizes[0], sizes[-1], *sizes[1:-1]])
 
+    def profile(self) -> Profile:
+        """See `FileClassifier.profile`: which kernels compute; the interpreter gives no times."""
+        if not self._fed:
+            return super().profile()
+        types = {int(tensor["index"]): tensor["dtype"].__name__ for tensor in self._interpreter.get_tensor_details()}
+        nodes = self._interpreter._get_ops_details()
+        in_xnnpack = {index for node in nodes if node["op_name"] == DELEGATE for index in _inside(node, nodes)}
+        kernels = [
+            Ran(
+                node["op_name"],
+                tuple(types[index] for index in (node["inputs"][0], node["outputs"][0])),
+                "XNNPACK" if node["index"] in in_xnnpack else "LiteRT",
+            )
+            for node in nodes
+            if node["op_name"] != DELEGATE
+        ]
+        return Profile(
+            runtime="LiteRT",
+            kernels=grouped(kernels),
+            num_operators=len(kernels),
+            source="LiteRT's interpreter, which tells operators and delegates and, from Python, no times",
+        )
+
     def _run(self, array: np.ndarray) -> list[np.ndarray]:
         if self._layout is None:
             array = self._rounded(np.moveaxis(array, 1, -1))
@@ -82,3 +110,15 @@ class LiteRtClassifier(FileClassifier):
         scale, zero_point = self._input["quantization"]
         steps = np.rint(images / np.float32(scale)) + zero_point
         return np.ascontiguousarray(steps.clip(-128, 127).astype(np.int8))
+
+
+def _inside(delegate: dict[str, Any], nodes: list[dict[str, Any]]) -> Iterator[int]:
+    """Yield the indices of the file's operators that a delegate computes: those between its outputs and its inputs."""
+    made = {int(output): node for node in nodes if node["op_name"] != DELEGATE for output in node["outputs"]}
+    given, wanted, seen = set(map(int, delegate["inputs"])), list(map(int, delegate["outputs"])), set[int]()
+    while wanted:
+        tensor = wanted.pop()
+        if tensor not in given and tensor in made and made[tensor]["index"] not in seen:
+            seen.add(made[tensor]["index"])
+            wanted += [int(index) for index in made[tensor]["inputs"]]
+    yield from seen
