@@ -10,23 +10,13 @@ compiled libraries read (safetensors, onnx, images) are searched without knowing
 
 import argparse
 import contextlib
+import importlib
 import io
 import sys
 import tempfile
 from pathlib import Path
 
-import atheris
-
-with atheris.instrument_imports(include=["zsq.data", "zsq.models.weights", "zsq.runs", "zipfile", "csv", "tomllib"]):
-    import csv
-    import tomllib
-    import zipfile
-
-    from trials import READERS, seeds_of
-
-    from zsq.errors import ZsqError
-
-INSTRUMENTED = (csv, tomllib, zipfile)
+INSTRUMENTED = ["zsq.data", "zsq.models.weights", "zsq.runs", "zipfile", "csv", "tomllib"]
 
 
 def main() -> None:
@@ -36,8 +26,12 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--seconds", type=int, default=60)
     asked = parser.parse_args()
+    atheris = importlib.import_module("atheris")
+    with atheris.instrument_imports(include=INSTRUMENTED):  # the first import of these modules
+        trials = importlib.import_module("trials")
+        zsq_error = importlib.import_module("zsq.errors").ZsqError
     folder = Path(tempfile.mkdtemp(prefix="zsq-fuzz-"))
-    seeds, corpus = seeds_of(asked.run), folder / "corpus"
+    seeds, corpus = trials.seeds_of(asked.run), folder / "corpus"
     for path, content in ((folder / "files" / "a.png", seeds["a.png"]), (corpus / "seed", seeds[asked.reader])):
         path.parent.mkdir(parents=True)
         path.write_bytes(content)
@@ -45,8 +39,8 @@ def main() -> None:
 
     def read(content: bytes) -> None:
         path.write_bytes(content)
-        with contextlib.suppress(ZsqError), contextlib.redirect_stderr(io.StringIO()):
-            READERS[path.suffix](path)
+        with contextlib.suppress(zsq_error), contextlib.redirect_stderr(io.StringIO()):
+            trials.READERS[path.suffix](path)
 
     bounds = [f"-max_total_time={asked.seconds}", "-rss_limit_mb=3000", "-timeout=30", "-max_len=65536"]
     atheris.Setup([sys.argv[0], *bounds, str(corpus)], read)

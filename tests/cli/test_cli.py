@@ -140,6 +140,7 @@ def test_evaluate_measures_the_file_of_a_run(finished):
         "agreement_count": None,
         "teacher_agreement": None,
         "agreement_interval": None,
+        "minus_float": None,
     }
     assert json.loads(found.out) == {"model.onnx": expected}
     assert json.loads(found.out)["model.onnx"]["top1"] == record["quantized_top1"]

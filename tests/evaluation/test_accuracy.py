@@ -75,7 +75,7 @@ def test_several_networks_in_one_pass(numbered) -> None:
     )
     assert {name: (r.top1_correct, r.agreement_count) for name, r in results.items()} == {"a": (3, 0), "b": (2, 7)}
     assert reads == [4]
-    assert seen == [(4, 7), (7, 7)]
+    assert seen == [(0, 7), (4, 7), (7, 7)]
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,7 @@ def test_a_run_that_lost_its_folder_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "measure_latency", lambda job: shutil.rmtree(job.folder))
     monkeypatch.setattr(pipeline, "_record", lambda *_: type("Record", (), {"artifacts": {}})())
     monkeypatch.setattr(pipeline, "replace", lambda record, **_: record)
+    monkeypatch.setattr(pipeline, "end_details", lambda record: ())
     with pytest.raises(StorageError, match=r"run lost settings\.toml while the run went on; it is not finished"):
         quantize("digits", out=tmp_path / "run", method="noise", settings={"quantizer.num_samples": 16}, quiet=True)
     assert not (tmp_path / "run" / "result.json").exists()

@@ -89,7 +89,7 @@ def test_memory_that_is_not_there_is_told():
 
 @pytest.mark.parametrize("fault", [KeyError("k"), RecursionError("deep"), AssertionError(), MemoryError()])
 def test_what_nobody_expects_is_one_line(monkeypatch, capsys, fault):
-    def raises(words):
+    def raises(words, **_):
         raise fault
 
     monkeypatch.setattr(command_line, "_run", raises)
@@ -98,7 +98,7 @@ def test_what_nobody_expects_is_one_line(monkeypatch, capsys, fault):
 
 
 def test_debug_shows_where(monkeypatch, capsys):
-    def raises(words):
+    def raises(words, **_):
         assert words == ["doctor"]
         raise KeyError("k")
 

@@ -304,7 +304,7 @@ class Normed(nn.Module):
 def test_batch_norms_in_unusual_places(bits: str, tmp_path: Path) -> None:
     student = student_of(Normed, bits)
     converted, x = convert(student), images(200, seed=5)
-    assert len(batch_norms(converted)) == 1
+    assert not batch_norms(converted)
     assert agree(student, converted, x) >= 0.99
     write_onnx(converted, SPEC, tmp_path / "model.onnx")
     found = verify_file(tmp_path / "model.onnx", student, [x], output_step(converted), threads=1)

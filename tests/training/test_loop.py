@@ -305,7 +305,7 @@ def test_each_counts_what_is_done():
             seen.append((phase, done, total, values))
 
     assert list(Run(observer=Recorder()).each("calibrate", ["ab", "c"], 3, len)) == ["ab", "c"]
-    assert seen == [("calibrate", 2, 3, {}), ("calibrate", 3, 3, {})]
+    assert seen == [("calibrate", 0, 3, {}), ("calibrate", 2, 3, {}), ("calibrate", 3, 3, {})]
 
 
 def test_progress_shows_the_latest_losses():

@@ -245,7 +245,8 @@ class TerminalProgress:
     ) -> None:
         if self._draws:
             self._fold()
-            self._bars.stop()
+            if self.notebook is None:
+                self._bars.stop()
 
     def update(self, phase: str, done: int, total: int, values: dict[str, float]) -> None:
         """Show that `done` of `total` steps of `phase` are finished, with the latest values."""
