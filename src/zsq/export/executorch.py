@@ -138,8 +138,8 @@ def write_executorch(
     for node in converted.graph.nodes:
         if node.target is aten.conv3d.default:  # it would be lowered, and fail when it is loaded or run
             raise ExportError(
-                f"the network has no ExecuTorch form: '{node.name}' is a 3-D convolution, which ExecuTorch's kernels do "
-                "not compute. Targets onnxruntime and openvino take it."
+                f"the network has no ExecuTorch form: '{node.name}' is a 3-D convolution, which ExecuTorch's kernels "
+                "do not compute. Targets onnxruntime and openvino take it."
             )
     network = detached_copy(converted)
     _adapt(network)
