@@ -224,7 +224,7 @@ def test_every_cell_has_a_line_and_every_fit_is_made_once(grid):
         "digits/zscgan/qat-4/seed0",
     ]
     assert {line["status"] for line in lines} == {"finished"}
-    assert lines[0].keys() >= {"seconds", "fit_seconds", "num_calibration_images", "quantized_top1", "digest"}
+    assert lines[0].keys() >= {"seconds", "fit_seconds", "num_calibration_images", "score", "digest"}
     assert sorted(ran.fits) == sorted(f"{name}/{seed}" for name in ("zscgan", "noise", "real") for seed in (0, 1))
 
 
@@ -490,7 +490,7 @@ def test_costs_stand_beside_accuracy(outcomes, grid):
     assert rows["digits/zscgan/ptq-4"][6] == "2"
     figures = list(csv.DictReader(io.StringIO((grid[2] / "figures.csv").read_text())))
     assert len(figures) == 9
-    assert figures[1]["top1_mean"] == "82.5000"
+    assert figures[1]["mean"] == "82.5000"
     assert figures[1]["cell_seconds"] == "2.50"
     assert float(figures[1]["fit_seconds"]) > 0
     assert figures[1]["calibration_images"] == "32"
@@ -572,11 +572,11 @@ def test_a_small_grid_of_verified_files(recipe, tmp_path):
     record = json.loads((folder / "result.json").read_text())
     assert record["artifacts"].keys() == {"model.onnx"}
     assert record["verification"]["num_decided"] >= 100
-    assert line.quantized_top1 == record["quantized_top1"]
+    assert line.score == record["quantized_top1"]
     with np.load(folder / "predictions.npz") as arrays:
         hits = arrays["predictions"] == arrays["labels"]
-    assert 100 * hits.mean() == pytest.approx(line.quantized_top1)
-    assert line.float_top1 > 95
+    assert 100 * hits.mean() == pytest.approx(line.score)
+    assert line.float_score > 95
     fitted = tmp_path / "out" / "fits" / "digits" / "zscgan" / "seed0"
     alone = quantize(
         load_teacher("digits"),
@@ -587,7 +587,7 @@ def test_a_small_grid_of_verified_files(recipe, tmp_path):
         data="digits",
     )
     same = done.lines["digits/zscgan/ptq-4/seed0"].outcome
-    assert alone.record.quantized_top1 == same.quantized_top1
+    assert alone.record.quantized_top1 == same.score
     assert alone.record.teacher_agreement == same.teacher_agreement
 
 

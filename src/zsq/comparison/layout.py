@@ -15,20 +15,23 @@ from zsq.runs.stages import PREDICTIONS
 logger = logging.getLogger(__name__)
 
 
-def read_predictions(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return predicted and true classes, each [N], which a zip's checksums vouch for.
+def read_scores(path: Path) -> dict[str, np.ndarray]:
+    """Return how well a file does on each image, [N], from 0 to 1, by measure; a zip's checksums vouch for it.
+
+    Of a classifier it is `top-1`, whether the image was recognised.
 
     Raises:
         InputError: the file is damaged.
     """
     try:
         with path.open("rb") as stream, np.load(stream) as arrays:  # np.load leaves a damaged file of its own open
-            predictions, labels = arrays["predictions"], arrays["labels"]
+            found = dict(arrays)
     except ZIP_FAULTS as error:
         raise InputError(f"{path} is damaged: {str(error) or type(error).__name__}.") from error
-    if predictions.shape != labels.shape or predictions.ndim != 1:
-        raise InputError(f"{path} is damaged: it holds {list(predictions.shape)} and {list(labels.shape)} classes.")
-    return predictions, labels
+    shapes = [values.shape for values in found.values()]
+    if len(set(shapes)) != 1 or len(shapes[0]) != 1:
+        raise InputError(f"{path} is damaged: it holds arrays of {', '.join(str(list(shape)) for shape in shapes)}.")
+    return {"top-1": found["predictions"] == found["labels"]} if {"predictions", "labels"} <= found.keys() else found
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +100,7 @@ class Layout:
         return self.cells / cell.name
 
     def predictions(self, cell: Cell) -> Path:
-        """Return the file of predicted and true classes that a quantized cell leaves."""
+        """Return the file of predicted and true classes, or of scores, that a quantized cell leaves."""
         return self.cell(cell) / PREDICTIONS
 
     def picture(self, cell: Cell) -> Path:
@@ -109,12 +112,12 @@ class Layout:
         return self.picture(cell) if cell.quantizer is None else self.predictions(cell)
 
     def is_whole(self, cell: Cell) -> bool:
-        """Whether the file is there and, where classes stand in it, can be read; warns where it is damaged."""
+        """Whether the file is there and, where it is no picture, can be read; warns where it is damaged."""
         path = self.result(cell)
         if cell.quantizer is None or not path.exists():
             return path.exists()
         try:
-            read_predictions(path)
+            read_scores(path)
         except InputError as error:
             logger.warning(f"{error} The cell is run again.")
             return False

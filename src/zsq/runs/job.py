@@ -21,7 +21,8 @@ class Outputs:
     pt2: bool = True
     """Write `model.pt2`."""
     predictions: bool = False
-    """Write the class that the file names for each image of the data, and the true one."""
+    """Write the class that the file names for each image of the data, and the true one; of other outputs, how near they
+    are to what is true and to the float network's."""
     simulation: bool = True
     """Measure the accuracy of the simulation, too."""
     layers: bool = True

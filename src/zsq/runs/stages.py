@@ -46,7 +46,7 @@ from zsq.types import Batch, ImageSpec, SampleSource
 PROGRAM = "model.pt2"
 
 PREDICTIONS = "predictions.npz"
-"""File of predicted and true classes, int32 [N] each."""
+"""File of predicted and true classes, int32 [N] each; of other outputs, of their scores, float32 [N] each."""
 
 CHECK_IMAGES, ENOUGH_DECIDED = 500, 100
 """Samples on which the file is checked at most, and decided images after which the check ends if all agree."""
@@ -219,27 +219,20 @@ def evaluate_file(job: Job, student: Student) -> dict[str, Evaluation]:
     if job.data is None:
         return {}
     known = job.outputs.float_results
-    networks: dict[str, Predict] = {"quantized": opened_file(job)}
-    teacher: Predict | Evaluation
-    if known is None:
-        teacher = _asked_once(job)
-        networks = {"float": teacher} | networks
-    else:
-        teacher = known
+    outputs, at_once = job.teacher.spec.outputs, job.teacher.spec.images_at_once
+    networks: dict[str, Predict] = {"float": job.teacher.network} if known is None else {}
+    networks["quantized"] = opened_file(job)
     if job.outputs.simulation:
         networks |= {"simulated": student}
 
     def show(done: int, total: int) -> None:
         job.run.observer.update("evaluate", done, total, {})
 
-    at_once = job.teacher.spec.images_at_once
-    outputs = job.teacher.spec.outputs
-    if outputs and known is not None:
-        teacher = _asked_once(job)
+    teacher = job.teacher.network if outputs or known is None else known
     found = evaluate_many(networks, job.data, teacher=teacher, outputs=outputs, batch_size=at_once, progress=show)
     if "float" in found:
         warn_of_chance(found["float"], job.teacher.spec, job.data)
-    if job.outputs.predictions and not outputs:
+    if job.outputs.predictions:
         _keep_predictions(job.folder / PREDICTIONS, found["quantized"])
     return found if known is None else {"float": known, **found}
 
@@ -281,11 +274,12 @@ def _listed(values: Iterable[float]) -> str:
 
 
 def _keep_predictions(path: Path, found: Evaluation) -> None:
-    """Write the class of each image, so that results can be compared image by image."""
-    assert found.predictions is not None
-    assert found.labels is not None
+    """Write the class or the scores of each image, so that results can be compared image by image."""
+    arrays = found.scores
+    if found.predictions is not None and found.labels is not None:
+        arrays = {"predictions": found.predictions, "labels": found.labels}
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, predictions=found.predictions, labels=found.labels)
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 
 def described_bits(job: Job, student: Student) -> str:
@@ -301,18 +295,6 @@ def opened_file(job: Job) -> Predict:
     return open_file(job.file, threads=torch.get_num_threads())
 
 
-def _asked_once(job: Job) -> Predict:
-    """Return the teacher for an evaluation, which asks it twice of each batch: as network and as teacher."""
-    latest: list[tuple[Tensor, Tensor]] = []
-
-    def ask(images: Tensor) -> Tensor:
-        if not latest or latest[0][0] is not images:
-            latest[:] = [(images, job.teacher.network(images.to(job.run.device)).cpu())]
-        return latest[0][1]
-
-    return ask
-
-
 def measure_agreement(job: Job, surrogate: Surrogate) -> SampleAgreement | None:
     """Return how often the file and the teacher name the same class for samples that calibrated nothing.
 
@@ -321,7 +303,7 @@ def measure_agreement(job: Job, surrogate: Surrogate) -> SampleAgreement | None:
     """
     if surrogate.statistics is not None:
         return None
-    teacher = _asked_once(job)
+    teacher = job.teacher.network
     networks: dict[str, Predict] = {"file": opened_file(job), "teacher": teacher}
     fresh = FreshSamples(surrogate.source, measured_on(AGREEMENT_IMAGES, job.settings.quantizer))
 
