@@ -118,7 +118,13 @@ class CellRunner:
         resumed = _begin(run, settings, loaded.teacher, digest(cell) + loaded.teacher.weights_sha256)
         outputs = Outputs(pt2=False, predictions=True, simulation=False, layers=False, float_results=known)
         job = Job(
-            teacher=loaded.teacher, run=run, folder=folder, settings=settings, data=loaded.images, outputs=outputs
+            teacher=loaded.teacher,
+            run=run,
+            folder=folder,
+            settings=settings,
+            data=loaded.images,
+            decoder=loaded.decoder,
+            outputs=outputs,
         )
         watch = Stopwatch(begin)
         watch.phases["fit"] = fit.seconds

@@ -51,8 +51,8 @@ def _parts(comparison: Comparison) -> Iterator[str]:
 def scored(outcomes: Outcomes) -> str:
     """Say what the figures of the main table are."""
     measure = outcomes.measure
-    what = f"{measure[:1].upper()}{measure[1:]}" if measure != "score" else "The measure in parentheses,"
-    return f"{what} in percent of the quantized files"
+    what = f"{measure[:1].upper()}{measure[1:]}" if measure != "score" else "The measures in parentheses"
+    return f"{what} of the quantized files in percent"
 
 
 def _explain(recipe: Recipe, outcomes: Outcomes) -> str:

@@ -42,6 +42,8 @@ class TeacherEntry(Network):
     """Images on which accuracy is measured, or what suits other outputs; for classes of images, labelled ones."""
     measure: str | None = None
     """What is compared, such as `mean IoU` or `agreement` (with the float network); unset, what suits the outputs."""
+    decode: str | None = None
+    """What reads boxes from the outputs, FILE.py:FUNCTION or MODULE:FUNCTION; the .npz of `data` then holds `boxes`."""
     real: str | None = None
     """Images for the method of this name; those of other methods stand in `methods`."""
     bits: tuple[str, ...] | None = None

@@ -138,7 +138,17 @@ def figures_table(outcomes: Outcomes) -> TextTable:
     """Return one row a group with plain numbers, for other programs."""
     header = [
         *("network", "method", "quantizer", "bits", "data_free", "seeds"),
-        *("measure", "mean", "spread", "float", "num_eval_images", "fit_seconds", "cell_seconds", "calibration_images", "label_recognition"),
+        *(
+            "measure",
+            "mean",
+            "spread",
+            "float",
+            "num_eval_images",
+            "fit_seconds",
+            "cell_seconds",
+            "calibration_images",
+            "label_recognition",
+        ),
     ]
     rows = [
         [

@@ -11,10 +11,11 @@ from zsq.comparison.sample_figure import class_names, shown_labels
 from zsq.data.datasets import DataSet, open_dataset
 from zsq.errors import InputError, unknown_name
 from zsq.evaluation.accuracy import Evaluation, evaluate
-from zsq.evaluation.measures import BY_IMAGE, scores_of
+from zsq.evaluation.measures import BY_IMAGE, Decoder, scores_of
 from zsq.graph.fold import fold
 from zsq.models.teacher import Teacher
 from zsq.quantization.prepare import check_weight_names
+from zsq.runs.boxes import tried_decoder
 from zsq.runs.settings import Settings
 
 
@@ -24,6 +25,8 @@ class Loaded:
 
     teacher: Teacher
     data: DataSet | None
+    decoder: Decoder | None
+    """Reads boxes from the outputs, where the data say which there are."""
     measure: str
     """What is compared; empty where nothing is measured."""
     _results: Evaluation | None = field(default=None, init=False, repr=False)
@@ -39,7 +42,7 @@ class Loaded:
         if self._results is None:
             network, outputs = self.teacher.network, self.teacher.spec.outputs
             against = network if outputs else None
-            self._results = evaluate(network, self.images, teacher=against, outputs=outputs)
+            self._results = evaluate(network, self.images, teacher=against, outputs=outputs, decoder=self.decoder)
         return self._results
 
 
@@ -87,9 +90,14 @@ class Teachers:
 
     def _load(self, entry: TeacherEntry) -> Loaded:
         teacher = entry.load(self.root)
-        data = None if entry.data is None else open_dataset(below(self.root, entry.data), teacher.spec)
-        measure = "" if data is None else _measure(entry, teacher, data)
-        return Loaded(teacher.to(self.device) if self.device.type != "cpu" else teacher, data, measure)
+        if entry.data is None:
+            data, decoder, measure = None, None, ""
+        else:
+            boxes = entry.decode is not None
+            data = open_dataset(below(self.root, entry.data), teacher.spec, boxes=boxes)
+            decoder = tried_decoder(below(self.root, entry.decode), teacher, data) if entry.decode else None
+            measure = _measure(entry, teacher, data)
+        return Loaded(teacher.to(self.device) if self.device.type != "cpu" else teacher, data, decoder, measure)
 
     def figure_of(self, teacher: Teacher) -> tuple[Figure, list[str]]:
         """Return the figure that the recipe asks for, and the names of the teacher's classes.
@@ -100,8 +108,8 @@ class Teachers:
         assert self.figure is not None
         if teacher.spec.outputs:
             raise InputError(
-                f"[figure] shows images by their class, and '{teacher.name}' does not name one an image; samples.png of "
-                "each fit shows its images."
+                f"[figure] shows images by their class, and '{teacher.name}' does not name one an image; each fit has "
+                "its images in samples.png."
             )
         return self.figure, class_names(self.figure, teacher.spec.classes, self.root)
 
@@ -113,7 +121,8 @@ class Teachers:
         """
         for label, loaded in self.loaded.items() if claims else ():
             if loaded.measure and loaded.measure not in BY_IMAGE:
-                names = scores_of(loaded.teacher.spec.outputs, known=loaded.images.labelled)
+                boxes = loaded.decoder is not None
+                names = scores_of(loaded.teacher.spec.outputs, known=loaded.images.labelled, boxes=boxes)
                 usable = " or ".join(f'"{name}"' for name in names if name in BY_IMAGE)
                 raise InputError(
                     f"claims compare image by image, and {loaded.measure} of teacher '{label}' is one figure of all "
@@ -131,7 +140,7 @@ def _measure(entry: TeacherEntry, teacher: Teacher, data: DataSet) -> str:
     Raises:
         InputError: the images tell no such measure.
     """
-    names = scores_of(teacher.spec.outputs, known=data.labelled)
+    names = scores_of(teacher.spec.outputs, known=data.labelled, boxes=entry.decode is not None)
     if not names:
         raise InputError(f"data set '{data.name}' has no labels; a comparison measures accuracy, which needs them.")
     if entry.measure not in (None, *names):

@@ -229,7 +229,15 @@ def evaluate_file(job: Job, student: Student) -> dict[str, Evaluation]:
         job.run.observer.update("evaluate", done, total, {})
 
     teacher = job.teacher.network if outputs or known is None else known
-    found = evaluate_many(networks, job.data, teacher=teacher, outputs=outputs, batch_size=at_once, progress=show)
+    found = evaluate_many(
+        networks,
+        job.data,
+        teacher=teacher,
+        outputs=outputs,
+        decoder=job.decoder,
+        batch_size=at_once,
+        progress=show,
+    )
     if "float" in found:
         warn_of_chance(found["float"], job.teacher.spec, job.data)
     if job.outputs.predictions:

@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 
-from zsq.data.datasets import EvenSubset, class_list, open_dataset
+from zsq.data.datasets import DataSet, EvenSubset, class_list, open_dataset
 from zsq.errors import InputError
+from zsq.evaluation.measures import Decoder
 from zsq.export.files import require_runtime
 from zsq.graph.fold import fold
 from zsq.models.teacher import Teacher
 from zsq.quantization import PTQ
 from zsq.quantization.prepare import check_weight_names
+from zsq.runs.boxes import tried_decoder
 from zsq.runs.budget import EVALUATED, EXPECTED, choose_schedule, sized
 from zsq.runs.console import TerminalProgress, shown
 from zsq.runs.fitted import FittedRun
@@ -50,6 +52,7 @@ def started(
     flags: Mapping[str, str | int | None] | None = None,
     data: str | os.PathLike[str] | None = None,
     class_names: str | Path | Sequence[str] | None = None,
+    decode: str | None = None,
     checkpoint_every: int | None = None,
     needs_images: bool = False,
     rehearsed: bool = False,
@@ -59,7 +62,7 @@ def started(
 
     Args:
         request: what is asked for.
-        quantizer, bits, data, class_names, checkpoint_every: see `QuantizeRequest`.
+        quantizer, bits, data, class_names, decode, checkpoint_every: see `QuantizeRequest`.
         flags: settings of the quantizer that have a flag of their own; see `resolve`.
         needs_images: refuse methods that make none.
         rehearsed: take the way to the file before anything is learnt, and warn of what stays float.
@@ -74,8 +77,8 @@ def started(
         teacher = _loaded(request, device)
         if check is not None:
             check(teacher)
-        images = None if data is None else open_dataset(os.fspath(data), teacher.spec, class_names=class_names)
-        facts: dict[str, Any] = {"data": data if data is None else os.fspath(data)}
+        images, decoder = _opened(data, class_names, decode, teacher)
+        facts: dict[str, Any] = {"data": data if data is None else os.fspath(data), "decode": decode}
         if class_names is not None:
             facts["class_names"] = class_list(class_names, teacher.spec.classes)
             teacher = replace(teacher, class_names=tuple(facts["class_names"]))
@@ -89,12 +92,39 @@ def started(
             run = Run(request.folder, seed=seed, device=device, checkpoint_steps=checkpoint_every, observer=observer)
             for notice in images.notices if images else ():
                 logger.info(notice)
-            job = Job(teacher=teacher, run=run, folder=request.folder, settings=wanted, data=images, fitted=fitted)
+            job = Job(
+                teacher=teacher,
+                run=run,
+                folder=request.folder,
+                settings=wanted,
+                data=images,
+                decoder=decoder,
+                fitted=fitted,
+            )
             resumed = _open_or_resume(job, request)
             begin = time.perf_counter()
             if resumed is None and rehearsed:
                 _rehearse(teacher, wanted, Run(seed=seed, device=device))
             yield resumed or _plan_and_write(job, request, facts, time.perf_counter() - begin)
+
+
+def _opened(
+    data: str | os.PathLike[str] | None,
+    class_names: str | Path | Sequence[str] | None,
+    decode: str | None,
+    teacher: Teacher,
+) -> tuple[DataSet | None, Decoder | None]:
+    """Return the images on which a run is evaluated, and what reads boxes from its outputs, where they are asked for.
+
+    Raises:
+        InputError: there are no such images, the function fails, or has nothing to be compared with.
+    """
+    if data is None:
+        if decode is not None:
+            raise InputError(f"--decode is {decode}, and no boxes are there to compare with: --data FILE.npz.")
+        return None, None
+    images = open_dataset(os.fspath(data), teacher.spec, class_names=class_names, boxes=decode is not None)
+    return images, None if decode is None else tried_decoder(decode, teacher, images)
 
 
 def _rehearse(teacher: Teacher, settings: Settings, run: Run) -> None:
