@@ -230,7 +230,9 @@ def commands_of_a_guide(guide: str) -> Iterator[list[str]]:
     text = (ROOT / "docs" / "guides" / f"{guide}.md").read_text()
     for command in [command for block in blocks(text, "sh") for command in shown(block, "")]:
         words = [SMALLER.get(word, word) for word in shlex.split(command)]
-        if "examples/other_outputs.py" in command or any(word.startswith("runs/") and Path(word).is_dir() for word in words):
+        if "examples/other_outputs.py" in command or any(
+            word.startswith("runs/") and Path(word).is_dir() for word in words
+        ):
             yield words
 
 
