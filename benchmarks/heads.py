@@ -4,18 +4,20 @@
     python benchmarks/heads.py shapes_unet --seeds 0 1 2 --bits 4
 
 Each network is quantized with zscgan, Gaussian noise and real images, with PTQ and QAT; files answer images of another
-seed than the network was trained on. Appends a line a file to benchmarks/results/heads.jsonl. The detector's maps are
-decoded by `zsq.data.shapes.decode`, and its figure is the average precision at an overlap of 0.5.
+seed than the network was trained on. Appends a line a file to benchmarks/results/heads.jsonl, and leaves out those that
+it holds. The detector's maps are decoded by `zsq.data.shapes.decode`, and its figure is the average precision at an
+overlap of 0.5.
 """
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from machine import processor
-from records import append
+from records import RESULTS, append
 
 import zsq
 from zsq.data import shapes
@@ -50,15 +52,25 @@ def figures(teacher: Teacher, predict: Any) -> dict[str, float]:
     }
 
 
+def known() -> set[tuple[Any, ...]]:
+    """Return network, seed, method, bits and quantizer of the lines that there are."""
+    path = RESULTS / "heads.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return {tuple(line.get(key) for key in ("network", "seed", "method", "bits", "quantizer")) for line in lines}
+
+
 def rows(name: str, bits: list[str], quantizers: list[str], seed: int, methods: list[str], folder: Path) -> None:
-    """Quantize one network in every way."""
-    teacher = load_teacher(name)
+    """Quantize one network in every way that there is no line of."""
+    teacher, there = load_teacher(name), known()
     base = {"network": name, "seed": seed, "processor": processor()}
-    append("heads", base | {"method": "float", **figures(teacher, teacher.network)})
+    if (name, seed, "float", None, None) not in there:
+        append("heads", base | {"method": "float", **figures(teacher, teacher.network)})
     for method in methods:
         first: Path | None = None
         for width in bits:
             for quantizer in quantizers:
+                if (name, seed, method, width, quantizer) in there:
+                    continue
                 out = folder / f"{name}-{method}-{width}-{quantizer}"
                 settings: dict[str, Any] = dict(SETTINGS) if first is None or method != "zscgan" else {}
                 settings |= {"quantizer.steps": DISTILLED} if quantizer == "qat" else {}

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import zsq
@@ -198,6 +199,82 @@ def test_python_of_a_page_runs(name: str, run: Path, tmp_path: Path, monkeypatch
     assert all(np.allclose(np.asarray(found), np.asarray(logits[0]), atol=1e-5) for found in logits)
     if "result" in names:
         assert names["result"].record.bits in ("8", "4")
+
+
+SMALLER = {"1x128x128": "1x32x32", "3x128x128": "3x32x32", "1x16x64x64": "1x4x16x16"}
+"""Inputs in place of those that the guides name; their networks take any."""
+
+
+def data_of_the_guides() -> None:
+    """Write images of every kind that the guides name to the current folder."""
+    random = np.random.default_rng(0)
+
+    def pixels(*shape: int, most: int = 256) -> np.ndarray:
+        return random.integers(0, most, shape, dtype=np.uint8)
+
+    for index in range(4):
+        for path, image in (
+            (Path("scans", "images", f"{index}.png"), pixels(32, 32)),
+            (Path("scans", "masks", f"{index}.png"), pixels(32, 32, most=4)),
+            (Path("faces", f"person{index % 2}", f"{index}.png"), pixels(112, 112, 3)),
+        ):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    boxes = np.tile(np.float32([[4, 4, 20, 24, 0], [-1, -1, -1, -1, -1]]), (6, 1, 1))
+    np.savez("boxes.npz", images=pixels(6, 32, 32, 3), boxes=boxes)
+    np.savez("beats.npz", inputs=random.normal(size=(6, 12, 256)), labels=np.arange(6) % 5)
+
+
+def commands_of_a_guide(guide: str) -> Iterator[list[str]]:
+    """Yield the words of each command of a guide that is about its own networks, or about what came of them."""
+    text = (ROOT / "docs" / "guides" / f"{guide}.md").read_text()
+    for command in [command for block in blocks(text, "sh") for command in shown(block, "")]:
+        words = [SMALLER.get(word, word) for word in shlex.split(command)]
+        if "examples/other_outputs.py" in command or any(
+            word.startswith("runs/") and Path(word).is_dir() for word in words
+        ):
+            yield words
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("guide", "measured"),
+    [
+        (
+            "other-outputs",
+            {
+                "unet": {"same class", "mean IoU"},
+                "embedder": {"cosine"},
+                "detector": {"relative error"},
+                "detector4": {"AP50", "relative error"},
+            },
+        ),
+        ("signals-and-volumes", {"rhythms": set(), "lesions": {"same class", "mean IoU"}}),
+    ],
+)
+def test_networks_of_a_guide_go_through_its_commands(guide, measured, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("examples").symlink_to(ROOT / "examples")
+    data_of_the_guides()
+    fit = [f"--set=method.{name}" for name in ("steps=2", "batch_size=4", "width=8")]
+    told = ""
+    for words in commands_of_a_guide(guide):
+        quick = ["--set=quantizer.num_samples=8", "--quantizer=qat", "--set=quantizer.steps=1", "--quiet"]
+        quick += [] if "--from" in words else fit
+        main.main(words + (quick if words[0] == "quantize" else []))
+        told += capsys.readouterr().out
+    found = {}
+    for folder in Path("runs").iterdir():
+        record = zsq.Record.read(folder)
+        assert record.samples is not None
+        real = record.evaluation.get("quantized")
+        of = record.samples.measures if real is None else real.truths + real.measures
+        found[folder.name] = {measure.name for measure in of}
+    assert found == measured
+    if guide == "other-outputs":
+        assert all(name in told for name in ("pixel accuracy", "verification accuracy", "AP50"))
+    else:
+        assert "float top-1" in told
 
 
 @pytest.mark.slow

@@ -284,7 +284,7 @@ def test_doctor_checks_the_machine():
 
 HELP_FLAGS = {
     "quantize": "weights input classes outputs mean std resize method quantizer bits target pixels batch class-names "
-    "recipe budget set from seed device data log resume overwrite checkpoint-every out json devices quiet",
+    "decode recipe budget set from seed device data log resume overwrite checkpoint-every out json devices quiet",
     "synthesize": "weights input classes outputs mean std resize method recipe budget set from seed device log resume "
     "overwrite out count class-names devices quiet",
     "evaluate": "file weights input classes outputs mean std resize data class-names decode device json",

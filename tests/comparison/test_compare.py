@@ -226,7 +226,7 @@ def test_every_cell_has_a_line_and_every_fit_is_made_once(grid):
         "digits/zscgan/qat-4/seed0",
     ]
     assert {line["status"] for line in lines} == {"finished"}
-    assert lines[0].keys() >= {"seconds", "fit_seconds", "num_calibration_images", "quantized_top1", "digest"}
+    assert lines[0].keys() >= {"seconds", "fit_seconds", "num_calibration_images", "score", "digest"}
     assert sorted(ran.fits) == sorted(f"{name}/{seed}" for name in ("zscgan", "noise", "real") for seed in (0, 1))
 
 
@@ -526,7 +526,7 @@ def test_costs_stand_beside_accuracy(outcomes, grid):
     assert rows["digits/zscgan/ptq-4"][6] == "2"
     figures = list(csv.DictReader(io.StringIO((grid[2] / "figures.csv").read_text())))
     assert len(figures) == 9
-    assert figures[1]["top1_mean"] == "82.5000"
+    assert figures[1]["mean"] == "82.5000"
     assert figures[1]["cell_seconds"] == "2.50"
     assert float(figures[1]["fit_seconds"]) > 0
     assert figures[1]["calibration_images"] == "32"
@@ -609,11 +609,11 @@ def test_a_small_grid_of_verified_files(recipe, tmp_path):
     record = json.loads((folder / "result.json").read_text())
     assert record["artifacts"].keys() == {"model.onnx"}
     assert record["verification"]["num_decided"] >= 100
-    assert line.quantized_top1 == record["quantized_top1"]
+    assert line.score == record["quantized_top1"]
     with np.load(folder / "predictions.npz") as arrays:
         hits = arrays["predictions"] == arrays["labels"]
-    assert 100 * hits.mean() == pytest.approx(line.quantized_top1)
-    assert line.float_top1 > 95
+    assert 100 * hits.mean() == pytest.approx(line.score)
+    assert line.float_score > 95
     fitted = tmp_path / "out" / "fits" / "digits" / "zscgan" / "seed0"
     assert (fitted / "log" / "fit" / "metrics.csv").exists()
     alone = quantize(
@@ -625,8 +625,91 @@ def test_a_small_grid_of_verified_files(recipe, tmp_path):
         data="digits",
     )
     same = done.lines["digits/zscgan/ptq-4/seed0"].outcome
-    assert alone.record.quantized_top1 == same.quantized_top1
+    assert alone.record.quantized_top1 == same.score
     assert alone.record.teacher_agreement == same.teacher_agreement
+
+
+HEADS = """
+title = "Other outputs"
+[[teachers]]
+model = "own.py:segmenter"
+input = [1, 16, 16]
+classes = 3
+data = "masks.npz"
+measure = "mean IoU"
+[[teachers]]
+model = "own.py:detector"
+input = [3, 16, 16]
+outputs = "heat=values,size=values"
+data = "plain.npz"
+[[methods]]
+name = "noise"
+[[quantizers]]
+name = "ptq"
+bits = ["8", "3"]
+num_samples = 16
+"""
+
+
+@pytest.fixture
+def heads(tmp_path, monkeypatch) -> Path:
+    """A recipe of networks that do not name one class an image, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(3)
+    images = random.integers(0, 256, (24, 16, 16, 3), dtype=np.uint8)
+    np.savez("masks.npz", images=images[..., 0], masks=random.integers(0, 3, (24, 16, 16), dtype=np.uint8))
+    np.savez("plain.npz", images=images)
+    Path("own.py").write_text(
+        "from tests.heads import NETWORKS\n\nsegmenter, detector = NETWORKS['segmenter'], NETWORKS['detector']\n"
+    )
+    Path("heads.toml").write_text(HEADS)
+    return Path("heads.toml")
+
+
+@pytest.mark.slow
+def test_networks_of_other_outputs(heads):
+    done = compare(heads, out="out", quiet=True)
+    found = {name.removesuffix("/seed0"): line.outcome for name, line in done.lines.items()}
+    for bits in ("8", "3"):
+        dense, boxes = found[f"segmenter/noise/ptq-{bits}"], found[f"detector/noise/ptq-{bits}"]
+        record = Record.read(Path("out", "cells", "segmenter", "noise", f"ptq-{bits}", "seed0"))
+        truths = {m.name: 100 * m.value for m in record.evaluation["quantized"].truths}
+        assert (dense.measure, dense.score, dense.interval) == ("mean IoU", truths["mean IoU"], None)
+        assert (boxes.measure, boxes.float_score, boxes.score) == ("agreement", 100.0, boxes.teacher_agreement)
+        assert boxes.interval[0] < boxes.score < boxes.interval[1]
+    eight, three = (done.outcomes.groups["detector", "noise", "ptq", bits] for bits in ("8", "3"))
+    assert eight.mean > three.mean + 5
+    assert 100 * eight.scores[0].mean() == pytest.approx(eight.mean)
+    assert not done.outcomes.groups["segmenter", "noise", "ptq", "8"].scores
+    text = Path("out/table.md").read_text()
+    assert f"| detector (agreement) | INT8 | 100.00 | **{eight.mean:.2f}** |" in text
+    assert "The measures in parentheses of the quantized files in percent" in text
+    page = Path("out/report.html").read_text()
+    assert f"best without data noise, ptq: agreement {eight.mean:.2f} % (95 % interval" in page
+    assert Path("out/figures.csv").read_text().splitlines()[1].startswith("segmenter,noise,ptq,8,true,1,mean IoU,")
+    again = compare(heads, out="out", resume=True, quiet=True)
+    assert [line.to_json() for line in again.lines.values()] == [line.to_json() for line in done.lines.values()]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "text"),
+    [
+        ('"mean IoU"', '"mean iou"', "Unknown measure of teacher 'segmenter' on masks.npz 'mean iou'. Did you mean"),
+        ('"plain.npz"', '"plain.npz"\nmeasure = "R2"', "'R2'. Known: agreement."),
+        ('"heat=values,size=values"', '"heat=value"', "outputs is 'heat=value'; a kind is expected"),
+        (
+            "[[methods]]",
+            '[[claims]]\nabove = "noise/ptq"\nbelow = "noise/ptq"\n[[methods]]',
+            "mean IoU of teacher 'segmenter' is one figure of all images; its measure = \"pixel accuracy\" or ",
+        ),
+        ("[[methods]]", "[figure]\n[[methods]]", "'own.py:segmenter' does not name one an image"),
+    ],
+)
+def test_what_other_outputs_cannot_be_asked(heads, old, new, text):
+    heads.write_text(HEADS.replace(old, new, 1))
+    with pytest.raises(InputError, match=re.escape(text)):
+        compare(heads, out="out", quiet=True)
+    assert not Path("out").exists()
 
 
 @pytest.mark.slow

@@ -14,8 +14,9 @@ QUANTIZED = Quantized(
     data="digits",
     activation_scope="all",
     range_rule="minmax",
-    float_top1=98.5,
-    quantized_top1=97.25,
+    measure="top-1",
+    float_score=98.5,
+    score=97.25,
     teacher_agreement=98.0,
     runtime_agreement=100.0,
     label_recognition=None,
@@ -25,7 +26,7 @@ QUANTIZED = Quantized(
     seconds=2.5,
     settings={"method": {"name": "noise"}},
     versions={"zsq": "0.1.0"},
-    top1_interval=(95.0, 98.75),
+    interval=(95.0, 98.75),
     fit_seconds=0.25,
     resumed=False,
     model_bytes=2048,
@@ -68,7 +69,7 @@ def test_a_line_with_other_keys_is_read():
     del values["samples"]  # which early lines lack
     outcome = CellLine.from_json(json.dumps(values)).outcome
     assert outcome.samples is None
-    assert outcome.quantized_top1 == 97.25
+    assert outcome.score == 97.25
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ def test_a_line_with_other_keys_is_read():
         ('{"cell": "a", "status": "began"}', "status is 'began'"),
         ('{"cell": "a", "status": "skipped"}', "reason"),
         (json.dumps(line_of(SKIPPED).as_dict() | {"seed": "x"}), "seed"),
-        (json.dumps(line_of(QUANTIZED).as_dict() | {"quantized_top1": None}), "quantized_top1"),
+        (json.dumps(line_of(QUANTIZED).as_dict() | {"score": None}), "score"),
         (line_of(QUANTIZED).to_json().replace("97.25", "97.75"), "checksum"),
     ],
 )

@@ -155,6 +155,14 @@ def test_maps_are_read_back_as_the_boxes() -> None:
     assert shapes.average_precision(found, drawn.boxes, drawn.labels) == pytest.approx(1)
 
 
+def test_equal_neighbours_are_one_box() -> None:
+    heat, others = np.full((1, 10, 16, 16), -9, np.float32), np.ones((1, 2, 16, 16), np.float32)
+    for row, column in ((5, 5), (5, 6), (6, 4)):
+        heat[0, 3, row, column] = 2
+    (rows,) = shapes.decode(heat, others, 0 * others)
+    assert rows[:, :4].tolist() == [[18, 18, 22, 22]]
+
+
 def test_average_precision_in_closed_form() -> None:
     boxes = np.array([[[0, 0, 10, 10], [20, 20, 30, 30]]], np.float32)
     labels = np.array([[3, 3]])

@@ -1,20 +1,24 @@
 """A run is a comparison of one cell: either command reads either form, or names the other."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.heads import NETWORKS, spec_of
 from zsq.cli import main
 from zsq.comparison.compare import compare
 from zsq.comparison.recipe import cells, read_recipe
 from zsq.errors import InputError
 from zsq.export.content_hash import canonical_sha256
 from zsq.methods import ZSCGAN, Real
+from zsq.models.teacher import teacher_from_module
 from zsq.quantization import PTQ, QAT
 from zsq.runs.quantize import quantize
 from zsq.runs.recipe_file import comparison_tables, run_tables
 from zsq.runs.resume import chosen_seed
 from zsq.runs.settings import resolve
+from zsq.runs.settings_file import teacher_table, write_settings
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 ONE_CELL = """
@@ -121,6 +125,18 @@ def test_the_table_of_a_run_becomes_an_entry(tmp_path: Path) -> None:
     }
     (cell,) = cells(read_recipe(path))
     assert (cell.settings.method, cell.settings.quantizer, cell.seed) == (Real(data="a"), PTQ(bits="4"), 2)
+
+
+@pytest.mark.parametrize("name", ["detector", "embedder", "signals"])
+def test_other_inputs_and_outputs_of_a_run_become_those_of_an_entry(tmp_path: Path, name: str) -> None:
+    teacher = teacher_from_module(NETWORKS[name](), spec_of(name), name="own.py:build", weights_source="factory")
+    facts = {"data": "test.npz", "decode": "own.py:decode", "seed": 0}
+    write_settings(tmp_path / "settings.toml", resolve(), teacher_table(teacher), facts)
+    (cell,) = cells(read_recipe(tmp_path / "settings.toml"))
+    entry, known = cell.teacher, teacher.spec
+    outputs = tuple(replace(output, shape=()) for output in known.outputs)
+    assert (entry.input, entry.outputs or (), entry.classes or 0) == (known.shape, outputs, known.classes)
+    assert entry.decode == "own.py:decode"
 
 
 @pytest.mark.slow

@@ -18,9 +18,9 @@ from zsq.evaluation.measures import Decoder
 from zsq.export.files import is_file_of_ours, open_file
 from zsq.models.network import Network
 from zsq.models.options import option
-from zsq.models.own_code import own_function
 from zsq.models.teacher import Teacher, load
 from zsq.reports.text_tables import percent, table
+from zsq.runs.boxes import own_decoder
 from zsq.runs.console import shown
 from zsq.runs.folder import file_in
 from zsq.runs.record import verified
@@ -136,12 +136,7 @@ class Evaluate:
         """Return what reads boxes from the outputs."""
         if self.decode is None:
             return None
-        if not spec.outputs:
-            raise InputError(f"--decode is {self.decode}, and the network gives one vector of logits, which no box is.")
-        place, colon, name = self.decode.rpartition(":")
-        if not colon or not place or not name:
-            raise InputError(f"--decode is '{self.decode}'; FILE.py:FUNCTION or MODULE:FUNCTION is expected.")
-        return own_function(place, name, "function")
+        return own_decoder(self.decode, spec)
 
     def _float(self, place: Path) -> Teacher:
         """Return the network that is named, or that of the run of a file."""

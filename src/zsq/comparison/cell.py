@@ -121,14 +121,20 @@ class CellRunner:
         resumed = _begin(run, settings, loaded.teacher, digest(cell) + loaded.teacher.weights_sha256)
         outputs = Outputs(pt2=False, predictions=True, simulation=False, layers=False, float_results=known)
         job = Job(
-            teacher=loaded.teacher, run=run, folder=folder, settings=settings, data=loaded.images, outputs=outputs
+            teacher=loaded.teacher,
+            run=run,
+            folder=folder,
+            settings=settings,
+            data=loaded.images,
+            decoder=loaded.decoder,
+            outputs=outputs,
         )
         watch = Stopwatch(begin)
         watch.phases["fit"] = fit.seconds
         surrogate = _surrogate(fit, settings, loaded.teacher, run)
         record = finish(job, surrogate, fit.recognition, watch).record
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        return _quantized(record, fit, resumed=resumed)
+        return _quantized(record, loaded.measure, fit, resumed=resumed)
 
     def _draw(self, cell: Cell, fit: Fit) -> Drawn:
         """Write the picture of a cell that draws samples."""
@@ -228,12 +234,9 @@ def _surrogate(fit: Fit, settings: Settings, teacher: Teacher, run: Run) -> Surr
     return settings.method.fit(teacher, run, distill_steps=settings.distill_steps, fitted=fit.state)
 
 
-def _quantized(record: Record, fit: Fit, *, resumed: bool) -> Quantized:
+def _quantized(record: Record, measure: str, fit: Fit, *, resumed: bool) -> Quantized:
     """Return what a cell's line takes over from the record of its run."""
-    floats, quantized = record.evaluation["float"], record.evaluation["quantized"]
-    assert quantized.top1_interval is not None
-    assert quantized.top1 is not None
-    assert floats.top1 is not None
+    floats, found = (record.evaluation[name].score(measure) for name in ("float", "quantized"))
     return Quantized(
         model=record.model,
         weights=record.weights,
@@ -242,8 +245,9 @@ def _quantized(record: Record, fit: Fit, *, resumed: bool) -> Quantized:
         data=record.data,
         activation_scope=record.activation_scope,
         range_rule=record.range_rule,
-        float_top1=floats.top1,
-        quantized_top1=quantized.top1,
+        measure=measure,
+        float_score=100 * floats.value,
+        score=100 * found.value,
         teacher_agreement=record.teacher_agreement,
         runtime_agreement=record.runtime_agreement,
         label_recognition=record.label_recognition,
@@ -253,7 +257,7 @@ def _quantized(record: Record, fit: Fit, *, resumed: bool) -> Quantized:
         seconds=record.seconds,
         settings=record.settings,
         versions=record.versions,
-        top1_interval=quantized.top1_interval,
+        interval=None if found.low is None or found.high is None else (100 * found.low, 100 * found.high),
         fit_seconds=fit.seconds,
         resumed=resumed or fit.resumed,
         model_bytes=record.artifacts[record.file].bytes,

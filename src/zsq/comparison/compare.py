@@ -104,6 +104,7 @@ def compare(
     with shown(observer, quiet=quiet) as watching, claimed(layout.folder):
         teachers = Teachers(root, pick_device(device), read.figure)
         teachers.check(chosen)
+        teachers.check_claims(read.claims)
         if overwrite:
             layout.discard()
         with replacing(layout.recipe) as temporary:

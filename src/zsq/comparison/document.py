@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from zsq.comparison.lines import Drawn, Skipped
 from zsq.comparison.recipe import Recipe, cells
 from zsq.comparison.result import Comparison
+from zsq.comparison.statistics import Outcomes
 from zsq.comparison.tables import claims_table, costs_table, differences_table, figures_table, gaps_table, main_table
 from zsq.reports.text_tables import to_csv, to_latex, to_markdown
 from zsq.runtime.files import replacing
 
 CLAIMS_NOTE = (
-    "Difference in points, image by image, each image's correctness averaged over the seeds that both have, with its "
+    "Difference in points, image by image, each image's score averaged over the seeds that both have, with its "
     "95 % interval: it is about other test images, not about other seeds. `holds`: the interval lies above minus the "
     "margin; `contradicted`: below it; `open`: neither.\n"
 )
@@ -32,7 +33,7 @@ def _parts(comparison: Comparison) -> Iterator[str]:
     recipe, outcomes, lines = comparison.recipe, comparison.outcomes, comparison.lines
     yield f"# {recipe.title}\n"
     if recipe.quantizers:
-        yield from (_explain(recipe), to_markdown(main_table(outcomes)))
+        yield from (_explain(recipe, outcomes), to_markdown(main_table(outcomes)))
     if claims := claims_table(outcomes):
         yield from ("## Claims\n", CLAIMS_NOTE, to_markdown(claims))
     if differences := differences_table(outcomes):
@@ -52,12 +53,19 @@ def _parts(comparison: Comparison) -> Iterator[str]:
         yield f"{missing} of {count} cells have not been run.\n"
 
 
-def _explain(recipe: Recipe) -> str:
+def scored(outcomes: Outcomes) -> str:
+    """Say what the figures of the main table are."""
+    measure = outcomes.measure
+    what = f"{measure[:1].upper()}{measure[1:]}" if measure != "score" else "The measures in parentheses"
+    return f"{what} of the quantized files in percent"
+
+
+def _explain(recipe: Recipe, outcomes: Outcomes) -> str:
     sets = ", ".join(dict.fromkeys(str(teacher.data) for teacher in recipe.teachers))
     seeds = ", ".join(map(str, recipe.seeds))
     over = f"mean ± standard deviation over seeds {seeds}" if len(recipe.seeds) > 1 else f"seed {seeds}"
     return (
-        f"Top-1 in percent of the quantized files, each in its target's runtime, on {sets}; {over}. "
+        f"{scored(outcomes)}, each in its target's runtime, on {sets}; {over}. "
         "DF: data-free; DD: made with real images. Bold: the best data-free entry of a network and width.\n"
     )
 

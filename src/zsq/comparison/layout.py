@@ -10,38 +10,42 @@ import numpy as np
 from zsq.comparison.recipe import Cell
 from zsq.errors import ZIP_FAULTS, InputError
 from zsq.reports.html import REPORT
-from zsq.runs.stages import PREDICTIONS
+from zsq.runs.stages import FLOAT, PREDICTIONS
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Predictions:
-    """Classes of the images of a cell's data set, each [N]."""
+class Scores:
+    """How well networks do on each image of a cell's data set, [N] each, from 0 to 1, by measure."""
 
-    found: np.ndarray
-    """Those that the file names."""
-    labels: np.ndarray
-    """The true ones."""
-    floats: np.ndarray | None
-    """Those that the float network names; None in files of before."""
+    file: dict[str, np.ndarray]
+    """Those of the file."""
+    floats: dict[str, np.ndarray]
+    """Those of the float network; empty in folders of before."""
 
 
-def read_predictions(path: Path) -> Predictions:
-    """Return predicted and true classes, which a zip's checksums vouch for.
+def read_scores(path: Path) -> Scores:
+    """Return how well a file and the float network do on each image; a zip's checksums vouch for it.
+
+    Of a classifier it is `top-1`, whether the image was recognised.
 
     Raises:
         InputError: the file is damaged.
     """
     try:
         with path.open("rb") as stream, np.load(stream) as arrays:  # np.load leaves a damaged file of its own open
-            read = Predictions(arrays["predictions"], arrays["labels"], arrays.get("float_predictions"))
+            found = dict(arrays)
     except ZIP_FAULTS as error:
         raise InputError(f"{path} is damaged: {str(error) or type(error).__name__}.") from error
-    shapes = [list(values.shape) for values in (read.found, read.labels, read.floats) if values is not None]
-    if len(shapes[0]) != 1 or any(shape != shapes[0] for shape in shapes):
-        raise InputError(f"{path} is damaged: it holds {' and '.join(map(str, shapes))} classes.")
-    return read
+    shapes = [values.shape for values in found.values()]
+    if len(set(shapes)) != 1 or len(shapes[0]) != 1:
+        raise InputError(f"{path} is damaged: it holds arrays of {', '.join(str(list(shape)) for shape in shapes)}.")
+    if {"predictions", "labels"} <= found.keys():
+        named = {"file": found["predictions"], "floats": found.get("float_predictions")}
+        return Scores(**{who: {} if v is None else {"top-1": v == found["labels"]} for who, v in named.items()})
+    floats = {name.removeprefix(FLOAT): values for name, values in found.items() if name.startswith(FLOAT)}
+    return Scores({name: values for name, values in found.items() if not name.startswith(FLOAT)}, floats)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +114,7 @@ class Layout:
         return self.cells / cell.name
 
     def predictions(self, cell: Cell) -> Path:
-        """Return the file of predicted and true classes that a quantized cell leaves."""
+        """Return the file of predicted and true classes, or of scores, that a quantized cell leaves."""
         return self.cell(cell) / PREDICTIONS
 
     def picture(self, cell: Cell) -> Path:
@@ -122,12 +126,12 @@ class Layout:
         return self.picture(cell) if cell.quantizer is None else self.predictions(cell)
 
     def is_whole(self, cell: Cell) -> bool:
-        """Whether the file is there and, where classes stand in it, can be read; warns where it is damaged."""
+        """Whether the file is there and, where it is no picture, can be read; warns where it is damaged."""
         path = self.result(cell)
         if cell.quantizer is None or not path.exists():
             return path.exists()
         try:
-            read_predictions(path)
+            read_scores(path)
         except InputError as error:
             logger.warning(f"{error} The cell is run again.")
             return False

@@ -33,13 +33,15 @@ class Quantized:
     """Data set on which accuracy was measured."""
     activation_scope: str
     range_rule: str
-    float_top1: float
-    quantized_top1: float
+    measure: str
+    """What scores say: `top-1`, or what suits the network's outputs (`scores_of`)."""
+    float_score: float
+    score: float
     """Of the file in its runtime."""
     teacher_agreement: float | None
-    """Images of `data` for which file and teacher name the same class."""
+    """How far file and teacher agree on `data`: images for which they name the same class."""
     runtime_agreement: float
-    """Images for which file and simulation name the same class."""
+    """How far file and simulation agree."""
     label_recognition: float | None
     """Samples of which the teacher recognises the wanted label; None where no label is asked for."""
     samples: dict[str, Any] | None = None
@@ -50,8 +52,8 @@ class Quantized:
     """Wall clock of the cell without its fit."""
     settings: dict[str, dict[str, Any]]
     versions: dict[str, str]
-    top1_interval: tuple[float, float]
-    """95 % interval of `quantized_top1`."""
+    interval: tuple[float, float] | None
+    """95 % interval of `score`, about other images; None where the measure is no mean over images."""
     fit_seconds: float
     """Wall clock of the fit, which all cells that share it pay once."""
     resumed: bool
@@ -150,8 +152,8 @@ class CellLine:
         """Return the line as plain values, flat."""
         values = asdict(self)
         outcome = values.pop("outcome")
-        if isinstance(self.outcome, Quantized):
-            outcome["top1_interval"] = list(self.outcome.top1_interval)
+        if isinstance(self.outcome, Quantized) and self.outcome.interval is not None:
+            outcome["interval"] = list(self.outcome.interval)
         return {**values, "status": self.status, **outcome}
 
     def to_json(self) -> str:

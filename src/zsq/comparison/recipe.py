@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from zsq.errors import InputError, TeacherError, unknown_name
 from zsq.methods import Real
-from zsq.models.network import Network
+from zsq.models.network import Network, parse_outputs
 from zsq.models.teacher import Teacher, load
 from zsq.quantization import PTQ, QUANTIZERS
 from zsq.quantization.prepare import Bits
@@ -41,7 +41,11 @@ class TeacherEntry(Network):
     source: str = ""
     """Where the file of `weights` comes from; said where it is missing."""
     data: str | None = None
-    """Labelled images on which accuracy is measured."""
+    """Images on which accuracy is measured, or what suits other outputs; for classes of images, labelled ones."""
+    measure: str | None = None
+    """What is compared, such as `mean IoU` or `agreement` (with the float network); unset, what suits the outputs."""
+    decode: str | None = None
+    """What reads boxes from the outputs, FILE.py:FUNCTION or MODULE:FUNCTION; the .npz of `data` then holds `boxes`."""
     real: str | None = None
     """Images for the method of this name; those of other methods stand in `methods`."""
     bits: tuple[str, ...] | None = None
@@ -54,7 +58,7 @@ class TeacherEntry(Network):
     def load(self, root: Path | None) -> Teacher:
         """Return the network; relative paths lie below `root` where they exist there."""
         weights = self.weights if self.weights in (None, "random") else below(root, str(self.weights))
-        said = {name: getattr(self, name) for name in ("input", "classes", "mean", "std", "resize")}
+        said = {name: getattr(self, name) for name in ("input", "classes", "outputs", "mean", "std", "resize")}
         if self.source and weights not in (None, "random") and not Path(str(weights).partition(":")[0]).exists():
             raise TeacherError(f"no such weights file: {weights}; {self.source}.")
         return load(Network(model=below(root, self.model), weights=weights, **said))
@@ -326,7 +330,7 @@ def _entry(kind: type, table: Any, where: str) -> Any:
     values, extra = {}, {}
     for key, value in table.items():
         if key in known and key != "settings":
-            values[key] = [_width(v) for v in value] if key == "bits" and isinstance(value, list) else value
+            values[key] = _read(key, value)
         elif takes_settings:
             extra[key] = value
         else:
@@ -342,6 +346,13 @@ def _entry(kind: type, table: Any, where: str) -> Any:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise InputError(f"{where}: {place} is {first['input']!r}: {first['msg']}.") from error
+
+
+def _read(key: str, value: Any) -> Any:
+    """Return a key's value in the words that the command line has for it."""
+    if key == "bits" and isinstance(value, list):
+        return [_width(width) for width in value]
+    return parse_outputs(value) if key == "outputs" and isinstance(value, str) else value
 
 
 def _width(value: Any) -> str:

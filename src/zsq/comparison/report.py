@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from zsq.comparison.digests import digest
-from zsq.comparison.document import CLAIMS_NOTE, DIFFERENCES_NOTE, GAPS_NOTE
-from zsq.comparison.layout import Layout, read_predictions
+from zsq.comparison.document import CLAIMS_NOTE, DIFFERENCES_NOTE, GAPS_NOTE, scored
+from zsq.comparison.layout import Layout, read_scores
 from zsq.comparison.lines import CellLine, Drawn, Quantized, Skipped, read_lines
 from zsq.comparison.recipe import Cell, TeacherEntry, cells, read_recipe
 from zsq.comparison.result import Comparison
@@ -48,7 +48,7 @@ def _counts(cell: Cell, line: CellLine, layout: Layout) -> bool:
     if not isinstance(line.outcome, Quantized):
         return isinstance(line.outcome, Skipped) or layout.result(cell).exists()
     try:
-        read_predictions(layout.predictions(cell))
+        read_scores(layout.predictions(cell))
     except InputError:
         return False
     return True
@@ -77,18 +77,19 @@ def _best(comparison: Comparison) -> Iterator[str]:
             }
             if found:
                 name, best = max(found.items(), key=lambda item: item[1].mean)
-                low, high = _interval(best)
-                top1 = f"{best.mean:.2f} % (95 % interval {low:.2f} to {high:.2f})"
-                floats = f"float {best.float_top1:.2f} %"
+                interval = _interval(best)
+                about = "" if interval is None else " (95 % interval {:.2f} to {:.2f})".format(*interval)
+                measure = "" if best.measure == "top-1" else f"{best.measure} "
+                found_score = f"{measure}{best.mean:.2f} %{about}; float {best.float_score:.2f} %"
                 if (lost := best.minus_float) is not None:
-                    floats += f", a difference of {lost.mean:+.2f} points ({lost.low:+.2f} to {lost.high:+.2f})"
-                yield f"{teacher.title}, bits {bits}: best without data {name}: {top1}; {floats}."
+                    found_score += f", a difference of {lost.mean:+.2f} points ({lost.low:+.2f} to {lost.high:+.2f})"
+                yield f"{teacher.title}, bits {bits}: best without data {name}: {found_score}."
 
 
 def _sections(comparison: Comparison, missing: list[str]) -> Iterator[Section]:
     recipe, outcomes = comparison.recipe, comparison.outcomes
     if outcomes.groups:
-        note = "Top-1 in percent of the quantized files. DF: data-free; DD: made with real images."
+        note = f"{scored(outcomes)}. DF: data-free; DD: made with real images."
         yield Section("Accuracy", (_table(main_table(outcomes)),), note)
     for teacher in recipe.teachers:
         if drawings := _drawings(comparison, teacher):
@@ -137,7 +138,7 @@ def _cell(text: str, *, number: bool) -> html.Cell:
 
 
 def _drawings(comparison: Comparison, teacher: TeacherEntry) -> Drawings | None:
-    """Return accuracy against bytes and against seconds of one network; None before a cell is finished."""
+    """Return the measure against bytes and against seconds of one network; None before a cell is finished."""
     axes: dict[str, Callable[[Group], float]] = {
         "size of the file, KiB": lambda group: group.model_bytes / 1024,
         "fit and quantization, seconds": lambda group: group.fit_seconds + group.cell_seconds,
@@ -147,20 +148,22 @@ def _drawings(comparison: Comparison, teacher: TeacherEntry) -> Drawings | None:
         return None
     titles = {method.label: method.title for method in comparison.recipe.methods}
     drawings = []
-    level = comparison.outcomes.float_top1(teacher)
+    first = next(iter(groups.values()))
     for x_label, place in axes.items():
         series: dict[str, list[Point]] = {title: [] for title in titles.values()}
         for (method, quantizer, bits), group in groups.items():
-            low, high = _interval(group)
+            low, high = _interval(group) or (group.mean, group.mean)
             series[titles[method]].append(Point(place(group), group.mean, low, high, f"{quantizer} {bits}"))
-        drawings.append(html.scatter("top-1, %", x_label, series, None if level is None else ("float", level)))
+        drawings.append(html.scatter(f"{first.measure}, %", x_label, series, ("float", first.float_score)))
     return Drawings(tuple(drawings))
 
 
-def _interval(group: Group) -> tuple[float, float]:
-    """Return the ends of the 95 % interval of the mean over seeds, about other images, in percent."""
+def _interval(group: Group) -> tuple[float, float] | None:
+    """Return the ends of the 95 % interval of the mean over seeds, about other images, in percent; None without one."""
     if len(group.results) == 1:
-        return group.results[0].top1_interval
-    shares = 100 * np.mean(list(group.hits.values()), axis=0)
+        return group.results[0].interval
+    if not group.scores:
+        return None
+    shares = 100 * np.mean(list(group.scores.values()), axis=0)
     reach = CONFIDENCE_Z * float(shares.std()) / len(shares) ** 0.5
     return max(0.0, group.mean - reach), min(100.0, group.mean + reach)

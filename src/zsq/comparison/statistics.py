@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from zsq.comparison.layout import Layout, read_predictions
+from zsq.comparison.layout import Layout, read_scores
 from zsq.comparison.lines import CellLine, Quantized
 from zsq.comparison.recipe import Cell, Claim, MethodEntry, QuantizerEntry, Recipe, TeacherEntry, cells, gap_of
 from zsq.evaluation.accuracy import Difference, paired_difference
@@ -21,28 +21,33 @@ class Group:
     """The finished cells that differ in their seeds only; at least one."""
 
     results: tuple[Quantized, ...]
-    hits: dict[int, np.ndarray]
-    """Whether each image was recognised, bool [N], by seed."""
-    float_hits: np.ndarray | None = None
-    """Whether the float network recognised it, bool [N]; None in folders of before."""
+    scores: dict[int, np.ndarray]
+    """How well the file does on each image, from 0 to 1, [N], by seed; empty where the measure is no mean over them."""
+    float_scores: np.ndarray | None = None
+    """How well the float network does, [N]; None where it is not known."""
+
+    @property
+    def measure(self) -> str:
+        """What is compared."""
+        return self.results[0].measure
 
     @property
     def minus_float(self) -> Difference | None:
-        """Difference to the float network, image by image; None where its classes are not known."""
-        if self.float_hits is None:
+        """Difference to the float network, image by image; None where that does not make the measure, or is unknown."""
+        if self.float_scores is None or not self.scores:
             return None
-        return paired_difference(np.mean(list(self.hits.values()), axis=0), self.float_hits)
+        return paired_difference(np.mean(list(self.scores.values()), axis=0), self.float_scores)
 
     @property
     def mean(self) -> float:
-        """Top-1 in percent, over seeds."""
-        return statistics.fmean(result.quantized_top1 for result in self.results)
+        """The measure in percent, over seeds."""
+        return statistics.fmean(result.score for result in self.results)
 
     @property
     def spread(self) -> float | None:
         """Standard deviation over seeds, n - 1 in the denominator; None for one seed."""
-        top1 = [result.quantized_top1 for result in self.results]
-        return statistics.stdev(top1) if len(top1) > 1 else None
+        scores = [result.score for result in self.results]
+        return statistics.stdev(scores) if len(scores) > 1 else None
 
     @property
     def data_free(self) -> bool:
@@ -50,9 +55,9 @@ class Group:
         return self.results[0].data_free
 
     @property
-    def float_top1(self) -> float:
-        """The float network's top-1 in percent, the same for all seeds."""
-        return self.results[0].float_top1
+    def float_score(self) -> float:
+        """The float network's measure in percent, the same for all seeds."""
+        return self.results[0].float_score
 
     @property
     def num_eval_images(self) -> int:
@@ -92,11 +97,12 @@ class Group:
 
 
 def difference(first: Group, second: Group) -> Difference | None:
-    """Return the paired difference of two groups over the seeds that both have; None without a common seed."""
-    seeds = sorted(first.hits.keys() & second.hits.keys())
+    """Return the paired difference of two groups over the seeds that both have; None without a common seed, or
+    where the measure is no mean over images."""
+    seeds = sorted(first.scores.keys() & second.scores.keys())
     if not seeds:
         return None
-    return paired_difference(*(np.mean([group.hits[seed] for seed in seeds], axis=0) for group in (first, second)))
+    return paired_difference(*(np.mean([group.scores[seed] for seed in seeds], axis=0) for group in (first, second)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,12 +187,20 @@ class Outcomes:
         ]
         """Pairs of method and quantizer that can be run, in the recipe's order."""
 
-    def float_top1(self, teacher: TeacherEntry) -> float | None:
-        """Return a float network's top-1 in percent; None as long as no cell of it is finished."""
-        for (label, *_), group in self.groups.items():
-            if label == teacher.label:
-                return group.float_top1
-        return None
+    def first(self, teacher: TeacherEntry) -> Group | None:
+        """Return the first group of a network, which knows its measure and float score; None before a cell of it."""
+        return next((group for (label, *_), group in self.groups.items() if label == teacher.label), None)
+
+    @property
+    def measure(self) -> str:
+        """What all finished cells are compared by; `score` where networks differ in it."""
+        names = {group.measure for group in self.groups.values()}
+        return names.pop() if len(names) == 1 else "score"
+
+    def titled(self, teacher: TeacherEntry) -> str:
+        """Return a network's title, with its measure where networks differ in it."""
+        first = self.first(teacher)
+        return f"{teacher.title} ({first.measure})" if first and first.measure != self.measure else teacher.title
 
     def data_free(self, method: MethodEntry, quantizer: QuantizerEntry) -> bool | None:
         """Return whether a column was made without real images; None as long as no cell of it is finished."""
@@ -204,7 +218,7 @@ class Outcomes:
                     below = self._of_column(teacher, claim.below, bits)
                     if above is None or below is None or (found := difference(above, below)) is None:
                         continue
-                    seeds = len(above.hits.keys() & below.hits.keys())
+                    seeds = len(above.scores.keys() & below.scores.keys())
                     yield Verdict(claim, teacher, bits, above, below, found, seeds)
 
     def _of_column(self, teacher: TeacherEntry, column: str, bits: str) -> Group | None:
@@ -241,12 +255,14 @@ def _groups(grid: Iterable[Cell], lines: Mapping[str, CellLine], layout: Layout)
 
 
 def _group(members: Iterable[Cell], lines: Mapping[str, CellLine], layout: Layout) -> Group:
-    results, hits, floats = [], {}, None
+    results: list[Quantized] = []
+    scores: dict[int, np.ndarray] = {}
+    floats: np.ndarray | None = None
     for cell in members:
         line = lines.get(cell.name)
         if line is not None and isinstance(line.outcome, Quantized):
             results.append(line.outcome)
-            read = read_predictions(layout.predictions(cell))
-            hits[cell.seed] = read.found == read.labels
-            floats = floats if read.floats is None else read.floats == read.labels
-    return Group(tuple(results), hits, floats)
+            read, measure = read_scores(layout.predictions(cell)), line.outcome.measure
+            scores |= {cell.seed: read.file[measure]} if measure in read.file else {}
+            floats = read.floats.get(measure, floats)
+    return Group(tuple(results), scores, floats)

@@ -20,7 +20,7 @@ def _columns(outcomes: Outcomes) -> TextTable:
         for bits in [b for b in outcomes.bits if b in (teacher.bits or outcomes.bits)]:
             groups = _row(outcomes, teacher, bits)
             if any(groups):
-                start = [teacher.title, _int(bits), _figure(outcomes.float_top1(teacher))]
+                start = [outcomes.titled(teacher), _int(bits), _float(outcomes, teacher)]
                 rows.append([*start, *_entries(groups)])
     header = ["network", "bits", "float", *(_heading(outcomes, *column) for column in outcomes.columns)]
     return text_table(header, rows, text_columns=2)
@@ -28,7 +28,7 @@ def _columns(outcomes: Outcomes) -> TextTable:
 
 def _rows(outcomes: Outcomes) -> TextTable:
     teachers = outcomes.recipe.teachers
-    floats = [_figure(outcomes.float_top1(teacher)) for teacher in teachers]
+    floats = [_float(outcomes, teacher) for teacher in teachers]
     rows: list[list[str | Entry]] = [["pretrained", "FL32", "FL32", *floats]]
     for bits in outcomes.bits:
         by_teacher = [_entries(_row(outcomes, teacher, bits)) for teacher in teachers]
@@ -36,7 +36,13 @@ def _rows(outcomes: Outcomes) -> TextTable:
         for column, *entries in zip(outcomes.columns, *by_teacher, strict=True):
             heading = _heading(outcomes, *column)
             rows.append([heading, f"INT{width.weight}", f"INT{width.activation}", *entries])
-    return text_table(["data", "weights", "activations", *(t.title for t in teachers)], rows, text_columns=3)
+    titles = [outcomes.titled(teacher) for teacher in teachers]
+    return text_table(["data", "weights", "activations", *titles], rows, text_columns=3)
+
+
+def _float(outcomes: Outcomes, teacher: TeacherEntry) -> str:
+    first = outcomes.first(teacher)
+    return _figure(None if first is None else first.float_score)
 
 
 def _row(outcomes: Outcomes, teacher: TeacherEntry, bits: str) -> list[Group | None]:
@@ -144,7 +150,7 @@ def _share(gap: Gap, method: MethodEntry) -> str:
 
 def costs_table(outcomes: Outcomes) -> TextTable:
     """Return seconds and images of each group, means over seeds."""
-    header = ["cell", "top-1 %", "fit s", "cell s", "calibration images", "labels %", "KiB"]
+    header = ["cell", f"{outcomes.measure} %", "fit s", "cell s", "calibration images", "labels %", "KiB"]
     return text_table(header, _costs(outcomes.groups.items()))
 
 
@@ -165,17 +171,28 @@ def _costs(groups: Iterable[tuple[Key, Group]]) -> Iterable[list[str]]:
 def figures_table(outcomes: Outcomes) -> TextTable:
     """Return one row a group with plain numbers, for other programs."""
     header = [
-        *("network", "method", "quantizer", "bits", "data_free", "seeds", "top1_mean", "top1_spread", "float_top1"),
-        *("num_eval_images", "fit_seconds", "cell_seconds", "calibration_images", "label_recognition"),
+        *("network", "method", "quantizer", "bits", "data_free", "seeds"),
+        *(
+            "measure",
+            "mean",
+            "spread",
+            "float",
+            "num_eval_images",
+            "fit_seconds",
+            "cell_seconds",
+            "calibration_images",
+            "label_recognition",
+        ),
     ]
     rows = [
         [
             *key,
             str(group.data_free).lower(),
             str(len(group.results)),
+            group.measure,
             _figure(group.mean, 4),
             _figure(group.spread, 4),
-            _figure(group.float_top1, 4),
+            _figure(group.float_score, 4),
             str(group.num_eval_images),
             _figure(group.fit_seconds),
             _figure(group.cell_seconds),

@@ -11,7 +11,16 @@ from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from zsq.errors import InputError, NumericsError
-from zsq.evaluation.measures import CONFIDENCE_Z, BoxTally, Decoder, Measure, TeacherTally, TruthTally, mean_interval
+from zsq.evaluation.measures import (
+    AGREEMENT,
+    CONFIDENCE_Z,
+    BoxTally,
+    Decoder,
+    Measure,
+    TeacherTally,
+    TruthTally,
+    mean_interval,
+)
 from zsq.runtime.gpu import full_float32
 from zsq.types import Batch, Output
 
@@ -78,6 +87,9 @@ class Evaluation:
     """How much more of the same images it recognises than the float network; None without labels."""
     truths: tuple[Measure, ...] = ()
     """How near it is to what is true of the images, where that is known."""
+    scores: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    """Those of these measures that are means over images, and `agreement`, as one value an image, from 0 to 1, float32
+    [num_images], where a network gives something else than one vector of logits."""
 
     @property
     def top1(self) -> float | None:
@@ -111,6 +123,14 @@ class Evaluation:
             _, low, high = self.agreement
             return None if low is None or high is None else (100 * max(low, 0.0), 100 * min(high, 1.0))
         return None if self.agreement_count is None else wilson_interval(self.agreement_count, self.num_images)
+
+    def score(self, name: str) -> Measure:
+        """Return a measure of `scores_of` by its name."""
+        if name == "top-1" and self.top1 is not None and self.top1_interval is not None:
+            return Measure("", name, self.top1 / 100, *(end / 100 for end in self.top1_interval))
+        if name == AGREEMENT and self.agreement is not None:
+            return Measure("", name, *self.agreement)
+        return next(measure for measure in self.truths if measure.name == name)
 
     def as_dict(self) -> dict[str, Any]:
         """Return counts and percentages as plain values, for a JSON record."""
@@ -254,7 +274,8 @@ def evaluate_many(
 ) -> dict[str, Evaluation]:
     """Return the accuracy of several networks, by name, in one pass over the data; otherwise as `evaluate`.
 
-    A teacher that was evaluated on the same data before is given as its `Evaluation`.
+    A teacher that is one of them is asked once. A classifier that was evaluated on the same data before may be given as
+    its `Evaluation`.
     """
     counts: dict[str, _Tallies | _Counts] = {
         name: _Tallies(outputs, known=data.labelled, decoder=decoder) if outputs else _Counts(data.num_images)
@@ -265,15 +286,17 @@ def evaluate_many(
     show(done, data.num_images)
     with torch.no_grad():
         for batch in data.batches(batch_size):
-            told = None
-            if isinstance(teacher, Evaluation) and not outputs:
+            answered: Tensor | None = None
+            if isinstance(teacher, Evaluation):
                 assert teacher.predictions is not None
-                told = torch.from_numpy(teacher.predictions[done : done + len(batch.labels)])
-            elif teacher is not None and not isinstance(teacher, Evaluation):
-                told = _logits("teacher", teacher, batch.images)
-                told = told if outputs else told.argmax(1)
+                told: Tensor | None = torch.from_numpy(teacher.predictions[done : done + len(batch.labels)])
+            else:
+                answered = None if teacher is None else _logits("teacher", teacher, batch.images)
+                told = answered if answered is None or outputs else answered.argmax(1)
             for name, predict in predictors.items():
-                counts[name].add(_logits(name, predict, batch.images), batch.labels.cpu(), told)
+                known = answered if predict is teacher else None
+                logits = _logits(name, predict, batch.images) if known is None else known
+                counts[name].add(logits, batch.labels.cpu(), told)
             done += len(batch.labels)
             show(done, data.num_images)
     return {name: count.evaluation() for name, count in counts.items()}
@@ -346,11 +369,15 @@ class _Tallies:
             self.teacher.add(answers, told)
 
     def evaluation(self) -> Evaluation:
+        agreements = torch.cat(self.teacher.agreements) if self.told else None
+        scores = self.truth.scores() if self.known else {}
+        scores |= {} if agreements is None else {AGREEMENT: agreements}
         return Evaluation(
             num_images=self.num_images,
             top1_correct=None,
             top5_correct=None,
-            agreement=mean_interval(torch.cat(self.teacher.agreements)) if self.told else None,
+            agreement=None if agreements is None else mean_interval(agreements),
+            scores={name: values.float().numpy() for name, values in scores.items()},
             measures=self.teacher.measures() if self.told else (),
             truths=self.truth.measures() if self.known else (),
         )

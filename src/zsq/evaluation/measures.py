@@ -18,6 +18,9 @@ from zsq.types import Output
 CONFIDENCE_Z = 1.959963984540054
 """Two-sided 95 % quantile of the standard normal."""
 
+AGREEMENT = "agreement"
+"""The score of a file where nothing is known of the images: how far it agrees with the float network."""
+
 
 @dataclass(frozen=True, slots=True)
 class Measure:
@@ -33,6 +36,36 @@ class Measure:
     low: float | None = None
     high: float | None = None
     """Ends of its 95 % interval over other images; None where there is none."""
+
+
+BY_IMAGE = ("top-1", "pixel accuracy", AGREEMENT)
+"""Measures of `scores_of` that are means over images, so that two files can be compared image by image."""
+
+
+def scores_of(outputs: Sequence[Output], *, known: bool, boxes: bool = False) -> tuple[str, ...]:
+    """Return the measures by which files of a network may be compared, of which more is better; the first suits most.
+
+    Args:
+        outputs: what the network gives; empty for one vector of logits.
+        known: whether it is known what is true of the images.
+        boxes: whether boxes are.
+    """
+    if not outputs:
+        return ("top-1",) if known else ()
+    if not known:
+        return (AGREEMENT,)
+    if boxes:
+        return "AP50", AGREEMENT
+    output = outputs[judged(outputs)]
+    if output.kind == "classes":
+        return ("pixel accuracy", "mean IoU", AGREEMENT) if len(output.shape) > 1 else ("top-1", AGREEMENT)
+    return ("verification accuracy" if output.kind == "embedding" else "R2"), AGREEMENT
+
+
+def judged(outputs: Sequence[Output]) -> int:
+    """Return which output is compared with what is true: the first of classes, or the first."""
+    kinds = [output.kind for output in outputs]
+    return kinds.index("classes") if "classes" in kinds else 0
 
 
 def mean_interval(values: Tensor) -> tuple[float, float | None, float | None]:
@@ -187,6 +220,10 @@ class BoxTally:
         self.found += found
         self.truth += list(truth.numpy())
 
+    def scores(self) -> dict[str, Tensor]:
+        """Return nothing: the average precision is no mean over images."""
+        return {}
+
     def measures(self) -> tuple[Measure, ...]:
         """Return the average precision at an overlap of a half."""
         most = max(len(boxes) for boxes in self.truth)
@@ -205,9 +242,7 @@ class TruthTally:
     """
 
     def __init__(self, outputs: Sequence[Output]) -> None:
-        self.answers = Answers(outputs)
-        kinds = [output.kind for output in outputs]
-        self.index = kinds.index("classes") if "classes" in kinds else 0
+        self.answers, self.index = Answers(outputs), judged(outputs)
         self.output = outputs[self.index]
         self.classes, self.values = ClassTally(max(1, self.output.classes)), ValueTally()
         self.vectors: list[Tensor] = []
@@ -227,12 +262,20 @@ class TruthTally:
         else:
             self.values.add(found.reshape(truth.shape), truth)
 
+    @property
+    def share(self) -> str:
+        """What the share of positions with the right class is called."""
+        return "pixel accuracy" if len(self.output.shape) > 1 else "top-1"
+
+    def scores(self) -> dict[str, Tensor]:
+        """Return the measures that are means over images, by name, as one value an image, [N]."""
+        return {self.share: torch.cat(self.classes.shares)} if self.output.kind == "classes" else {}
+
     def measures(self) -> tuple[Measure, ...]:
         """Return the figures of the output."""
         name = self.output.name
         if self.output.kind == "classes":
-            dense = len(self.output.shape) > 1
-            return tuple(self.classes.measures(name, "pixel accuracy" if dense else "top-1", dense=dense))
+            return tuple(self.classes.measures(name, self.share, dense=len(self.output.shape) > 1))
         if self.output.kind == "values":
             error = self.values.relative
             return (Measure(name, "R2", 1 - error), Measure(name, "relative error", math.sqrt(error)))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from zsq.data.datasets import DataSet, EvenSubset
 from zsq.evaluation.accuracy import Evaluation
+from zsq.evaluation.measures import Decoder
 from zsq.export.options import FileOptions
 from zsq.models.teacher import Teacher
 from zsq.quantization import PTQ
@@ -21,7 +22,8 @@ class Outputs:
     pt2: bool = True
     """Write `model.pt2`."""
     predictions: bool = False
-    """Write the class that the file names for each image of the data, and the true one."""
+    """Write the class that the file names for each image of the data, and the true one; of other outputs, how near they
+    are to what is true and to the float network's."""
     simulation: bool = True
     """Measure the accuracy of the simulation, too."""
     layers: bool = True
@@ -44,6 +46,8 @@ class Job:
     """Method and quantizer with their schedule."""
     data: DataSet | EvenSubset | None = None
     """Images on which accuracy is measured."""
+    decoder: Decoder | None = None
+    """Reads boxes from the outputs, where the data say which there are."""
     fitted: FittedRun | None = None
     """A finished fit that is reused."""
     outputs: Outputs = field(default_factory=Outputs)

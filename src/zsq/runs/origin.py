@@ -102,13 +102,16 @@ def _beside(request: Request, folder: Path) -> Path:
 
 
 def _images(request: Request, content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the images on which a run was evaluated and the names of its classes, where a request takes them."""
+    """Return the images on which a run was evaluated, the names of its classes and what reads its boxes, where a
+    request takes them."""
     facts = content.get("run", {})
     found: dict[str, Any] = {}
     if getattr(request, "data", "") is None and isinstance(data := facts.get("data"), str):
         found["data"] = located(started_in(content), data)
     if getattr(request, "class_names", "") is None and (names := facts.get("class_names")):
         found["class_names"] = tuple(names)
+    if getattr(request, "decode", "") is None and isinstance(decode := facts.get("decode"), str):
+        found["decode"] = located(started_in(content), decode)
     return found
 
 

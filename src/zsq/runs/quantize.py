@@ -31,6 +31,7 @@ def quantize_request(request: QuantizeRequest) -> Result:
         flags={"target": request.target, "pixels": request.pixels, "batch": request.batch},
         data=request.data,
         class_names=request.class_names,
+        decode=request.decode,
         checkpoint_every=request.checkpoint_every,
         rehearsed=True,
     ) as job:

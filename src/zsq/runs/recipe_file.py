@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zsq.errors import InputError, unknown_name
+from zsq.types import SIDES
 
 SECTIONS = ("method", "quantizer")
 SHORT = ("teacher", *SECTIONS, "run")
@@ -118,11 +119,18 @@ def comparison_tables(path: Path) -> dict[str, Any]:
 
 def _as_entry(teacher: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
     """Return an entry of `[[teachers]]` for the table `[teacher]` of a run, which says shapes one by one."""
-    entry = {key: teacher[key] for key in ("model", "classes", "mean", "std") if key in teacher}
-    if sides := [teacher[key] for key in ("channels", "height", "width") if key in teacher]:
+    entry = {key: teacher[key] for key in ("model", "classes", "mean", "std") if teacher.get(key)}
+    if sides := [size for key in ("channels", *SIDES[3]) if (size := teacher.get(key))]:
         entry["input"] = sides
+    if outputs := teacher.get("outputs"):
+        entry["outputs"] = [{key: output[key] for key in ("name", "kind")} for output in outputs]
     weights = "random" if teacher.get("weights") == "random" else teacher.get("weights_file")
-    facts = {"resize": teacher.get("resize", "none"), "weights": weights, "data": run.get("data")}
+    facts = {
+        "resize": teacher.get("resize", "none"),
+        "weights": weights,
+        "data": run.get("data"),
+        "decode": run.get("decode"),
+    }
     return entry | {key: value for key, value in facts.items() if value is not None}
 
 

@@ -194,6 +194,8 @@ class QuantizeRequest(Request):
     """Images on which teacher and result are evaluated: digits, FILE.npz or a folder; without labels, agreement is."""
     class_names: Annotated[str | Path | tuple[str, ...] | None, text("FILE", Path), option("FILE")] = None
     """File with the name of one class a line, in the network's order: which class a folder of --data is."""
+    decode: Annotated[str | None, option("FILE.py:FUNCTION")] = None
+    """What reads boxes from the outputs, or MODULE:FUNCTION; see `zsq evaluate`. The .npz of --data holds `boxes`."""
     checkpoint_every: Annotated[int | None, option("N")] = None
     """Steps between checkpoints; unset, every 30 seconds, or in 2 % of the time."""
 

@@ -48,7 +48,11 @@ from zsq.types import Batch, ImageSpec, SampleSource
 PROGRAM = "model.pt2"
 
 PREDICTIONS = "predictions.npz"
-"""File of the classes that file and float network name and of the true ones, int32 [N] each."""
+"""File of the classes that file and float network name and of the true ones, int32 [N] each; of other outputs, of the
+scores of both, float32 [N] each."""
+
+FLOAT = "float "
+"""There, in front of the name of a measure whose scores are the float network's."""
 
 CHECK_IMAGES, ENOUGH_DECIDED = 500, 100
 """Samples on which the file is checked at most, and decided images after which the check ends if all agree."""
@@ -223,29 +227,30 @@ def evaluate_file(job: Job, student: Student) -> dict[str, Evaluation]:
     if job.data is None:
         return {}
     known = job.outputs.float_results
-    networks: dict[str, Predict] = {"quantized": opened_file(job)}
-    teacher: Predict | Evaluation
-    if known is None:
-        teacher = _asked_once(job)
-        networks = {"float": teacher} | networks
-    else:
-        teacher = known
+    outputs, at_once = job.teacher.spec.outputs, job.teacher.spec.images_at_once
+    asked = job.teacher.network
+    networks: dict[str, Predict] = {"float": asked} if known is None else {}
+    networks["quantized"] = opened_file(job)
     if job.outputs.simulation:
         networks |= {"simulated": student}
 
     def show(done: int, total: int) -> None:
         job.run.observer.update("evaluate", done, total, {})
 
-    at_once = job.teacher.spec.images_at_once
-    outputs = job.teacher.spec.outputs
-    if outputs and known is not None:
-        teacher = _asked_once(job)
-    found = evaluate_many(networks, job.data, teacher=teacher, outputs=outputs, batch_size=at_once, progress=show)
+    found = evaluate_many(
+        networks,
+        job.data,
+        teacher=asked if outputs or known is None else known,
+        outputs=outputs,
+        decoder=job.decoder,
+        batch_size=at_once,
+        progress=show,
+    )
     if known is None:
         warn_of_chance(found["float"], job.teacher.spec, job.data)
     found = found if known is None else {"float": known, **found}
     floats = found["float"]
-    if job.outputs.predictions and not outputs:
+    if job.outputs.predictions:
         _keep_predictions(job.folder / PREDICTIONS, found["quantized"], floats)
     return {name: value if name == "float" else beside_float(value, floats) for name, value in found.items()}
 
@@ -289,10 +294,14 @@ def _listed(values: Iterable[float]) -> str:
 
 
 def _keep_predictions(path: Path, found: Evaluation, floats: Evaluation) -> None:
-    """Write the class of each image, that which the float network names too, so that results can be compared image by
+    """Write the class or the scores of each image, and the float network's, so that results can be compared image by
     image."""
-    arrays = {"predictions": found.predictions, "float_predictions": floats.predictions, "labels": found.labels}
-    kept: dict[str, Any] = {name: values for name, values in arrays.items() if values is not None}
+    kept: dict[str, Any] = found.scores | {
+        FLOAT + name: floats.scores[name] for name in found.scores if name in floats.scores
+    }
+    if found.predictions is not None and found.labels is not None:
+        arrays = {"predictions": found.predictions, "float_predictions": floats.predictions, "labels": found.labels}
+        kept = {name: values for name, values in arrays.items() if values is not None}
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, **kept)
 
@@ -310,18 +319,6 @@ def opened_file(job: Job) -> Predict:
     return open_file(job.file, threads=torch.get_num_threads())
 
 
-def _asked_once(job: Job) -> Predict:
-    """Return the teacher for an evaluation, which asks it twice of each batch: as network and as teacher."""
-    latest: list[tuple[Tensor, Tensor]] = []
-
-    def ask(images: Tensor) -> Tensor:
-        if not latest or latest[0][0] is not images:
-            latest[:] = [(images, job.teacher.network(images.to(job.run.device)).cpu())]
-        return latest[0][1]
-
-    return ask
-
-
 def measure_agreement(job: Job, surrogate: Surrogate) -> SampleAgreement | None:
     """Return how often the file and the teacher name the same class for samples that calibrated nothing.
 
@@ -330,7 +327,7 @@ def measure_agreement(job: Job, surrogate: Surrogate) -> SampleAgreement | None:
     """
     if surrogate.statistics is not None:
         return None
-    teacher = _asked_once(job)
+    teacher = job.teacher.network
     networks: dict[str, Predict] = {"file": opened_file(job), "teacher": teacher}
     fresh = FreshSamples(surrogate.source, measured_on(AGREEMENT_IMAGES, job.settings.quantizer))
 

@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 
-from zsq.data.datasets import EvenSubset, class_list, open_dataset
+from zsq.data.datasets import DataSet, EvenSubset, class_list, open_dataset
 from zsq.errors import InputError
+from zsq.evaluation.measures import Decoder
 from zsq.export.files import require_runtime
 from zsq.graph.fold import fold
 from zsq.models.teacher import Teacher
 from zsq.quantization import PTQ
 from zsq.quantization.prepare import check_weight_names
+from zsq.runs.boxes import tried_decoder
 from zsq.runs.budget import EVALUATED, Costs, choose_schedule, forecast, sized
 from zsq.runs.console import TerminalProgress, shown
 from zsq.runs.details import start_details
@@ -52,6 +54,7 @@ def started(
     flags: Mapping[str, str | int | None] | None = None,
     data: str | os.PathLike[str] | None = None,
     class_names: str | Path | Sequence[str] | None = None,
+    decode: str | None = None,
     checkpoint_every: int | None = None,
     needs_images: bool = False,
     rehearsed: bool = False,
@@ -61,7 +64,7 @@ def started(
 
     Args:
         request: what is asked for.
-        quantizer, bits, data, class_names, checkpoint_every: see `QuantizeRequest`.
+        quantizer, bits, data, class_names, decode, checkpoint_every: see `QuantizeRequest`.
         flags: settings of the quantizer that have a flag of their own; see `resolve`.
         needs_images: refuse methods that make none.
         rehearsed: take the way to the file before anything is learnt, and warn of what stays float.
@@ -78,8 +81,8 @@ def started(
         teacher = _loaded(request, device)
         if check is not None:
             check(teacher)
-        images = None if data is None else open_dataset(os.fspath(data), teacher.spec, class_names=class_names)
-        facts: dict[str, Any] = {"data": data if data is None else os.fspath(data)}
+        images, decoder = _opened(data, class_names, decode, teacher)
+        facts: dict[str, Any] = {"data": data if data is None else os.fspath(data), "decode": decode}
         if class_names is not None:
             facts["class_names"] = class_list(class_names, teacher.spec.classes)
             teacher = replace(teacher, class_names=tuple(facts["class_names"]))
@@ -101,7 +104,15 @@ def started(
             )
             for notice in images.notices if images else ():
                 logger.info(notice)
-            job = Job(teacher=teacher, run=run, folder=request.folder, settings=wanted, data=images, fitted=fitted)
+            job = Job(
+                teacher=teacher,
+                run=run,
+                folder=request.folder,
+                settings=wanted,
+                data=images,
+                decoder=decoder,
+                fitted=fitted,
+            )
             resumed = _open_or_resume(job, request)
             begin = time.perf_counter()
             if resumed is None and rehearsed:
@@ -125,6 +136,25 @@ def _kind_of_log(request: Request) -> Kind | None:
     if request.log is None and request.resume and (request.folder / SETTINGS).is_file():
         return stored_facts(request.folder).get("log")
     return request.log
+
+
+def _opened(
+    data: str | os.PathLike[str] | None,
+    class_names: str | Path | Sequence[str] | None,
+    decode: str | None,
+    teacher: Teacher,
+) -> tuple[DataSet | None, Decoder | None]:
+    """Return the images on which a run is evaluated, and what reads boxes from its outputs, where they are asked for.
+
+    Raises:
+        InputError: there are no such images, the function fails, or has nothing to be compared with.
+    """
+    if data is None:
+        if decode is not None:
+            raise InputError(f"--decode is {decode}, and no boxes are there to compare with: --data FILE.npz.")
+        return None, None
+    images = open_dataset(os.fspath(data), teacher.spec, class_names=class_names, boxes=decode is not None)
+    return images, None if decode is None else tried_decoder(decode, teacher, images)
 
 
 def _rehearse(teacher: Teacher, settings: Settings, run: Run) -> None:

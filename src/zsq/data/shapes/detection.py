@@ -45,6 +45,8 @@ def decode(
 ) -> list[np.ndarray]:
     """Read boxes from the detector's maps: the cells whose heat is the highest of their class within one cell.
 
+    Of neighbours that are equally hot, as whole numbers often are, the first one counts.
+
     Args:
         heat: logits, [N, classes, cells, cells].
         size: width and height in cells, [N, 2, cells, cells].
@@ -60,7 +62,8 @@ def decode(
     padded = np.pad(scores, ((0, 0), (0, 0), (1, 1), (1, 1)))
     height, width = heat.shape[2:]
     around = [padded[:, :, row : row + height, column : column + width] for row in range(3) for column in range(3)]
-    scores = np.where(scores >= np.max(around, axis=0), scores, 0.0)
+    before, behind = np.max(around[:4], axis=0), np.max(around[5:], axis=0)
+    scores = np.where((scores > before) & (scores >= behind), scores, 0.0)
     found = []
     for image in range(len(heat)):
         order = np.argsort(-scores[image], axis=None, kind="stable")[:most]
