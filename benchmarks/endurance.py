@@ -206,7 +206,7 @@ def main() -> None:
     found: dict[str, Any] = {}
     for part in asked.only:
         for number, (title, _) in enumerate(parts()[part]):
-            with tempfile.TemporaryDirectory(prefix="zsq-endurance-") as folder:
+            with tempfile.TemporaryDirectory(prefix="zsq-endurance-", ignore_cleanup_errors=True) as folder:
                 words = [sys.executable, __file__, "--child", part, str(number), folder]
                 done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
             found[title] = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"ok": False}

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zsq.comparison.lines import renamed
+
 ROOT = Path(__file__).parents[1]
 LINES = ROOT / "benchmarks" / "results" / "tables.jsonl"
 PAGE, CSV = ROOT / "docs" / "results.md", ROOT / "docs" / "results.csv"
@@ -111,7 +113,7 @@ def read() -> tuple[dict[tuple[str, str, str, str], Cell], dict[str, tuple[float
     """Return the cells by network, method, bit width and quantizer, and each network's float top-1 and images."""
     runs: dict[tuple[str, str, str, str], dict[int, dict[str, Any]]] = {}
     floats = dict(FLOAT)
-    lines = [json.loads(line) for line in LINES.read_text().splitlines()]
+    lines = [renamed(json.loads(line)) for line in LINES.read_text().splitlines()]
     for network, recipes in RECIPES.items():
         for recipe in recipes:
             for line in lines:
@@ -120,7 +122,7 @@ def read() -> tuple[dict[tuple[str, str, str, str], Cell], dict[str, tuple[float
                 method = line["cell"].split("/")[1] + (", distilled" if "kd_weight" in recipe else "")
                 key = network, method, line["bits"], line["quantizer"]
                 runs.setdefault(key, {}).setdefault(line["seed"], line)
-                floats[network] = line["float_top1"], line["num_eval_images"]
+                floats[network] = line["float_score"], line["num_eval_images"]
     cells = {key: _cell(key, list(found.values())) for key, found in runs.items()}
     for (network, method), row in WRITTEN.items():
         for (bits, quantizer), figures in row.items():
@@ -129,7 +131,7 @@ def read() -> tuple[dict[tuple[str, str, str, str], Cell], dict[str, tuple[float
 
 
 def _cell(key: tuple[str, str, str, str], found: list[dict[str, Any]]) -> Cell:
-    top1 = [line["quantized_top1"] for line in found]
+    top1 = [line["score"] for line in found]
     labels = [line["label_recognition"] for line in found if line["label_recognition"] is not None]
     return Cell(
         *key,

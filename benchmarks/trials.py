@@ -130,7 +130,7 @@ def cells_of(folder: Path) -> list[object]:
     """Return the accuracies and predictions of a comparison."""
     lines = sorted(read_lines(folder / "cells.jsonl").items())
     predicted = [arrays_of(path) for path in sorted(folder.rglob("predictions.npz"))]
-    return [*((name, getattr(line.outcome, "quantized_top1", None)) for name, line in lines), *predicted]
+    return [*((name, getattr(line.outcome, "score", None)) for name, line in lines), *predicted]
 
 
 QUANTIZE = Verb(

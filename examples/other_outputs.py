@@ -1,6 +1,6 @@
 """Networks that give something else than one class an image, and of signals and volumes: the guides' own.
 
-They have the weights of chance; `--weights FILE` or your own code brings others. See docs/guides/other-outputs.md and
+Their weights are random; `--weights FILE` or your own code brings others. See docs/guides/other-outputs.md and
 docs/guides/signals-and-volumes.md.
 """
 

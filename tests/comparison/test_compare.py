@@ -33,6 +33,7 @@ from zsq.evaluation.accuracy import Evaluation
 from zsq.export.verify import Verification
 from zsq.methods import METHODS, Surrogate
 from zsq.models.teacher import Teacher, load, load_teacher
+from zsq.reports.text_tables import EMPTY
 from zsq.runs.fitted import FittedRun
 from zsq.runs.job import Job
 from zsq.runs.pipeline import Result, Stopwatch
@@ -683,7 +684,12 @@ def test_networks_of_other_outputs(heads):
     assert not done.outcomes.groups["segmenter", "noise", "ptq", "8"].scores
     text = Path("out/table.md").read_text()
     assert f"| detector (agreement) | INT8 | 100.00 | **{eight.mean:.2f}** |" in text
-    assert "The measures in parentheses of the quantized files in percent" in text
+    assert "Each network's measure, in parentheses, of the quantized files in percent" in text
+    differences = differences_table(done.outcomes)
+    assert differences.header[4:] == ("score %", "minus float")
+    lost = [(row[0].text, row[5].text.split()[0]) for row in differences.rows]
+    assert lost[:2] == [("segmenter (mean IoU)", EMPTY)] * 2
+    assert lost[2:] == [("detector (agreement)", f"{each.mean - 100:+.2f}") for each in (eight, three)]
     page = Path("out/report.html").read_text()
     assert f"best without data noise, ptq: agreement {eight.mean:.2f} % (95 % interval" in page
     assert Path("out/figures.csv").read_text().splitlines()[1].startswith("segmenter,noise,ptq,8,true,1,mean IoU,")

@@ -117,7 +117,7 @@ def _run(words: list[str], *, verbose: bool) -> None:
         sys.stdout.flush()  # help that nobody reads is a fault here, not at exit
     watch_starter()
     if isinstance(command, Quantize | Synthesize) and _needs_workers(command):
-        sys.exit(run_workers([*WORKER, *words, *VERBOSE[:verbose]], command.devices))
+        sys.exit(run_workers([*WORKER, *words, *(VERBOSE[:1] if verbose else ())], command.devices))
     with lines_on(verbose=verbose):
         command.run(PlainConsole())
 

@@ -12,10 +12,14 @@ from zsq.runs.settings import to_tables
 ELSEWHERE = ("label", "title", "source", "real", "bits", "quantizer", "methods")
 """What a recipe says of a teacher that changes no result, or stands in the settings of a cell."""
 
+LATER = ("measure", "decode")
+"""Keys that older folders do not know: unsaid, they change no hash, so that finished cells stay finished."""
+
 
 def digest(cell: Cell) -> str:
     """Return the hash of all that the recipe says of a cell's result; titles, and where data lies, are not part."""
-    entry = {key: value for key, value in asdict(cell.teacher).items() if key not in ELSEWHERE}
+    said = asdict(cell.teacher)
+    entry = {key: said[key] for key in said if key not in ELSEWHERE and not (key in LATER and said[key] is None)}
     content: dict[str, Any] = {"teacher": entry, "seed": cell.seed, **_fit_content(cell)}
     content["quantizer"] = to_tables(cell.settings)["quantizer"] if cell.quantizer else None
     return _sha256(content)

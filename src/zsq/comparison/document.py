@@ -56,7 +56,7 @@ def _parts(comparison: Comparison) -> Iterator[str]:
 def scored(outcomes: Outcomes) -> str:
     """Say what the figures of the main table are."""
     measure = outcomes.measure
-    what = f"{measure[:1].upper()}{measure[1:]}" if measure != "score" else "The measures in parentheses"
+    what = f"{measure[:1].upper()}{measure[1:]}" if measure != "score" else "Each network's measure, in parentheses,"
     return f"{what} of the quantized files in percent"
 
 

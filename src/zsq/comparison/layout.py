@@ -22,7 +22,7 @@ class Scores:
     file: dict[str, np.ndarray]
     """Those of the file."""
     floats: dict[str, np.ndarray]
-    """Those of the float network; empty in folders of before."""
+    """Those of the float network; empty in older folders."""
 
 
 def read_scores(path: Path) -> Scores:

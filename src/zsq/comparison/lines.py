@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -136,6 +137,7 @@ class CellLine:
         if status not in ("finished", "skipped"):
             raise ValueError(f"status is {status!r}; finished and skipped are known.")
         kind = "skipped" if status == "skipped" else "drawn" if "figure" in values else "quantized"
+        values = renamed(values)
         return _LINE.validate_python({**values, "outcome": _OUTCOMES[kind].validate_python(values)})
 
     @property
@@ -161,12 +163,20 @@ class CellLine:
         return json.dumps(sealed_values(self.as_dict()))
 
 
+NAMES_OF_0_2 = {"float_top1": "float_score", "quantized_top1": "score", "top1_interval": "interval"}
+
 _LINE = TypeAdapter(CellLine)
 _OUTCOMES: dict[str, TypeAdapter[Any]] = {
     "quantized": TypeAdapter(Quantized),
     "drawn": TypeAdapter(Drawn),
     "skipped": TypeAdapter(Skipped),
 }
+
+
+def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a line's values by the names of now: lines of zsq 0.2 knew top-1 alone, and are still read."""
+    found = {NAMES_OF_0_2.get(key, key): value for key, value in values.items()}
+    return found if found.keys() == values.keys() else {"measure": "top-1", **found}
 
 
 def read_lines(path: Path) -> dict[str, CellLine]:

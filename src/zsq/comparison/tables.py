@@ -99,14 +99,14 @@ def differences_table(outcomes: Outcomes) -> TextTable | None:
         for key, group in outcomes.groups.items()
     ]
     others = [f"minus {method.title}" for method in methods if len(methods) > 1]
-    header = ["network", "bits", "method", "quantizer", "top-1 %", "minus float", *others]
+    header = ["network", "bits", "method", "quantizer", f"{outcomes.measure} %", "minus float", *others]
     return text_table(header, rows, text_columns=4) if rows else None
 
 
 def _titles(outcomes: Outcomes, key: Key) -> list[str]:
     """Return what the columns of text say of a group."""
     teacher, method, quantizer, bits = key
-    networks = {entry.label: entry.title for entry in outcomes.recipe.teachers}
+    networks = {entry.label: outcomes.titled(entry) for entry in outcomes.recipe.teachers}
     methods = {entry.label: entry.title for entry in outcomes.recipe.methods}
     return [networks[teacher], _int(bits), methods[method], quantizer]
 

@@ -188,7 +188,8 @@ def paired_difference(first: np.ndarray, second: np.ndarray) -> Difference:
     seeds.
 
     Args:
-        first, second: share of the seeds with which image i was recognised, from 0 to 1, each [n], n at least 2.
+        first, second: score of image i, such as the share of the seeds with which it was recognised, from 0 to 1, each
+            [n], n at least 2.
     Raises:
         InputError: the two are not of one length of at least 2.
     Source: Bonett and Price, Adjusted Wald confidence interval for a difference of binomial proportions based on paired

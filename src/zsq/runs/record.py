@@ -34,7 +34,7 @@ class Artifact:
     sha256: str
     """Of its canonical content: equal for equal networks, whenever and wherever they were written."""
     file_sha256: str = field(default="", compare=False)
-    """Of its bytes, by which damage is seen before the file is used; empty in records of before."""
+    """Of its bytes, by which damage is seen before the file is used; empty in older records."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +102,7 @@ class Record:
     verification: Verification
     """The file against the simulation."""
     coverage: Coverage | None = None
-    """What is quantized, and what stays float, by name; None in records of before."""
+    """What is quantized, and what stays float, by name; None in older records."""
     num_eval_images: int = 0
     """Images on which accuracy was measured."""
     evaluation: dict[str, Evaluation] = field(default_factory=dict)
