@@ -63,7 +63,7 @@ NETWORKS = {
     for network in (
         Bundled(
             name="shapes_mobilenet",
-            summary="32x32 drawn shapes, 10 classes; a MobileNetV2",
+            summary="32x32 drawn shapes, 10 classes; a MobileNet",
             build=networks.ShapesMobileNet,
             weights=WEIGHTS / "mobilenet.safetensors",
             spec=_spec(32, len(CLASSES)),
