@@ -21,8 +21,9 @@ $(STAMP): pyproject.toml
 	@rm -f .venv/.installed*
 	@touch $(STAMP)
 
-demo: $(STAMP)  ## quantize the bundled network to INT8, INT6 and INT4 and print one table
-	$(BIN)/python examples/demo.py
+demo: $(STAMP)  ## quantize a bundled network with ZS-CGAN, noise and real images, and show the report
+	$(BIN)/zsq compare recipes/demo.toml --jobs 2 --resume --out runs/demo
+	$(BIN)/zsq report runs/demo --open
 
 quick: $(STAMP)  ## run the tests that take less than about half a second each, under a minute
 	$(PYTEST) -m 'not slow and not real'

@@ -1,6 +1,6 @@
 """List the canonical hashes of the files of finished runs: equal lists mean equal files.
 
-    python examples/demo.py --out runs/demo
+    zsq compare recipes/demo.toml --out runs/demo
     python benchmarks/hashes.py runs/demo --out benchmarks/results/hashes-demo.json
 
 Each run's record holds the hashes. They depend on the versions of the libraries and on the processor, so that only
