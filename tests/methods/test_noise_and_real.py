@@ -135,6 +135,6 @@ def test_the_record_says_what_was_trained_on(teacher, tmp_path):
     assert record.label_recognition > 90
 
 
-def test_noise_and_real_ask_for_labels(teacher):
-    assert Noise().fit(teacher, Run()).source.asks_labels
+def test_labels_mean_something_for_real_images_alone(teacher):
+    assert not Noise().fit(teacher, Run()).source.asks_labels
     assert Real(data="digits:train").fit(teacher, Run()).source.asks_labels

@@ -193,6 +193,13 @@ def test_maps_of_classes_have_rows_without_captions(tmp_path: Path) -> None:
     assert not any(tile.caption for _, _, shown in gallery.rows for tile in shown)
 
 
+def test_samples_of_no_class_are_one_row(tmp_path: Path) -> None:
+    (gallery,) = samples_of(with_samples(folder_with(tmp_path), labels=[])).blocks
+    assert isinstance(gallery, Gallery)
+    ((_, _, shown),) = gallery.rows
+    assert [(tile.caption, tile.marked) for tile in shown] == [(EVIL, False), ("class 7", False), (EVIL, False)]
+
+
 @pytest.mark.parametrize("damaged", [{"rows": 0}, {"rows": 7}, {"labels": "ab"}, {"seen": [[0]]}])
 def test_samples_that_do_not_fit_together_are_said(tmp_path: Path, damaged: dict[str, Any]) -> None:
     missing = page_of(with_samples(folder_with(tmp_path), **damaged)).sections[0]

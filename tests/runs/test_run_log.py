@@ -23,6 +23,8 @@ SPEC = ImageSpec(channels=1, height=4, width=6, classes=3, mean=(0.5,), std=(0.5
 class Brightening:
     """A learner whose loss is the step and whose samples grow brighter; no class can be asked for."""
 
+    asks_labels = True
+
     def __init__(self, stop_at: int | None = None) -> None:
         self.done, self.stop_at = torch.zeros(1), stop_at
 

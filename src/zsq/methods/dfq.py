@@ -62,13 +62,5 @@ class DFQ(Method):
             absorb(network, record, self.absorb_sigmas)
         pixels = uniform_pixels(teacher.spec, run)
         statistics = implied_statistics(network, record, pixels, self.range_sigmas, run)
-        return Surrogate(CheckSource(Noise(distribution="uniform"), teacher.spec, run), network, statistics)
-
-
-class CheckSource(NoiseSource):
-    """Noise pixels on which the file is checked against the simulation; nothing is learnt from them."""
-
-    @property
-    def asks_labels(self) -> bool:
-        """No: its pixels mean nothing."""
-        return False
+        checked_on = NoiseSource(Noise(distribution="uniform"), teacher.spec, run)
+        return Surrogate(checked_on, network, statistics)

@@ -47,15 +47,10 @@ class Noise(Method):
 
 
 class NoiseSource(Stateless):
-    """Streams noise with uniform labels."""
+    """Streams noise with uniform labels, which say nothing of it."""
 
     data_free = True
-    true_labels = False
-
-    @property
-    def asks_labels(self) -> bool:
-        """Whether there are classes to ask for."""
-        return self.spec.classes > 0
+    true_labels = asks_labels = False
 
     def __init__(self, settings: Noise, spec: ImageSpec, run: Run) -> None:
         self.settings, self.spec, self.seed, self.device = settings, spec, run.seed, run.device
@@ -78,9 +73,9 @@ class NoiseSource(Stateless):
         for index, start in enumerate(range(0, count, batch_size)):
             yield self._draw(name, index, min(batch_size, count - start))
 
-    def sample_labels(self, labels: Tensor) -> Tensor:
-        """Return one image for each label [N], [N, C, H, W]: any is as good as another."""
-        return self._draw("grid", 0, len(labels)).images
+    def sample_labels(self, labels: Tensor) -> None:
+        """Return None: noise is of no class."""
+        del labels
 
     def batch(self, step: int, student: nn.Module | None) -> Batch:
         """Return the batch of a distillation step."""

@@ -192,11 +192,18 @@ def write_page(page: Page, path: Path) -> None:
 
 def curve(title: str, steps: Sequence[float], values: Sequence[float]) -> Markup:
     """Return one loss over its steps; values that are not finite are gaps."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, panel = _panel(title, (3.4, 2.0))
     known = [value for value in values if math.isfinite(value)]
     panel.plot(steps, [value if math.isfinite(value) else math.nan for value in values], color=COLOURS[0], lw=1.4)
     if known and min(known) > 0 and max(known) > 20 * min(known):
         panel.set_yscale("log")
+    else:
+        panel.ticklabel_format(axis="y", useOffset=False)
+        if known and min(known) == max(known):
+            panel.set_ylim(known[0] - (abs(known[0]) or 1), known[0] + (abs(known[0]) or 1))
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.set_xlabel("step", color=TEXT)
     return _svg(figure, title)
 

@@ -27,6 +27,9 @@ SEARCHED = 2000
 
 
 class _Sampler(Protocol):
+    @property
+    def asks_labels(self) -> bool: ...
+
     def sample(self, count: int, batch_size: int = 100) -> Iterator[Batch]: ...
 
     def sample_labels(self, labels: Tensor) -> Tensor | None: ...
@@ -60,8 +63,11 @@ def images_in_rows(
     searched: int = SEARCHED,
 ) -> tuple[Tensor, Tensor]:
     """Return a network's inputs [rows x columns, C, ...], one row a label, and which places have one, bool; arguments
-    as of `rows_of_images`, and through how many images to look where a source cannot be asked for a label."""
-    if spec.classes == 0:
+    as of `rows_of_images`, and through how many images to look where a source cannot be asked for a label.
+
+    Without labels, images that are of no class in particular come as they are drawn.
+    """
+    if labels is None and not (spec.classes and source.asks_labels):
         return _any_images(source, columns)
     labels = grid_labels(spec.classes) if labels is None else labels
     asked = source.sample_labels(labels.repeat_interleave(columns))

@@ -1,5 +1,6 @@
 """The report of a run's folder, made from what the folder holds alone; nothing here runs a network."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -170,7 +171,7 @@ def _on_samples(record: Record) -> Judged:
         reasons.append("The method makes no images, so that nothing was measured but the file's arithmetic.")
     elif samples.teacher_agreement is None:
         reasons.append(
-            f"The float network sees {samples.num_classes} classes in the samples, too few to tell anything."
+            f"The float network sees too few classes in the samples to tell anything ({samples.num_classes})."
         )
     else:
         reasons.append(
@@ -193,18 +194,22 @@ def _of_record(record: Record | None) -> Iterator[Section]:
     """Yield float against file."""
     if record is None:
         return
-    rows: list[list[Cell | str]] = [
-        [name, _share(e.top1, e.top1_interval), _share(e.top5), _share(e.teacher_agreement, e.agreement_interval)]
-        for name, e in record.evaluation.items()
-    ]
-    head = ["network", "top-1 (95 % interval)", "top-5", "agreement with float (95 % interval)"]
+    columns: dict[str, list[Cell]] = {
+        "top-1 (95 % interval)": [_share(e.top1, e.top1_interval) for e in record.evaluation.values()],
+        "top-5": [_share(e.top5) for e in record.evaluation.values()],
+        "agreement with float (95 % interval)": [
+            _share(e.teacher_agreement, e.agreement_interval) for e in record.evaluation.values()
+        ],
+    }
+    known = {head: cells for head, cells in columns.items() if any(cell.value is not None for cell in cells)}
+    head, rows = ["network", *known], list(zip(record.evaluation, *known.values(), strict=True))
     measures = [
         [name, m.output, m.name, against, figure(m)]
         for name, e in record.evaluation.items()
         for against, found in (("what is true", e.truths), ("float", e.measures))
         for m in found
     ]
-    blocks: list[Block] = [table(head, rows)] if rows and not measures else []
+    blocks: list[Block] = [table(head, rows)] if known and not measures else []
     blocks += [table(["network", "output", "measure", "against", "value"], measures)] if measures else []
     blocks += _deployed(record)
     if blocks:
@@ -223,12 +228,13 @@ def _deployed(record: Record) -> Iterator[Block]:
         return
     size = record.artifacts[record.file].bytes
     own = target_of(record.target).runs_in
-    rows: list[list[Cell | str]] = [[record.file, *_deployment(size, took.file), Cell("-"), own]]
+    rows: list[list[Cell | str]] = [[f"{record.file} in {own}", *_deployment(size, took.file), Cell("-")]]
     if took.float_file is not None and took.float_bytes is not None:
         times = took.float_file / max(took.file, 1e-9)
         rows[0][3] = Cell(f"{times:.2f} times as fast, {took.float_bytes / size:.2f} times smaller")
-        rows.append(["float", *_deployment(took.float_bytes, took.float_file), Cell(""), took.float_runtime])
-    yield table(["one image, one thread", "size", "latency", "against float", "runtime"], rows)
+        own = took.float_runtime
+        rows.append([f"float in {own}", *_deployment(took.float_bytes, took.float_file), Cell("")])
+    yield table(["one image, one thread", "size", "latency", "against float"], rows)
     note = ("Measured once and briefly on the machine of the run.", *([f"{took.note}."] if took.note else []))
     yield Lines(note)
 
@@ -248,7 +254,7 @@ def _samples(folder: Path, missing: list[str]) -> Iterator[Section]:
         missing.append(str(error))
     title = "Images that stood in for the training data"
     try:
-        if grid is None or not grid.labels:
+        if grid is None or not (grid.labels or grid.seen):
             with Image.open(path) as image:
                 image.verify()
             yield Section("Samples", (picture(path, "synthetic images"),), f"{title}.")
@@ -257,6 +263,11 @@ def _samples(folder: Path, missing: list[str]) -> Iterator[Section]:
         found = tiles(path, grid.rows, grid.columns, shown)
     except (OSError, SyntaxError, ValueError) as error:
         missing.append(f"{SAMPLES} cannot be read: {error}.")
+        return
+    if not grid.labels:
+        of_rows = map(_tiles, itertools.repeat(grid), found, grid.seen)
+        note = f"{title}; they were made for no class in particular. Below each, the class that the float network sees."
+        yield Section("Samples", (Gallery((("", "", tuple(itertools.chain(*of_rows))),)),), note)
         return
     rows = tuple(_sample_row(grid, row, sources) for row, sources in enumerate(found))
     spread = "" if grid.labels == tuple(range(len(rows))) else "; of all classes, ten spread evenly"
@@ -268,21 +279,30 @@ def _samples(folder: Path, missing: list[str]) -> Iterator[Section]:
 
 def _sample_row(grid: SampleGrid, row: int, sources: list[str]) -> tuple[str, str, tuple[Tile, ...]]:
     """Return a class, how many of its images the network recognises, and the images."""
-
-    def name(label: int) -> str:
-        return grid.names.get(label, f"class {label}")
-
     wanted = grid.labels[row]
+    name = _class_name(grid, wanted)
     if not grid.seen:
-        return name(wanted), "", tuple(Tile(source) for source in sources)
-    found = [
-        Tile(source, name(seen) if seen == wanted else f"✗ {name(seen)}", marked=seen != wanted)
-        for source, seen in zip(sources, grid.seen[row], strict=True)
-        if seen is not None
-    ]
+        return name, "", tuple(Tile(source) for source in sources)
+    found = _tiles(grid, sources, grid.seen[row], wanted)
     if not found:
-        return name(wanted), "no such image was drawn", ()
-    return name(wanted), f"{sum(not tile.marked for tile in found)} of {len(found)} recognised", tuple(found)
+        return name, "no such image was drawn", ()
+    return name, f"{sum(not tile.marked for tile in found)} of {len(found)} recognised", found
+
+
+def _tiles(
+    grid: SampleGrid, sources: list[str], seen: tuple[int | None, ...], wanted: int | None = None
+) -> tuple[Tile, ...]:
+    """Return images with what the network sees in them, marked where it is another class than the wanted one."""
+    found = []
+    for source, label in zip(sources, seen, strict=True):
+        if label is not None:
+            wrong = wanted is not None and label != wanted
+            found.append(Tile(source, "✗ " * wrong + _class_name(grid, label), marked=wrong))
+    return tuple(found)
+
+
+def _class_name(grid: SampleGrid, label: int) -> str:
+    return grid.names.get(label, f"class {label}")
 
 
 def _curves(folder: Path, missing: list[str]) -> Iterator[Section]:

@@ -29,7 +29,7 @@ class SampleGrid:
     columns: int
     """Of the picture."""
     labels: tuple[int, ...] = ()
-    """Class of each row; empty where the network names no classes."""
+    """Class of each row; empty where images are of no class in particular."""
     seen: tuple[tuple[int | None, ...], ...] = ()
     """Class that the float network sees in each of a row's first images, None where there is no image; empty where it
     does not give one class an image."""
@@ -39,7 +39,7 @@ class SampleGrid:
     def __post_init__(self) -> None:
         rows = [len(row) for row in self.seen]
         fits = self.rows > 0 and self.columns > 0 and len(self.labels) in (0, self.rows)
-        if not fits or len(rows) not in (0, len(self.labels)) or (rows and not 0 < min(rows) == max(rows)):
+        if not fits or len(rows) not in (0, self.rows) or (rows and not 0 < min(rows) == max(rows)):
             raise ValueError("rows, labels and what is seen do not fit together")
 
     @classmethod
@@ -60,7 +60,8 @@ class SampleGrid:
 
 @torch.no_grad()
 def keep_samples(source: SampleSource, teacher: Teacher, folder: Path) -> None:
-    """Write `samples.png`, a row a class, and `samples.json`, what the float network sees in it.
+    """Write `samples.png`, a row a class where images were asked for by class, and `samples.json`, what the float
+    network sees in it.
 
     Args:
         source: of the images.
@@ -72,9 +73,9 @@ def keep_samples(source: SampleSource, teacher: Teacher, folder: Path) -> None:
     pictures = as_rows(images, known, spec)
     rows, columns = pictures.shape[:2]
     write_grid(pictures.numpy(), folder / SAMPLES)
-    labels = tuple(grid_labels(spec.classes).tolist()) if spec.classes else ()
+    labels = tuple(grid_labels(spec.classes).tolist()) if source.asks_labels else ()
     seen: tuple[tuple[int | None, ...], ...] = ()
-    if labels and not map_shape(spec):
+    if spec.classes and not map_shape(spec):
         asked = min(columns, SEEN_COLUMNS_LARGE if spec.is_large else SEEN_COLUMNS)
         shown = images.view(rows, columns, *images.shape[1:])[:, :asked].flatten(0, 1)
         answers = torch.cat([teacher.network(part).cpu() for part in shown.split(spec.images_at_once)])

@@ -219,6 +219,8 @@ def write_and_check(job: Job, student: Student, surrogate: Surrogate) -> tuple[V
     )
     if found.num_images < total:  # enough was known
         told.update("check", found.num_images, found.num_images, {})
+    else:
+        next(batches, None)  # the last of them is done
     return replace(found, lowered_percent=lowered), coverage(converted, spec, float_operators(job.target))
 
 
@@ -361,8 +363,8 @@ def _warn_of_agreement(job: Job, agreement: float, classes: int, *, meaningful: 
     """Warn where agreement on samples is low, or tells nothing."""
     if not meaningful:
         logger.warning(
-            f"the float network sees {classes} classes in the samples, too few to tell how good "
-            f"{job.file.name} is; a longer --budget may help, and labelled images (--data) tell the accuracy."
+            f"the float network sees {classes} of {job.teacher.spec.classes} classes in the samples, too few to tell "
+            f"how good {job.file.name} is; a longer --budget may help, and labelled images (--data) tell the accuracy."
         )
     elif agreement < LOW_AGREEMENT:
         hint = "" if job.settings.quantizer.name == "qat" else "--quantizer qat or "

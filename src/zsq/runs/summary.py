@@ -66,9 +66,9 @@ def _sample_rows(record: Record) -> Iterator[tuple[str, str]]:
     if (samples := record.samples) is not None and samples.measures:
         yield from measure_rows(samples.measures, f"{samples.num_images} samples")
     elif samples is not None:
-        share, seen = samples.teacher_agreement, f"in which the float network sees {samples.num_classes} classes"
+        share, seen = samples.teacher_agreement, f"classes seen in them: {samples.num_classes}"
         known = "not known" if share is None else f"{share:.1f} %"
-        yield "agreement on samples", f"{known} ({samples.num_images} samples, {seen})"
+        yield "agreement on samples", f"{known} ({samples.num_images} samples; {seen})"
 
 
 def measure_rows(measures: tuple[Measure, ...], of: str) -> Iterator[tuple[str, str]]:
