@@ -331,11 +331,17 @@ def test_class_names_say_which_folder_is_which(tmp_path) -> None:
     assert data.notices == [f"class folders of data set '{folder}': disc=1, cross=2"]
 
 
+def test_a_name_that_stands_twice_hinders_only_a_folder_of_that_name(tmp_path) -> None:
+    folder = class_folders(tmp_path / "set", ["cross"])
+    data = open_dataset(folder, spec_of(), class_names=["crane", "crane", "cross"])
+    assert read(data)[1] == [2]
+
+
 @pytest.mark.parametrize(
     ("names", "text"),
     [
         ("ring\ndisc\n", "names.txt names 2 classes, one a line; the teacher knows 3"),
-        ("ring\ndisc\ndisc\n", "names.txt names the class 'disc' twice"),
+        ("cross\ndisc\ndisc\n", "names.txt has the name 'disc' for more than one class"),
         ("ring\ndisk\ncross\n", r"has a folder 'disc', which .*names.txt does not name. Did you mean 'disk'\?"),
         (None, "class names of .*names.txt cannot be read"),
     ],

@@ -111,7 +111,7 @@ def test_a_first_run_without_images_can_be_read_in_a_terminal(screens, folders):
 def test_a_run_is_measured_on_images_as_they_come(screens, folders):
     _, shown = screens
     flat, wrong, right = ("\n".join(lines) for lines in shown.values())
-    assert re.search(r"model\.onnx.* 50", flat)
+    assert re.search(r"│ images +│ +50 │ +50 │", flat)
     assert "eight=0, five=1" in wrong
     words = " ".join(wrong.split())
     assert re.search(r"WARNING: model.onnx recognises \S+ % of 50 images of named, no more than guessing would", words)

@@ -2,7 +2,7 @@
 
 import json as json_format
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,7 +19,7 @@ from zsq.export.files import is_file_of_ours, open_file
 from zsq.models.network import Network
 from zsq.models.options import option
 from zsq.models.teacher import Teacher, load
-from zsq.reports.text_tables import percent, table
+from zsq.reports.text_tables import EMPTY, percent, table
 from zsq.runs.boxes import own_decoder
 from zsq.runs.console import shown
 from zsq.runs.folder import file_in
@@ -82,8 +82,7 @@ class Evaluate:
         if any(evaluation.measures or evaluation.truths for evaluation in found.values()):
             console.print(table(title, ("network", "output", "measure", "value"), list(_measures(found))))
             return
-        columns = ("network", "top-1 %", "95 % interval", "top-5 %", "agree %", "correct")
-        console.print(table(title, columns, [_row(*item) for item in found.items()]))
+        console.print(table(title, ("", *found), _figures(list(found.values()))))
 
     def _measure(self) -> dict[str, Evaluation]:
         if not self.network.model and self.file is None:
@@ -112,15 +111,17 @@ class Evaluate:
             )
             warn_of_chance(found[place.name], file.spec, data, place.name)
             return found
-        return self._of_network(self._stored(place), place, show)
+        return self._of_network(self._stored(place), place, show, data)
 
-    def _of_network(self, teacher: Teacher, place: Path | None, show: Progress) -> dict[str, Evaluation]:
-        """Measure a float network, and beside it the file at a place."""
+    def _of_network(
+        self, teacher: Teacher, place: Path | None, show: Progress, data: DataSet | None = None
+    ) -> dict[str, Evaluation]:
+        """Measure a float network, and beside it the file at a place, on the data, which may be open already."""
         teacher = teacher.to(pick_device(self.device))
         beside = None if place is None else open_file(place)
         if beside is not None and replace(beside.spec, resize=None) != replace(teacher.spec, resize=None):
             raise InputError(f"{place} takes {beside.spec}, and {teacher.name} {teacher.spec}.")
-        data = self._open(teacher.spec, place)
+        data = data or self._open(teacher.spec, place)
         networks: dict[str, Predict] = {teacher.name: teacher.network}
         if beside is None and not data.labelled:
             raise InputError(f"data set '{self.data}' has no labels; --file RUN measures agreement on it.")
@@ -188,8 +189,24 @@ def _measures(found: dict[str, Evaluation]) -> Iterator[list[str]]:
             yield [name, measure.output, f"{measure.name}, against float", figure(measure)]
 
 
-def _row(name: str, found: Evaluation) -> list[str]:
-    interval = "-" if found.top1_interval is None else "{:.2f}-{:.2f}".format(*found.top1_interval)
-    shares = [percent(found.top1), interval, percent(found.top5), percent(found.teacher_agreement)]
-    correct = "-" if found.top1_correct is None else str(found.top1_correct)
-    return [name, *shares, f"{correct} of {found.num_images}"]
+def _figures(found: Sequence[Evaluation]) -> Iterator[list[str]]:
+    """Yield a row a figure, with its name; none where nothing is known. Of several, the first is the float network."""
+    agreements = [(e.teacher_agreement, e.agreement_interval) for e in found]
+    if len(found) > 1:
+        agreements[0] = (None, None)  # it agrees with itself
+    rows = (
+        ("top-1 %", [percent(e.top1) for e in found]),
+        ("  95 % interval", [_reach(e.top1_interval) for e in found]),
+        ("top-5 %", [percent(e.top5) for e in found]),
+        ("agreement with float %", [percent(share) for share, _ in agreements]),
+        ("  95 % interval", [_reach(interval) for _, interval in agreements]),
+        ("correct", [EMPTY if e.top1_correct is None else str(e.top1_correct) for e in found]),
+        ("images", [str(e.num_images) for e in found]),
+    )
+    for name, cells in rows:
+        if set(cells) != {EMPTY}:
+            yield [name, *cells]
+
+
+def _reach(interval: tuple[float, float] | None) -> str:
+    return EMPTY if interval is None else "{:.2f} to {:.2f}".format(*interval)

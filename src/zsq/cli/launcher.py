@@ -15,6 +15,7 @@ from types import FrameType
 from typing import IO
 
 from zsq.cli.names import SUPERVISED
+from zsq.cli.output import print_error
 
 LOST = 70
 """Exit code of a process that ends because another one has, and says nothing, since the cause is elsewhere."""
@@ -79,7 +80,7 @@ def _supervise(workers: "list[subprocess.Popen[bytes]]", errors: Sequence[IO[byt
         return own
     culprits = [rank for rank, worker in enumerate(workers) if worker.returncode not in (0, LOST)]
     first = failed if failed in culprits or not culprits else culprits[0]
-    print(f"Error: {_reason(first, workers[first].returncode, errors[first])}", file=sys.stderr)
+    print_error(_reason(first, workers[first].returncode, errors[first]))
     return 1
 
 

@@ -23,7 +23,7 @@ from zsq.cli.launcher import LOST, STOPPED, run_workers, watch_starter
 from zsq.cli.methods import Methods
 from zsq.cli.models import Models
 from zsq.cli.names import DEBUG, NAMES, SUPERVISED, VERBOSE, WRONG_USAGE, misspelled, without_anywhere
-from zsq.cli.output import PlainConsole, open_streams
+from zsq.cli.output import PlainConsole, open_streams, print_error
 from zsq.cli.quantize import Quantize
 from zsq.cli.report import Report
 from zsq.cli.synthesize import Synthesize
@@ -35,7 +35,6 @@ from zsq.runs.request import Request
 from zsq.runtime import distributed
 from zsq.runtime.device import pick_device
 from zsq.runtime.memory import LESS_MEMORY, lacks_memory
-from zsq.runtime.plain_text import printable
 from zsq.runtime.quiet import leave_stdout
 
 WORKER = (sys.executable, "-P", "-m", "zsq")
@@ -56,7 +55,7 @@ def parse(arguments: list[str] | None = None) -> Any:
     """Return the command that the arguments ask for, ready to run; exits 2 on wrong usage."""
     asked = (sys.argv[1:] if arguments is None else arguments)[:1]
     if error := misspelled(asked):
-        print(f"Error: {error}", file=sys.stderr)
+        print_error(str(error))
         sys.exit(WRONG_USAGE)
     forms = tuple(
         Annotated[kind, subcommand(name, description=_described(kind, with_examples=asked == [name]))]
@@ -152,7 +151,7 @@ def _complete(command: Any) -> Any:
         return command
     request: Request = resumed(command.request)
     if reason := lacking(request):
-        print(f"Error: {reason}", file=sys.stderr)
+        print_error(reason)
         sys.exit(WRONG_USAGE)
     return replace(command, request=request)  # type: ignore[arg-type]
 
@@ -174,5 +173,5 @@ def _needs_workers(command: Quantize | Synthesize) -> bool:
 
 
 def _stop(text: str) -> NoReturn:
-    print(f"Error: {printable(' '.join(text.split()))}", file=sys.stderr)
+    print_error(text)
     sys.exit(1)

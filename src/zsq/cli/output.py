@@ -31,11 +31,20 @@ def print_rows(console: Console, rows: Iterable[tuple[str, str]]) -> None:
     for name, text in rows:
         line = f"{name + ':':{NAME_WIDTH}} {text}"
         if console.is_terminal:
-            indent = " " * (NAME_WIDTH + 1)
-            line = textwrap.fill(
-                line, console.width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-            )
+            line = _folded(line, console.width, " " * (NAME_WIDTH + 1))
         console.print(line, soft_wrap=True)
+
+
+def print_error(text: str) -> None:
+    """Print what went wrong to standard error, as one line; a terminal shows it folded between words."""
+    line = f"Error: {printable(' '.join(text.split()))}"
+    if sys.stderr.isatty():
+        line = _folded(line, Console(stderr=True).width)
+    print(line, file=sys.stderr)
+
+
+def _folded(line: str, width: int, indent: str = "") -> str:
+    return textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def open_streams() -> None:

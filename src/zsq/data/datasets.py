@@ -601,12 +601,18 @@ def _in_folders(
         return files, [UNKNOWN] * len(files), f"data set '{name}' has {len(files)} images and no labels{left}", ""
     if class_names is not None:
         names = class_list(class_names, spec.classes)
+        source = class_names if isinstance(class_names, str | Path) else "the list of class names"
         unknown = sorted(folder.name for folder in folders if folder.name not in names)
         if unknown:
             near = difflib.get_close_matches(unknown[0], names, n=1)
             hint = f" Did you mean '{near[0]}'?" if near else ""
-            source = class_names if isinstance(class_names, str | Path) else "the list of class names"
             raise InputError(f"data set '{name}' has a folder '{unknown[0]}', which {source} does not name.{hint}")
+        twice = sorted(folder.name for folder in folders if names.count(folder.name) > 1)
+        if twice:  # ImageNet has two cranes
+            raise InputError(
+                f"{source} has the name '{twice[0]}' for more than one class, and data set '{name}' has one folder of "
+                "that name; a metadata.csv (file_name,label) tells which is meant."
+            )
         numbers = {folder: names.index(folder.name) for folder in folders}
     else:
         if all(folder.name.isdecimal() for folder in folders):
@@ -661,7 +667,7 @@ def read_class_names(path: str | Path, classes: int) -> list[str]:
     """Return the names of a file with one class a line, in the network's order.
 
     Raises:
-        InputError: the file cannot be read, or does not name each class once.
+        InputError: the file cannot be read, or names more or fewer classes.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -670,9 +676,6 @@ def read_class_names(path: str | Path, classes: int) -> list[str]:
     names = [line.strip() for line in text.splitlines() if line.strip()]
     if len(names) != classes:
         raise InputError(f"{path} names {len(names)} classes, one a line; the teacher knows {classes}.")
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise InputError(f"{path} names the class '{twice}' twice.")
     return names
 
 

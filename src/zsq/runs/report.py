@@ -198,7 +198,8 @@ def _of_record(record: Record | None) -> Iterator[Section]:
         "top-1 (95 % interval)": [_share(e.top1, e.top1_interval) for e in record.evaluation.values()],
         "top-5": [_share(e.top5) for e in record.evaluation.values()],
         "agreement with float (95 % interval)": [
-            _share(e.teacher_agreement, e.agreement_interval) for e in record.evaluation.values()
+            Cell("-") if name == "float" else _share(e.teacher_agreement, e.agreement_interval)
+            for name, e in record.evaluation.items()
         ],
     }
     known = {head: cells for head, cells in columns.items() if any(cell.value is not None for cell in cells)}
