@@ -34,6 +34,9 @@ BESIDE = 7.0
 FAR_APART = 5.0
 """Quotient of the ends from which an axis is logarithmic."""
 
+FEW_POINTS = 10
+"""Points below which a curve shows each."""
+
 LARGE_TILE = 64
 """Longer side in pixels from which small images are stored as JPEG."""
 
@@ -192,11 +195,19 @@ def write_page(page: Page, path: Path) -> None:
 
 def curve(title: str, steps: Sequence[float], values: Sequence[float]) -> Markup:
     """Return one loss over its steps; values that are not finite are gaps."""
+    figure, panel = _panel(title, (3.4, 2.0))
+    draw_loss(panel, steps, values)
+    panel.set_xlabel("step", color=TEXT)
+    return _svg(figure, title)
+
+
+def draw_loss(panel: "Axes", steps: Sequence[float], values: Sequence[float]) -> None:
+    """Draw a loss over its steps into a panel: points while there are few, and a line; gaps where it is not finite."""
     from matplotlib.ticker import MaxNLocator
 
-    figure, panel = _panel(title, (3.4, 2.0))
     known = [value for value in values if math.isfinite(value)]
-    panel.plot(steps, [value if math.isfinite(value) else math.nan for value in values], color=COLOURS[0], lw=1.4)
+    finite = [value if math.isfinite(value) else math.nan for value in values]
+    panel.plot(steps, finite, color=COLOURS[0], lw=1.4, marker="o" if len(values) < FEW_POINTS else "", ms=3)
     if known and min(known) > 0 and max(known) > 20 * min(known):
         panel.set_yscale("log")
     else:
@@ -204,8 +215,6 @@ def curve(title: str, steps: Sequence[float], values: Sequence[float]) -> Markup
         if known and min(known) == max(known):
             panel.set_ylim(known[0] - (abs(known[0]) or 1), known[0] + (abs(known[0]) or 1))
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-    panel.set_xlabel("step", color=TEXT)
-    return _svg(figure, title)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,9 @@ LINE_EVERY = 30
 NOTEBOOK_EVERY, NOTEBOOK_COLUMNS = 0.25, 100
 """Seconds between two pictures of a bar in a notebook, and its columns."""
 
+NOTEBOOK_STYLE = "white-space:pre-wrap;word-break:normal;font-family:var(--jp-code-font-family,monospace)"
+"""Of its text: long lines are folded between words."""
+
 
 def say_line(text: str) -> None:
     """Print a line that the user should read."""
@@ -171,7 +174,7 @@ class NotebookOutput(io.StringIO):
         self._shown = now
         display = importlib.import_module("IPython.display").display
         text = self.getvalue() + bar
-        data = {"text/plain": text, "text/html": f'<pre style="white-space:pre-wrap">{escape(text)}</pre>'}
+        data = {"text/plain": text, "text/html": f'<pre style="{NOTEBOOK_STYLE}">{escape(text)}</pre>'}
         if self._handle is None:
             self._handle = display(data, raw=True, display_id=True)
         else:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from zsq.reports.html import draw_loss
 from zsq.training.checkpoints import METRICS
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Losses(Mapping[str, dict[str, Points]]):
         for row, (phase, terms) in zip(panels, self.items(), strict=False):
             for panel, (name, points) in zip(row, terms.items(), strict=False):
                 panel.set_visible(True)
-                panel.plot(*zip(*points, strict=True), lw=1.2)
+                draw_loss(panel, *zip(*points, strict=True))
                 panel.set_title(f"{phase}: {name}", fontsize=9, parse_math=False)
                 panel.tick_params(labelsize=7)
         return figure
