@@ -232,17 +232,9 @@ class Kills:
         hits[where] = hits.get(where, 0) + 1
 
 
-def interruptible() -> None:
-    """Take signals even where they are ignored, as below `nohup` and in the background of a shell."""
-    for number in SIGNALS[1:]:
-        signal.signal(number, signal.SIG_DFL)
-
-
 def killed_at(words: list[str], seconds: float, number: signal.Signals) -> tuple[bool, str]:
     """Signal a command once it has used so much of a processor; return whether it still ran, and what it said."""
-    process = subprocess.Popen(
-        [*ZSQ, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible
-    )
+    process = subprocess.Popen([*ZSQ, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     ticks = Path(f"/proc/{process.pid}/stat")
     while process.poll() is None:
         user, system = ticks.read_text().rpartition(")")[2].split()[11:13]
@@ -368,6 +360,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # commands ignore what is ignored here, as below `nohup`
     with tempfile.TemporaryDirectory(prefix="zsq-trials-") as place:
         trials = Trials(Path(place), asked.minutes)
         whole = trials.folder / "whole"
