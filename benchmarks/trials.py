@@ -216,7 +216,7 @@ class Kills:
                 part = draw.random()
                 killed, said = killed_at(words, part * left, draw.choice(SIGNALS))
                 if "Traceback" in said:
-                    return f"{name}: a traceback"
+                    return f"{name}: a traceback: {said[-600:]}"
                 words, left = [*verb.words(place), *verb.again], (1 - part / 2) * seconds
             self.late += not killed
         self._count(name, place / "out", part)

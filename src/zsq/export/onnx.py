@@ -31,6 +31,7 @@ from zsq.export.options import PLAIN, FileOptions
 from zsq.export.pixels import take_pixels
 from zsq.graph import edit
 from zsq.graph.edit import argument, aten
+from zsq.graph.plain import forgetting_examples
 from zsq.runtime.files import replacing
 from zsq.targets import TARGETS, Target
 from zsq.types import ImageSpec
@@ -100,6 +101,7 @@ def write_onnx(
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(f"the network has no ONNX form: {_reason(error)} The .pt2 file needs none.") from error
     assert program is not None
+    forgetting_examples(program.exported_program)
     model = program.model_proto
     if not target.symmetric_activations:
         pad_channels(model)

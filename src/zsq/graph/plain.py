@@ -29,10 +29,10 @@ def plain_network(program: ExportedProgram) -> GraphModule:
     Returns:
         A module whose output node returns the node of the network's answer itself, or a tuple of nodes.
     """
-    network = program.module(check_guards=False)
+    network = forgetting_examples(program).module(check_guards=False)
     _functionalize(network.graph)
     if not _is_plain(network.graph):
-        network = program.run_decompositions({}).module(check_guards=False)
+        network = forgetting_examples(program.run_decompositions({})).module(check_guards=False)
         _forget_writes(network.graph)
     graph = network.graph
     _name_batch_norms(graph)
@@ -49,6 +49,19 @@ def plain_network(program: ExportedProgram) -> GraphModule:
         elif node.target is aten.view.default:
             node.target = aten.reshape.default  # takes values in channels-last order, too
     return network
+
+
+def forgetting_examples(program: ExportedProgram) -> ExportedProgram:
+    """Return an exported program whose shapes no longer hold the tensors that they were told from.
+
+    These hold the shapes in turn, through C++, where Python's garbage collector sees no circle (PyTorch 2.11 to 2.14):
+    each program would stay until the process ends.
+    """
+    for node in program.graph.nodes:
+        shapes = getattr(getattr(node.meta.get("val"), "fake_mode", None), "shape_env", None)
+        if shapes is not None:
+            shapes.tracked_fakes = None
+    return program
 
 
 def _is_plain(graph: fx.Graph) -> bool:
