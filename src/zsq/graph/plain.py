@@ -52,15 +52,19 @@ def plain_network(program: ExportedProgram) -> GraphModule:
 
 
 def forgetting_examples(program: ExportedProgram) -> ExportedProgram:
-    """Return an exported program whose shapes no longer hold the tensors that they were told from.
+    """Return an exported program that ends with its last reference: PyTorch 2.11 to 2.14 keeps each one for good.
 
-    These hold the shapes in turn, through C++, where Python's garbage collector sees no circle (PyTorch 2.11 to 2.14):
-    each program would stay until the process ends.
+    Its shapes hold the tensors that they were told from, which hold the shapes in turn through C++, where Python's
+    garbage collector sees no circle; and the caches of their methods are of all shapes there have been.
     """
     for node in program.graph.nodes:
         shapes = getattr(getattr(node.meta.get("val"), "fake_mode", None), "shape_env", None)
         if shapes is not None:
             shapes.tracked_fakes = None
+            for method in vars(type(shapes)).values():
+                if hasattr(method, "cache_clear"):
+                    method.cache_clear()
+            break  # a program has one
     return program
 
 
