@@ -3,15 +3,17 @@
     python benchmarks/trials.py [--kills 40] [--flips 200] [--disks 20] [--hostile 1000] [--minutes 10]
 
 A trial fails where a traceback is shown, a file is left half-written, a kill loses a run, damage changes a result
-without a word, or a hostile file is not refused in one line. Kills hit every command in `VERBS` at random moments; the
-command is then repeated, and has to give what it gives undisturbed. Prints one JSON line of counts, with the kills by
-command and by the last file that was there; `make soak` runs it.
+without a word, or a hostile file is not refused in one line. Kills hit every command in `VERBS` once it has used a
+drawn part of the processor time that it takes undisturbed, however busy the machine is; the command is then repeated,
+and has to give what it gives undisturbed. Prints one JSON line of counts, with the kills by command and by how much of
+it was done and the last file that was there; `make soak` runs it.
 """
 
 import argparse
 import contextlib
 import io
 import json
+import os
 import random
 import resource
 import shutil
@@ -117,7 +119,7 @@ class Verb:
     result: Callable[[Path], object]
     """What it leaves in that folder, equal whenever it gave the same."""
     kills: int = 1
-    """How often it is killed before it is let through."""
+    """How often it is killed before it is let through; the last one counts."""
 
 
 def arrays_of(path: Path) -> list[tuple[str, bytes]]:
@@ -171,13 +173,18 @@ ORDER = [name for name in VERBS if name in ("quantize", "quantize --resume", "sy
 """Which commands are killed in turn: those that take long more often."""
 
 
+QUARTERS = ("first quarter", "second quarter", "third quarter", "last quarter")
+
+
 class Kills:
-    """Kills of each command at random moments, and where they hit."""
+    """Kills of each command in a drawn part of what it does, and where they hit."""
 
     def __init__(self, folder: Path, run: Path) -> None:
         self.folder, self.run = folder, run
         self.whole: dict[str, tuple[float, object]] = {}
         self.hits: dict[str, dict[str, int]] = {}
+        self.late = 0
+        """Signals that came when the command had ended already, which count as no kill."""
 
     def place(self, name: str) -> Path:
         """Return a folder in which a command can work."""
@@ -188,38 +195,55 @@ class Kills:
         return place
 
     def undisturbed(self, name: str) -> tuple[float, object]:
-        """Return how long a command takes, and what it gives."""
+        """Return how many seconds of a processor a command takes, and what it gives."""
         if name not in self.whole:
-            place, begin = self.place("undisturbed"), time.monotonic()
+            place, before = self.place("undisturbed"), resource.getrusage(resource.RUSAGE_CHILDREN)
             found = shell(VERBS[name].words(place))
             assert found.returncode == 0, found.stderr
-            self.whole[name] = time.monotonic() - begin, VERBS[name].result(place)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            self.whole[name] = seconds, VERBS[name].result(place)
         return self.whole[name]
 
     def kill(self, number: int) -> str:
-        """Kill a command at some moment, repeat it, and compare what it gives; return what is wrong."""
-        name = ORDER[number % len(ORDER)]
-        verb, (seconds, whole), place = VERBS[name], self.undisturbed(name), self.place("kill")
-        words, draw = verb.words(place), random.Random(number)
-        for _ in range(verb.kills):
-            process = subprocess.Popen([*ZSQ, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            time.sleep(draw.uniform(0.3, seconds))
-            process.send_signal(draw.choice(SIGNALS))
-            if "Traceback" in process.communicate()[1]:
-                return f"{name}: a traceback"
-            self._count(name, place, finished=process.returncode == 0)
-            words = [*verb.words(place), *verb.again]
+        """Kill a command in a drawn part, repeat it, and compare what it gives; return what is wrong."""
+        name, draw = ORDER[number % len(ORDER)], random.Random(number)
+        verb, (seconds, whole) = VERBS[name], self.undisturbed(name)
+        killed = False
+        while not killed:
+            place, words, left = self.place("kill"), verb.words(self.folder / "kill"), seconds
+            for _ in range(verb.kills):
+                part = draw.random()
+                killed, said = killed_at(words, part * left, draw.choice(SIGNALS))
+                if "Traceback" in said:
+                    return f"{name}: a traceback: {said[-600:]}"
+                words, left = [*verb.words(place), *verb.again], (1 - part / 2) * seconds
+            self.late += not killed
+        self._count(name, place / "out", part)
         again = shell(words)
         if again.returncode:
             return f"{name}: {again.stderr[-200:]}"
         return f"{name}: the result differs" if verb.result(place) != whole else ", ".join(half_files(place))
 
-    def _count(self, name: str, place: Path, *, finished: bool) -> None:
-        out = place / "out"
+    def _count(self, name: str, out: Path, part: float) -> None:
         found = [stage for stage in STAGES if any(out.rglob(stage))]
-        stage = "finished" if finished else found[-1] if found else "start"
+        where = f"{QUARTERS[int(4 * part)]}{f', {found[-1]}' if found else ''}"
         hits = self.hits.setdefault(name, {})
-        hits[stage] = hits.get(stage, 0) + 1
+        hits[where] = hits.get(where, 0) + 1
+
+
+def killed_at(words: list[str], seconds: float, number: signal.Signals) -> tuple[bool, str]:
+    """Signal a command once it has used so much of a processor; return whether it still ran, and what it said."""
+    process = subprocess.Popen([*ZSQ, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    ticks = Path(f"/proc/{process.pid}/stat")
+    while process.poll() is None:
+        user, system = ticks.read_text().rpartition(")")[2].split()[11:13]
+        if (int(user) + int(system)) / os.sysconf("SC_CLK_TCK") >= seconds:
+            break
+        time.sleep(0.01)
+    process.send_signal(number)
+    said = process.communicate()[1]
+    return process.returncode != 0, said
 
 
 def disk(trials: Trials, number: int) -> str:
@@ -336,6 +360,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # commands ignore what is ignored here, as below `nohup`
     with tempfile.TemporaryDirectory(prefix="zsq-trials-") as place:
         trials = Trials(Path(place), asked.minutes)
         whole = trials.folder / "whole"
@@ -348,7 +373,7 @@ def main() -> None:
         trials.each("disks", asked.disks, lambda number: disk(trials, number))
         kills = Kills(trials.folder, whole)
         trials.each("kills", asked.kills, kills.kill)
-    print(json.dumps({**trials.counts, "failures": len(trials.failures), "hits": kills.hits}))
+    print(json.dumps({**trials.counts, "failures": len(trials.failures), "late": kills.late, "hits": kills.hits}))
     sys.exit(bool(trials.failures))
 
 

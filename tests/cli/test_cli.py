@@ -598,6 +598,24 @@ def test_an_interrupt_says_how_to_go_on(place, monkeypatch):
     assert (found.code, found.err) == (130, "Stopped; a run continues with --resume.\n")
 
 
+def test_an_interrupt_is_not_lost_where_python_frees_something(place, monkeypatch):
+    class Freed:
+        def __del__(self) -> None:
+            raise KeyboardInterrupt
+
+    def interrupt(*_, **__) -> None:
+        Freed()
+        time.sleep(30)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal, where nothing ignores it
+    monkeypatch.setattr("zsq.cli.quantize.quantize_request", interrupt)
+    try:
+        found = zsq("quantize", "digits", "--out", "run")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (found.code, found.err) == (130, "Stopped; a run continues with --resume.\n")
+
+
 # Progress
 
 

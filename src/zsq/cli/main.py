@@ -36,6 +36,7 @@ from zsq.runtime import distributed
 from zsq.runtime.device import pick_device
 from zsq.runtime.memory import LESS_MEMORY, lacks_memory
 from zsq.runtime.quiet import leave_stdout
+from zsq.runtime.signals import kept_interrupts
 
 WORKER = (sys.executable, "-P", "-m", "zsq")
 """What starts this command line in a process of its own, which imports nothing from the current folder by itself."""
@@ -76,7 +77,7 @@ def parse(arguments: list[str] | None = None) -> Any:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits 1 on a fault, 2 on wrong usage."""
-    with speaks_shell():
+    with speaks_shell(), kept_interrupts():
         _main(arguments)
 
 

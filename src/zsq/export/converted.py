@@ -19,6 +19,7 @@ from zsq.errors import ExportError
 from zsq.graph.activations import clamp_limits
 from zsq.graph.edit import aten
 from zsq.graph.outputs import leaves, pack
+from zsq.graph.plain import forgetting_examples
 from zsq.types import ImageSpec, Output
 
 QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
@@ -94,4 +95,4 @@ def export_program(network: fx.GraphModule, spec: ImageSpec) -> torch.export.Exp
     for node in exported.graph.nodes:
         node.meta = {key: value for key, value in node.meta.items() if key == "val"}
     exported.example_inputs = None
-    return exported
+    return forgetting_examples(exported)

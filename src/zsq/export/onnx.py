@@ -31,6 +31,7 @@ from zsq.export.options import PLAIN, FileOptions
 from zsq.export.pixels import take_pixels
 from zsq.graph import edit
 from zsq.graph.edit import argument, aten
+from zsq.graph.plain import forgetting_examples
 from zsq.runtime.files import replacing
 from zsq.targets import TARGETS, Target
 from zsq.types import ImageSpec
@@ -94,12 +95,13 @@ def write_onnx(
                     QUANTIZE: _quantize_to_onnx,
                     aten.mean.dim: _mean_to_onnx,
                     aten.gelu.default: _gelu_to_onnx,
-                    **(OWN_TRANSLATIONS if own_runtime else {}),
+                    **TRANSLATIONS.get(target.name, {}),
                 },
             )
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(f"the network has no ONNX form: {_reason(error)} The .pt2 file needs none.") from error
     assert program is not None
+    forgetting_examples(program.exported_program)
     model = program.model_proto
     if not target.symmetric_activations:
         pad_channels(model)
@@ -230,8 +232,20 @@ def _linear_to_onnx(input: Any, weight: Any, bias: Any = None) -> Any:
     return op.Reshape(op.Gemm(rows, weight, bias, transB=1), _integers(-1, *inner, outputs))
 
 
-OWN_TRANSLATIONS: dict[Any, Any] = {aten.linear.default: _linear_to_onnx, aten.mean.dim: _mean_as_pooling}
-"""For ONNX Runtime: what its integer kernels take."""
+def _mean_of_four_axes(input: Any, dim: Any, keepdim: bool = False, dtype: int = -1) -> Any:
+    """Translate `mean` of integers [N, A, B], as of [N, A, B, 1]: OpenVINO 2026.4 fails where N is above A."""
+    if len(input.shape) != 3:
+        return _mean_to_onnx(input, dim, keepdim, dtype)
+    axes = [axis % 3 for axis in dim]
+    means = op.ReduceMean(op.Unsqueeze(input, _integers(3)), _integers(*axes), keepdims=True)
+    return op.Squeeze(means, _integers(*(() if keepdim else axes), 3))
+
+
+TRANSLATIONS: dict[str, dict[Any, Any]] = {
+    "onnxruntime": {aten.linear.default: _linear_to_onnx, aten.mean.dim: _mean_as_pooling},
+    "openvino": {aten.mean.dim: _mean_of_four_axes},
+}
+"""By target: what its integer kernels take."""
 
 
 def _integers(*values: int) -> Any:

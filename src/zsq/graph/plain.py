@@ -29,10 +29,10 @@ def plain_network(program: ExportedProgram) -> GraphModule:
     Returns:
         A module whose output node returns the node of the network's answer itself, or a tuple of nodes.
     """
-    network = program.module(check_guards=False)
+    network = forgetting_examples(program).module(check_guards=False)
     _functionalize(network.graph)
     if not _is_plain(network.graph):
-        network = program.run_decompositions({}).module(check_guards=False)
+        network = forgetting_examples(program.run_decompositions({})).module(check_guards=False)
         _forget_writes(network.graph)
     graph = network.graph
     _name_batch_norms(graph)
@@ -49,6 +49,23 @@ def plain_network(program: ExportedProgram) -> GraphModule:
         elif node.target is aten.view.default:
             node.target = aten.reshape.default  # takes values in channels-last order, too
     return network
+
+
+def forgetting_examples(program: ExportedProgram) -> ExportedProgram:
+    """Return an exported program that ends with its last reference: PyTorch 2.11 to 2.14 keeps each one for good.
+
+    Its shapes hold the tensors that they were told from, which hold the shapes in turn through C++, where Python's
+    garbage collector sees no circle; and the caches of their methods are of all shapes there have been.
+    """
+    for node in program.graph.nodes:
+        shapes = getattr(getattr(node.meta.get("val"), "fake_mode", None), "shape_env", None)
+        if shapes is not None:
+            shapes.tracked_fakes = None
+            for method in vars(type(shapes)).values():
+                if hasattr(method, "cache_clear"):
+                    method.cache_clear()
+            break  # a program has one
+    return program
 
 
 def _is_plain(graph: fx.Graph) -> bool:

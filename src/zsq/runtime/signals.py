@@ -1,6 +1,8 @@
-"""Signals that wait until a step is finished and saved."""
+"""Signals that wait until a step is finished and saved, and interrupts that Python would lose."""
 
+import _thread
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,3 +42,21 @@ def held_signals() -> Iterator[list[int]]:
         restore()
     if received:
         signal.raise_signal(received[0])
+
+
+@contextmanager
+def kept_interrupts() -> Iterator[None]:
+    """Raise an interrupt again that comes while Python frees an object, where it is only printed and forgotten."""
+    before = sys.unraisablehook
+
+    def again(fault: "sys.UnraisableHookArgs") -> None:
+        if issubclass(fault.exc_type, KeyboardInterrupt):
+            threading.Timer(0.01, _thread.interrupt_main).start()  # once this call, which can raise nothing, has ended
+        else:
+            before(fault)
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
