@@ -72,9 +72,9 @@ def name_affines(network: GraphModule, kept: Collection[Node]) -> None:
     """
     done: set[Node] = set()
     for end in reversed(list(network.graph.nodes)):
-        value = end.meta.get("val")
-        if end in done or end in kept or not isinstance(value, Tensor) or value.dim() - 2 not in edit.CONVOLUTION_OF:
+        if end in done or end in kept or end.target not in STEPS or not _is_map(end):
             continue
+        value = end.meta["val"]
         channels, stored = value.shape[1], False
         x, factor, shift = end, torch.ones(channels), torch.zeros(channels)
         while (x is end or len(x.users) == 1) and (step := affine_step(network, x)) and step[0] not in kept:
@@ -86,6 +86,12 @@ def name_affines(network: GraphModule, kept: Collection[Node]) -> None:
             x, factor, shift = step[0], factor * parts[0], shift + factor * parts[1]
         if stored:
             _norm(network, end, x, factor, shift)
+
+
+def _is_map(node: Node) -> bool:
+    """Whether a value is [N, C, ...], with one to three dimensions behind and as many channels at each call."""
+    shape = node.meta["val"].shape
+    return len(shape) - 2 in edit.CONVOLUTION_OF and isinstance(shape[1], int)
 
 
 def _norm(network: GraphModule, node: Node, x: Node, factor: Tensor, shift: Tensor) -> None:

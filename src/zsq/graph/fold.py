@@ -37,10 +37,10 @@ def fold(network: GraphModule) -> tuple[GraphModule, dict[str, tuple[Tensor, Ten
     return edit.finish(network), record
 
 
-def _absorb(network: GraphModule, layer: Node, scale: Tensor, shift: Tensor) -> str | None:
+def _absorb(network: GraphModule, layer: Node, scale: Tensor, shift: Tensor, *, adds: bool = True) -> str | None:
     """Let a layer multiply its output by a scale and add a shift, both [C], in place.
 
-    A weight or bias that is read elsewhere, too, is copied for the layer.
+    It gets a bias if it `adds` something. A weight or bias that is read elsewhere, too, is copied for the layer.
 
     Returns:
         The name of its weight then; None, and nothing is done, where weight or bias depend on the images.
@@ -52,12 +52,14 @@ def _absorb(network: GraphModule, layer: Node, scale: Tensor, shift: Tensor) -> 
     name = str(read.target)
     if _read_elsewhere(network, name, layer):
         name = f"{name}_{layer.name}"
-    bias_name = f"{name.removesuffix('.weight')}.bias" if name.endswith(".weight") else f"{name}_bias"
-    if _read_elsewhere(network, bias_name, layer):
-        bias_name = f"{name}_{layer.name}_bias"
     edit.set_tensor(network, name, weight * scale.view(-1, *[1] * (weight.dim() - 1)))
-    edit.set_tensor(network, bias_name, shift if bias is None else bias * scale + shift)
-    reads = [edit.read_attribute(network, each, layer) for each in (name, bias_name)]
+    reads = [edit.read_attribute(network, name, layer), old]
+    if bias is not None or adds:
+        bias_name = f"{name.removesuffix('.weight')}.bias" if name.endswith(".weight") else f"{name}_bias"
+        if _read_elsewhere(network, bias_name, layer):
+            bias_name = f"{name}_{layer.name}_bias"
+        edit.set_tensor(network, bias_name, shift.clone() if bias is None else bias * scale + shift)
+        reads[1] = edit.read_attribute(network, bias_name, layer)
     layer.args = (layer.args[0], *reads, *layer.args[3:])
     return name
 
@@ -67,10 +69,12 @@ def _fold_steps(network: GraphModule, record: dict[str, tuple[Tensor, Tensor]]) 
     of it, in place."""
     for node in list(network.graph.nodes):
         found = _stepping_layer(network, node)
-        name = None if found is None else _absorb(network, *found[1:])
-        if found is None or name is None:
+        if found is None:
             continue
-        x, _, factor, shift = found
+        x, layer, factor, shift = found
+        name = _absorb(network, layer, factor, shift, adds=bool(shift.any()))
+        if name is None:
+            continue
         if name in record:
             std, mean = record[name]
             record[name] = (std * factor.abs(), mean * factor + shift)
