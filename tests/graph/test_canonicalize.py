@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from toys import SPEC, images
 
+from zsq.graph.affine import STEPS
 from zsq.graph.edit import aten
 from zsq.graph.trace import trace
 
@@ -107,4 +108,21 @@ def test_pooling_of_the_whole_map(pool: Callable[[Tensor], Tensor], found: bool)
     net = Pooled().eval()
     network = trace(net, SPEC, "toy")
     assert (aten.adaptive_avg_pool2d.default in {node.target for node in network.graph.nodes}) == found
+    torch.testing.assert_close(network(images(4)), net(images(4)))
+
+
+def test_factors_of_one_and_addends_of_zero_are_left_out() -> None:
+    class Idle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head, self.one = nn.Conv2d(3, 4, 3), nn.Linear(4, 5), nn.Parameter(torch.ones(4, 1, 1))
+            self.none = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = (self.none + self.conv(x) * self.one - self.none) / 1.0
+            return self.head((x + self.one).mean((2, 3)))
+
+    net = Idle().eval()
+    network = trace(net, SPEC, "toy")
+    assert [node.target for node in network.graph.nodes if node.target in STEPS] == [aten.add.Tensor]
     torch.testing.assert_close(network(images(4)), net(images(4)))

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from toys import Branchy, Plain, graph, images
 
+from zsq.graph.affine import STEPS
 from zsq.graph.batchnorm import batch_norms
 from zsq.graph.edit import aten
 from zsq.graph.fold import fold
@@ -161,22 +162,26 @@ def test_factors_of_channels_are_folded_into_the_layer_of_their_own() -> None:
 
 
 class OwnLayerScale(nn.Module):
-    """Factors behind a linear layer on tokens and behind a permuted one."""
+    """Factors and biases behind a convolution, a linear layer on tokens and a permuted one, and numbers behind all."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.one, self.two, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 5)
+        self.conv, self.one, self.two = nn.Conv2d(3, 4, 3), nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
+        self.norm, self.head, self.number = nn.BatchNorm2d(4), nn.Linear(4, 5), nn.Parameter(torch.tensor([1.5]))
         self.factors = nn.ParameterList([nn.Parameter(torch.linspace(-1, 2, 4)) for _ in range(2)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.one(self.conv(x).permute(0, 2, 3, 1)) * self.factors[0]
-        y = self.factors[1].view(1, -1, 1, 1) * self.two(y).permute(0, 3, 1, 2)
+        x = self.norm(self.conv(x)) / self.number - self.factors[0].view(1, -1, 1, 1)
+        y = self.one(x.permute(0, 2, 3, 1)) * self.factors[0] + self.factors[1]
+        y = self.factors[1].view(1, -1, 1, 1) * self.two(y).permute(0, 3, 1, 2) + 0.5
         logits: torch.Tensor = self.head(y.mean((2, 3)))
         return logits
 
 
-def test_factors_behind_tokens_and_permutations_are_folded() -> None:
+def test_constants_behind_layers_tokens_and_permutations_are_folded() -> None:
     network = graph(OwnLayerScale)
-    folded, _ = fold(network)
-    assert not [node for node in folded.graph.nodes if node.target is torch.ops.aten.mul.Tensor]
+    folded, record = fold(network)
+    assert not [node for node in folded.graph.nodes if node.target in STEPS]
+    factor, norm = torch.linspace(-1, 2, 4), batch_norms(network)[0]
+    torch.testing.assert_close(record["conv.weight"], (norm.std / 1.5, norm.beta / 1.5 - factor))
     torch.testing.assert_close(folded(images(4)), network(images(4)), rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Batch norms that no layer can take are integers in vectors, tokens, signals, images and volumes."""
+"""Batch norms and stored constants that no layer can take are integers in vectors, signals, images and volumes."""
 
 from functools import partial
 
@@ -35,6 +35,21 @@ class BehindReLU(nn.Module):
         return self.head(self.second(self.norm(self.first(x).relu())).flatten(2).mean(2))
 
 
+class Affine(BehindReLU):
+    """Instead of the batch norm a stored factor and a stored shift, of all channels and of each."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.norm, self.factor, self.shift = (
+            nn.Identity(),
+            nn.Parameter(torch.tensor([-0.7])),
+            nn.Parameter(torch.randn(8, 1, 1)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.shift + self.first(x).relu() * self.factor * 2).relu().flatten(2).mean(2))
+
+
 class OfVectors(BehindReLU):
     """Two batch norms of [N, C], behind a pooling and behind another one, and one of tokens as rows."""
 
@@ -48,7 +63,7 @@ class OfVectors(BehindReLU):
         return self.head(self.again(self.vectors(x.mean(2)).relu()))
 
 
-@pytest.mark.parametrize("make", [*(partial(BehindReLU, axes) for axes in KINDS), OfVectors])
+@pytest.mark.parametrize("make", [*(partial(BehindReLU, axes) for axes in KINDS), Affine, OfVectors])
 def test_a_batch_norm_behind_an_activation(tmp_path, make) -> None:
     torch.manual_seed(0)
     network, random = make().train(), torch.Generator().manual_seed(0)

@@ -118,7 +118,7 @@ def find_pairs(network: GraphModule, *, limited: bool = False) -> list[Pair]:
         network: folded.
         limited: go on behind ReLU6 and others with an upper limit, by which factors cannot pass unseen.
     """
-    own = [layer for layer in edit.layers(network) if _owns_tensors(network, layer)]
+    own = [layer for layer in edit.layers(network) if owns_tensors(network, layer)]
     found = []
     for layer in own:
         channels = layer.meta["val"].shape[1]
@@ -143,7 +143,7 @@ def find_pairs(network: GraphModule, *, limited: bool = False) -> list[Pair]:
     return found
 
 
-def _owns_tensors(network: GraphModule, layer: Node) -> bool:
+def owns_tensors(network: GraphModule, layer: Node) -> bool:
     """Tell whether no other layer reads a layer's weight and bias, and the bias is stored."""
     read = [layer.args[1], argument(layer, 2)]
     if not (read[1] is None or (isinstance(read[1], Node) and read[1].op == "get_attr")):

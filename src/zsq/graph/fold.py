@@ -1,13 +1,14 @@
 """Fold batch norms into the layers in front of them."""
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from zsq.graph import edit
+from zsq.graph.affine import affine_step, of_channels
 from zsq.graph.batchnorm import batch_norms
 from zsq.graph.canonicalize import drop_permutations, name_token_norms
-from zsq.graph.edit import argument, aten, tensor_of
+from zsq.graph.edit import argument, tensor_of
+from zsq.graph.equalize import owns_tensors
 from zsq.graph.lower import lower
 
 
@@ -23,68 +24,76 @@ def fold(network: GraphModule) -> tuple[GraphModule, dict[str, tuple[Tensor, Ten
     network = edit.copy_network(network)
     lower(network)
     name_token_norms(network)
-    record = {}
+    record: dict[str, tuple[Tensor, Tensor]] = {}
     for norm in batch_norms(network):
         layer = _layer_behind(norm.node.args[0], 1)
-        if layer is None:
-            continue
-        weight, bias = tensor_of(network, layer.args[1]), tensor_of(network, argument(layer, 2))
-        if weight is None:
-            continue
-        name = str(layer.args[1].target)  # type: ignore[union-attr]
-        if len(layer.args[1].users) > 1:  # type: ignore[union-attr]
-            name = f"{name}_{layer.name}"  # a weight that two layers share gets a copy, since their norms differ
-        bias = torch.zeros_like(norm.mean) if bias is None else bias
-        bias_name = f"{name.removesuffix('.weight')}.bias" if name.endswith(".weight") else f"{name}_bias"
-        if _read_elsewhere(network, bias_name, layer):
-            bias_name = f"{name}_{layer.name}_bias"
-        edit.set_tensor(network, name, weight * norm.scale.view(-1, *[1] * (weight.dim() - 1)))
-        edit.set_tensor(network, bias_name, bias * norm.scale + norm.shift)
-        weight_node = edit.read_attribute(network, name, layer)
-        bias_node = edit.read_attribute(network, bias_name, layer)
-        layer.args = (layer.args[0], weight_node, bias_node, *layer.args[3:])
-        norm.node.replace_all_uses_with(norm.node.args[0])  # type: ignore[arg-type]
-        network.graph.erase_node(norm.node)
-        record[name] = (norm.std, norm.beta)
-    _fold_scales(network, record)
+        name = None if layer is None else _absorb(network, layer, norm.scale, norm.shift)
+        if name is not None:
+            norm.node.replace_all_uses_with(norm.node.args[0])  # type: ignore[arg-type]
+            network.graph.erase_node(norm.node)
+            record[name] = (norm.std, norm.beta)
+    _fold_steps(network, record)
     drop_permutations(network.graph)
     return edit.finish(network), record
 
 
-def _fold_scales(network: GraphModule, record: dict[str, tuple[Tensor, Tensor]]) -> None:
-    """Fold each product with a stored factor a channel, as layer scale is, into the layer in front of it, in place."""
+def _absorb(network: GraphModule, layer: Node, scale: Tensor, shift: Tensor, *, adds: bool = True) -> str | None:
+    """Let a layer multiply its output by a scale and add a shift, both [C], in place.
+
+    It gets a bias if it `adds` something. A weight or bias that is read elsewhere, too, is copied for the layer.
+
+    Returns:
+        The name of its weight then; None, and nothing is done, where weight or bias depend on the images.
+    """
+    read, old = layer.args[1], argument(layer, 2)
+    weight, bias = tensor_of(network, read), tensor_of(network, old)
+    if weight is None or not isinstance(read, Node) or (bias is None and old is not None):
+        return None
+    name = str(read.target)
+    if _read_elsewhere(network, name, layer):
+        name = f"{name}_{layer.name}"
+    edit.set_tensor(network, name, weight * scale.view(-1, *[1] * (weight.dim() - 1)))
+    reads = [edit.read_attribute(network, name, layer), old]
+    if bias is not None or adds:
+        bias_name = f"{name.removesuffix('.weight')}.bias" if name.endswith(".weight") else f"{name}_bias"
+        if _read_elsewhere(network, bias_name, layer):
+            bias_name = f"{name}_{layer.name}_bias"
+        edit.set_tensor(network, bias_name, shift.clone() if bias is None else bias * scale + shift)
+        reads[1] = edit.read_attribute(network, bias_name, layer)
+    layer.args = (layer.args[0], *reads, *layer.args[3:])
+    return name
+
+
+def _fold_steps(network: GraphModule, record: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """Fold each product with stored factors, as layer scale is, and each sum with stored biases into the layer in front
+    of it, in place."""
     for node in list(network.graph.nodes):
-        found = _scaled_layer(network, node) if node.target is aten.mul.Tensor else None
+        found = _stepping_layer(network, node)
         if found is None:
             continue
-        x, layer, factor = found
-        for read in (layer.args[1], argument(layer, 2)):
-            value = tensor_of(network, read)
-            if value is not None and isinstance(read, Node):
-                edit.set_tensor(network, str(read.target), value * factor.view(-1, *[1] * (value.dim() - 1)))
-        name = str(layer.args[1].target)  # type: ignore[union-attr]
+        x, layer, factor, shift = found
+        name = _absorb(network, layer, factor, shift, adds=bool(shift.any()))
+        if name is None:
+            continue
         if name in record:
             std, mean = record[name]
-            record[name] = (std * factor.abs(), mean * factor)
+            record[name] = (std * factor.abs(), mean * factor + shift)
         node.replace_all_uses_with(x)
         network.graph.erase_node(node)
 
 
-def _scaled_layer(network: GraphModule, node: Node) -> tuple[Node, Node, Tensor] | None:
-    """Return what a product multiplies, the layer that it comes from, and the factor of each of its channels, [C]."""
-    for x, other in (node.args[:2], node.args[1::-1]):
-        factor = tensor_of(network, other)
-        if not isinstance(x, Node) or factor is None or factor.numel() < 2:
-            continue
-        shape = [1] * (node.meta["val"].dim() - factor.dim()) + list(factor.shape)
-        dims = [dim for dim, size in enumerate(shape) if size > 1]
-        layer = _layer_behind(x, dims[0]) if len(dims) == 1 else None
-        if layer is None:
-            continue
-        read = [n for n in (layer.args[1], argument(layer, 2)) if n is not None]
-        own = all(tensor_of(network, n) is not None and _is_own(network, n, layer) for n in read)
-        if own and x.meta["val"].shape[dims[0]] == factor.numel():
-            return x, layer, factor.flatten()
+def _stepping_layer(network: GraphModule, node: Node) -> tuple[Node, Node, Tensor, Tensor] | None:
+    """Return what a node multiplies or adds to, the layer that this comes from, and factor and shift, both [C]."""
+    step = affine_step(network, node)
+    if step is None or str(step[0].meta["val"].shape) != str(node.meta["val"].shape):
+        return None
+    x, *constants = step
+    shape = x.meta["val"].shape
+    for dim in range(1, len(shape)):
+        layer = _layer_behind(x, dim)
+        if layer is not None and owns_tensors(network, layer):
+            factor, shift = (of_channels(constant, len(shape), dim, shape[dim]) for constant in constants)
+            return None if factor is None or shift is None else (x, layer, factor, shift)
     return None
 
 
@@ -98,10 +107,6 @@ def _layer_behind(node: object, dim: int) -> Node | None:
             return None
         node, dim = node.args[0], order[dim]
     return None
-
-
-def _is_own(network: GraphModule, read: object, layer: Node) -> bool:
-    return isinstance(read, Node) and not _read_elsewhere(network, str(read.target), layer)
 
 
 def _read_elsewhere(network: GraphModule, name: str, layer: Node) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from zsq.errors import TeacherError
+from zsq.graph.affine import drop_idle
 from zsq.graph.canonicalize import name_activations, name_extremes, name_global_pools
 from zsq.graph.constants import fold_constants
 from zsq.graph.islands import cast_to_float32, narrowest_type
@@ -130,6 +131,7 @@ def trace(net: nn.Module, spec: ImageSpec, name: str) -> fx.GraphModule:
         _check_graph(net, exported, spec, name, tolerance)
         cast_to_float32(exported)
         tolerance = max(tolerance, ROUNDINGS * torch.finfo(narrowest).eps)
+    drop_idle(exported)
     name_products(exported)
     name_activations(graph)
     name_global_pools(graph)

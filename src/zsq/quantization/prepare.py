@@ -14,11 +14,12 @@ from torch.fx import GraphModule, Node
 from zsq.errors import InputError, unknown_name
 from zsq.graph import edit
 from zsq.graph.activations import clamp_limits
+from zsq.graph.affine import name_affines
 from zsq.graph.batchnorm import batch_norms
 from zsq.graph.edit import argument, aten, tensor_of
 from zsq.graph.outputs import outputs_of, pack, results
 from zsq.quantization.fake_quantize import keep_bias, quantize_bias
-from zsq.quantization.float_parts import float_parts, float_volumes
+from zsq.quantization.float_parts import FLOAT_OPERATORS, float_parts, float_volumes
 from zsq.quantization.integer_ops import GATED, HARD_REACH, grid_hardsigmoid, grid_hardswish, grid_norm
 from zsq.quantization.pair_sums import pair_limit
 from zsq.quantization.quantizers import ActivationQuantizer, WeightQuantizer
@@ -225,6 +226,9 @@ def prepare(folded: GraphModule, scheme: Scheme) -> Student:
     in_float = set(volumes.values())
     if scheme.target.float_attention:
         in_float |= float_parts(network, moves, set(every_layer))
+    if scheme.target.integer_norms and scheme.all_activations:
+        attention = {node for node in network.graph.nodes if node.target in FLOAT_OPERATORS}
+        name_affines(network, in_float | attention | near_poles(network))
     placer = _Placer(network, scheme, every_layer, in_float)
     placer.place_activations()
     if scheme.target.integer_gates:
