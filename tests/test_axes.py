@@ -12,6 +12,7 @@ from tests.heads import NETWORKS
 from tests.heads import spec_of as heads_spec
 from zsq.data.datasets import open_dataset
 from zsq.errors import InputError
+from zsq.methods.dead_leaves import dead_leaves
 from zsq.methods.generators import GENERATORS, make_generator, shifted, shuffled
 from zsq.methods.natural_noise import natural_noise
 from zsq.models.network import parse_shape
@@ -126,10 +127,11 @@ def test_the_total_variation_of_a_signal_is_that_of_its_neighbours() -> None:
     assert total_variation(steps).item() == pytest.approx(5.0)
 
 
+@pytest.mark.parametrize("draw", [natural_noise, dead_leaves])
 @pytest.mark.parametrize("shape", [(2, 512), (1, 16, 24, 24)])
-def test_natural_noise_is_standardised_and_smooth(shape) -> None:
-    drawn = natural_noise(200, spec_of(shape), torch.Generator().manual_seed(0))
-    assert drawn.shape == (200, *shape)
+def test_drawn_signals_and_volumes_are_standardised_and_smooth(draw, shape) -> None:
+    drawn = draw(50, spec_of(shape), torch.Generator().manual_seed(0))
+    assert drawn.shape == (50, *shape)
     assert abs(drawn.mean().item()) < 0.15
     assert 0.8 < drawn.std().item() < 1.4
     steps = drawn.diff(dim=-1).std() / drawn.std()

@@ -39,20 +39,48 @@ def natural_noise(count: int, spec: ImageSpec, random: torch.Generator) -> Tenso
     Returns:
         Images as the network takes them, float [N, C, ...].
     """
-    sides, device = spec.sides, random.device
-    frequency, axes = frequencies(sides, device), tuple(range(2, 2 + spec.axes))
+    return exposed(smooth_field(count, spec, random), spec, random)
+
+
+def smooth_field(count: int, spec: ImageSpec, random: torch.Generator) -> Tensor:
+    """Draw Gaussian fields of amplitude 1/f whose channels are alike: [N, C, ...], each of mean 0 and deviation 1."""
+    sides, axes = spec.sides, pixel_axes(spec)
+    frequency = frequencies(sides, random.device)
     frequency[(0,) * spec.axes] = math.inf  # the mean is drawn apart
-    white = torch.randn(count, 1 + spec.channels, *sides, generator=random, device=device)
+    white = torch.randn(count, 1 + spec.channels, *sides, generator=random, device=random.device)
     smooth = torch.fft.irfftn(torch.fft.rfftn(white, dim=axes) / frequency, s=sides, dim=axes)
-    shared, own, alike = smooth[:, :1], smooth[:, 1:], channel_correlation(spec)
-    mixed = math.sqrt(alike) * shared + math.sqrt(1 - alike) * own
-    mixed = mixed / mixed.square().mean((1, *axes), keepdim=True).sqrt().clamp(min=1e-12)
-    drawn = torch.randn(2, count, *[1] * (1 + spec.axes), generator=random, device=device)
+    mixed = alike(smooth[:, :1], smooth[:, 1:], spec)
+    return mixed / mixed.square().mean((1, *axes), keepdim=True).sqrt().clamp(min=1e-12)
+
+
+def exposed(field: Tensor, spec: ImageSpec, random: torch.Generator) -> Tensor:
+    """Give fields of mean 0 and deviation 1 the brightness and contrast of photographs, as the network takes them.
+
+    Args:
+        field: [N, C, ...].
+        spec: shape and normalisation.
+        random: on the device of the field.
+
+    Returns:
+        [N, C, ...].
+    """
+    drawn = torch.randn(2, len(field), *[1] * (1 + spec.axes), generator=random, device=random.device)
     brightness = BRIGHTNESS + BRIGHTNESS_SPREAD * drawn[0]
     contrast = torch.exp(CONTRAST_SPREAD * drawn[1])
     if spec.is_image:
-        return spec.normalize((brightness + CONTRAST * contrast * mixed).clamp(0, 1))
-    return spec.bounded((brightness - BRIGHTNESS) / CONTRAST + contrast * mixed)
+        return spec.normalize((brightness + CONTRAST * contrast * field).clamp(0, 1))
+    return spec.bounded((brightness - BRIGHTNESS) / CONTRAST + contrast * field)
+
+
+def pixel_axes(spec: ImageSpec) -> tuple[int, ...]:
+    """Return the axes of a batch [N, C, ...] beside images and channels."""
+    return tuple(range(2, 2 + spec.axes))
+
+
+def alike(shared: Tensor, own: Tensor, spec: ImageSpec) -> Tensor:
+    """Mix what all channels share with what each has of its own, to their correlation."""
+    correlation = channel_correlation(spec)
+    return math.sqrt(correlation) * shared + math.sqrt(1 - correlation) * own
 
 
 def channel_correlation(spec: ImageSpec) -> float:

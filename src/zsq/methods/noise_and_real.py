@@ -13,6 +13,7 @@ from zsq.checked import Count, Text
 from zsq.data.datasets import open_dataset
 from zsq.errors import InputError
 from zsq.methods.base import Method, Surrogate
+from zsq.methods.dead_leaves import dead_leaves
 from zsq.methods.labels import draw_labels
 from zsq.methods.natural_noise import natural_noise
 from zsq.methods.pool import PoolSource, Stateless
@@ -30,11 +31,12 @@ class Noise(Method):
     """Random pixels: what any method has to beat."""
 
     name: ClassVar[str] = "noise"
-    summary: ClassVar[str] = "Gaussian, uniform or natural noise, the lower bound"
+    summary: ClassVar[str] = "Gaussian, uniform or natural noise, or drawn discs: the lower bound"
 
-    distribution: Literal["gaussian", "uniform", "natural"] = "gaussian"
-    """Standard normal as the network takes it; uniform, of pixels in [0, 1]; or blobs and colors as in photographs.
-    Signals and volumes have no pixels: uniform is of variance 1, natural has a spectrum of 1/f."""
+    distribution: Literal["gaussian", "uniform", "natural", "leaves"] = "gaussian"
+    """Standard normal as the network takes it; uniform, of pixels in [0, 1]; natural, with blobs and colors as in
+    photographs; leaves, with edges as well. Signals and volumes have no pixels: uniform is of variance 1, natural has a
+    spectrum of 1/f, and leaves are intervals or balls."""
     batch_size: Count = 64
     """Images a distillation step."""
 
@@ -58,8 +60,9 @@ class NoiseSource(Stateless):
     def _draw(self, name: str, step: int, count: int) -> Batch:
         random = stream(self.seed, name, step, self.device)
         labels = draw_labels(self.spec, count, random, self.device)
-        if self.settings.distribution == "natural":
-            return Batch(distributed.share(natural_noise(count, self.spec, random)), labels)
+        drawn = {"natural": natural_noise, "leaves": dead_leaves}.get(self.settings.distribution)
+        if drawn is not None:
+            return Batch(distributed.share(drawn(count, self.spec, random)), labels)
         shape = (count, *self.spec.shape)
         if self.settings.distribution == "gaussian":
             return Batch(distributed.share(torch.randn(shape, generator=random, device=self.device)), labels)
