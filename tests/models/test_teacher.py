@@ -93,7 +93,7 @@ class Dropping(nn.Module):
         second = functional.relu(first, inplace=True)
         second += first
         flat = self.dropout(functional.hardswish(second, inplace=True)).mean((2, 3))
-        return flat * self.scale + torch.zeros(4, device=x.device)
+        return flat * self.scale + torch.ones(4, device=x.device)
 
 
 def targets(network) -> list[str]:
@@ -114,7 +114,7 @@ def test_graph_computes_what_the_network_computes() -> None:
     weights = {name for name, _ in net.named_parameters()}
     assert {name for name, _ in teacher.network.named_parameters()} == weights
     stored = {name for name, _ in teacher.network.named_buffers()}
-    assert stored == {"bn.running_mean", "bn.running_var", "scale", "zeros"}  # the last made in the forward
+    assert stored == {"bn.running_mean", "bn.running_var", "scale", "ones"}  # the last made in the forward
     assert not any(p.requires_grad for p in teacher.network.parameters())
 
 

@@ -4,9 +4,10 @@ import _thread
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 
@@ -44,6 +45,18 @@ def held_signals() -> Iterator[list[int]]:
         signal.raise_signal(received[0])
 
 
+def _interrupt_behind(code: CodeType) -> None:
+    """Interrupt the main thread once it has left a function in which an exception would be lost."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None:
+        if frame.f_code is code:
+            time.sleep(0.01)
+            frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        else:
+            frame = frame.f_back
+    _thread.interrupt_main()
+
+
 @contextmanager
 def kept_interrupts() -> Iterator[None]:
     """Raise an interrupt again that comes while Python frees an object, where it is only printed and forgotten."""
@@ -51,7 +64,7 @@ def kept_interrupts() -> Iterator[None]:
 
     def again(fault: "sys.UnraisableHookArgs") -> None:
         if issubclass(fault.exc_type, KeyboardInterrupt):
-            threading.Timer(0.01, _thread.interrupt_main).start()  # once this call, which can raise nothing, has ended
+            threading.Thread(target=_interrupt_behind, args=(again.__code__,), daemon=True).start()
         else:
             before(fault)
 

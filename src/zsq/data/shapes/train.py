@@ -310,9 +310,9 @@ RECIPES = {
         loss=undecided_about_noise,
         score=top1,
         examples=16_000,
-        epochs=12,
+        epochs=16,
         weight_decay=1e-3,
-        reach=0.06,
+        reach=0.05,
     ),
     "shapes_unet": Recipe(
         draw=draw_scenes,
