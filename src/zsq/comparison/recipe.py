@@ -106,7 +106,7 @@ class Figure:
     """Grids of samples with the names of their classes."""
 
     names: tuple[str, ...] | str | None = None
-    """Names in label order, or a JSON file of them."""
+    """Names in label order, or a JSON file of them; unset, those that a bundled network knows, else numbers."""
     show: tuple[str | int, ...] = ()
     """Classes that are shown, by name or number; unset, up to ten spread evenly."""
     columns: int = 6

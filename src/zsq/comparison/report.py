@@ -86,6 +86,14 @@ def _best(comparison: Comparison) -> Iterator[str]:
                 yield f"{teacher.title}, bits {bits}: best without data {name}: {found_score}."
 
 
+def _pictures(comparison: Comparison) -> Iterator[Section]:
+    """Yield the samples of each network and method that were drawn."""
+    for line in comparison.lines.values():
+        if isinstance(line.outcome, Drawn):
+            place = comparison.folder / line.outcome.figure
+            yield Section(f"{line.teacher}: samples of {line.method}", (html.picture(place, line.outcome.figure),))
+
+
 def _sections(comparison: Comparison, missing: list[str]) -> Iterator[Section]:
     recipe, outcomes = comparison.recipe, comparison.outcomes
     if outcomes.groups:
@@ -98,6 +106,7 @@ def _sections(comparison: Comparison, missing: list[str]) -> Iterator[Section]:
                 "Marks of one place stand beside each other."
             )
             yield Section(f"{teacher.title}: accuracy against size and time", (drawings,), note)
+    yield from _pictures(comparison)
     for title, found, note in (
         ("Differences on the same images", differences_table(outcomes), DIFFERENCES_NOTE),
         ("Claims", claims_table(outcomes), CLAIMS_NOTE),
@@ -107,9 +116,6 @@ def _sections(comparison: Comparison, missing: list[str]) -> Iterator[Section]:
             yield Section(title, (_table(found),), note.strip().replace("`", ""))
     if outcomes.groups:
         yield Section("Cost", (_table(costs_table(outcomes)),))
-    drawn = [line.outcome.figure for line in comparison.lines.values() if isinstance(line.outcome, Drawn)]
-    if drawn:
-        yield Section("Samples", tuple(html.picture(comparison.folder / path, path) for path in drawn))
     skipped = [
         f"{n}: {line.outcome.reason}" for n, line in comparison.lines.items() if isinstance(line.outcome, Skipped)
     ]

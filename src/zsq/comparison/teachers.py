@@ -111,7 +111,8 @@ class Teachers:
                 f"[figure] shows images by their class, and '{teacher.name}' does not name one an image; each fit has "
                 "its images in samples.png."
             )
-        return self.figure, class_names(self.figure, teacher.spec.classes, self.root)
+        names = teacher.class_names if self.figure.names is None else ()
+        return self.figure, list(names) or class_names(self.figure, teacher.spec.classes, self.root)
 
     def check_claims(self, claims: Sequence[Claim]) -> None:
         """Check that claims are about what can be compared image by image.
