@@ -88,10 +88,12 @@ def _best(comparison: Comparison) -> Iterator[str]:
 
 def _pictures(comparison: Comparison) -> Iterator[Section]:
     """Yield the samples of each network and method that were drawn."""
+    networks = {teacher.label: teacher.title for teacher in comparison.recipe.teachers}
+    methods = {method.label: method.title for method in comparison.recipe.methods}
     for line in comparison.lines.values():
         if isinstance(line.outcome, Drawn):
-            place = comparison.folder / line.outcome.figure
-            yield Section(f"{line.teacher}: samples of {line.method}", (html.picture(place, line.outcome.figure),))
+            title = f"{networks[line.teacher]}: samples of {methods[line.method]}"
+            yield Section(title, (html.picture(comparison.folder / line.outcome.figure, title),))
 
 
 def _sections(comparison: Comparison, missing: list[str]) -> Iterator[Section]:

@@ -76,7 +76,8 @@ class ShapesMobileNet(nn.Module):
     """A MobileNet for 32x32 pixels: classify [N, 3, 32, 32] into logits [N, 10].
 
     With batch norm behind the activations, no scale of an activation follows from the weights; and it is trained to be
-    undecided about noise, so that noise says little of the values that images give.
+    undecided about noise, so that noise says little of the values that images give, and to withstand small changes, so
+    that one sees shapes in what is learned from it.
     """
 
     def __init__(self) -> None:
