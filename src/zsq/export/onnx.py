@@ -101,6 +101,7 @@ def write_onnx(
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(f"the network has no ONNX form: {_reason(error)} The .pt2 file needs none.") from error
     assert program is not None
+    assert program.exported_program is not None
     forgetting_examples(program.exported_program)
     model = program.model_proto
     if not target.symmetric_activations:
