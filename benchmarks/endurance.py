@@ -148,6 +148,9 @@ def machines(folder: Path) -> dict[str, Any]:
             words, text=True, stderr=to, stdout=subprocess.DEVNULL, env=here, start_new_session=True
         )
 
+    def said() -> list[str]:
+        return [(folder / f"said{rank}").read_text()[-2000:] for rank in (0, 1)]
+
     try:
         for name in names:
             ip("netns", "add", name)
@@ -160,7 +163,7 @@ def machines(folder: Path) -> dict[str, Any]:
         checkpoint = out / "checkpoints" / "fit.safetensors"
         while not checkpoint.exists():
             if any(process.poll() is not None for process in both):
-                return {"ok": False, "said": [(folder / f"said{rank}").read_text()[-2000:] for rank in (0, 1)]}
+                return {"ok": False, "said": said()}
             time.sleep(0.1)
         os.killpg(both[1].pid, signal.SIGKILL)
         died = time.monotonic()
@@ -168,6 +171,7 @@ def machines(folder: Path) -> dict[str, Any]:
         while not lines and time.monotonic() < died + PATIENCE:
             time.sleep(0.1)
             lines = [line for line in (folder / "said0").read_text().splitlines() if line.startswith("Error: ")]
+        before = said()
         noticed = round(time.monotonic() - died, 1)
         with contextlib.suppress(subprocess.TimeoutExpired):
             both[0].wait(10)
@@ -179,7 +183,7 @@ def machines(folder: Path) -> dict[str, Any]:
         for name in names:
             subprocess.run(["ip", "netns", "delete", name], check=False)
     ok = len(lines) == 1 and codes == [0, 0] and (out / "result.json").exists()
-    return {"noticed_seconds": noticed, "said": lines, "codes": codes, "ok": ok}
+    return {"noticed_seconds": noticed, "said": lines if ok else [*before, *said()], "codes": codes, "ok": ok}
 
 
 def parts() -> dict[str, list[tuple[str, Callable[[Path], dict[str, Any]]]]]:
