@@ -129,57 +129,99 @@ def quantized(folder: Path, side: int, classes: int = 0) -> dict[str, Any]:
     return {"side": side, "classes": classes, "grown": round(memory()["peak"] - before["peak"]), "seconds": seconds}
 
 
+class Machines:
+    """Two network namespaces with a cable between them, until the block ends; a run in `out` is spread over both."""
+
+    names = ("zsq-one", "zsq-two")
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.out = folder, folder / "shared"
+
+    def __enter__(self) -> "Machines":
+        for name in self.names:
+            _ip("netns", "add", name)
+        _ip(
+            "link",
+            "add",
+            "zsq0",
+            "netns",
+            self.names[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "zsq1",
+            "netns",
+            self.names[1],
+        )
+        for rank, name in enumerate(self.names):
+            _ip("-n", name, "address", "add", f"10.77.0.{rank + 1}/24", "dev", f"zsq{rank}")
+            for device in ("lo", f"zsq{rank}"):
+                _ip("-n", name, "link", "set", device, "up")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for rank, name in enumerate(self.names):
+            self.kill(rank)
+            _ip("netns", "delete", name)
+
+    def start(self, *more: str) -> "list[subprocess.Popen[str]]":
+        """Start the run on both."""
+        return [self._start(rank, *more) for rank in (0, 1)]
+
+    def _start(self, rank: int, *more: str) -> "subprocess.Popen[str]":
+        words = ["ip", "netns", "exec", self.names[rank], sys.executable, "-m", "torch.distributed.run"]
+        words += ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
+        words += ["--rdzv-endpoint", "10.77.0.1:29500", "--rdzv-conf", f"is_host={1 - rank}"]
+        words += ["--local-addr", f"10.77.0.{rank + 1}"]
+        words += ["-m", "zsq", "quantize", "digits", "--set", "method.steps=400", "--set", "method.batch_size=16"]
+        words += ["--set", "quantizer.num_samples=64", "--checkpoint-every", "20", "--out", str(self.out), *more]
+        here = os.environ | {"GLOO_SOCKET_IFNAME": f"zsq{rank}"}  # the host name may stand for the loopback interface
+        with (self.folder / f"said{rank}").open("w") as to:
+            return subprocess.Popen(words, text=True, stderr=to, stdout=subprocess.DEVNULL, env=here)
+
+    def kill(self, rank: int) -> None:
+        """End all that runs on one; torchrun gives its workers sessions of their own."""
+        for number in _ip("netns", "pids", self.names[rank]).split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(number), signal.SIGKILL)
+
+    def said(self, rank: int) -> list[str]:
+        """Return what one wrote to its standard error."""
+        return (self.folder / f"said{rank}").read_text().splitlines()
+
+    def errors(self, seconds: float) -> list[str]:
+        """Return the errors of the first once it has told one, or nothing after so long."""
+        until, found = time.monotonic() + seconds, list[str]()
+        while not found and time.monotonic() < until:
+            time.sleep(0.1)
+            found = [line for line in self.said(0) if line.startswith("Error: ")]
+        return found
+
+
+def _ip(*words: str) -> str:
+    return subprocess.run(["ip", *words], stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
 def machines(folder: Path) -> dict[str, Any]:
     """Let one of two machines die in the fit, and continue the run on both."""
-    names, out = ("zsq-one", "zsq-two"), folder / "shared"
-
-    def ip(*words: str) -> None:
-        subprocess.run(["ip", *words], check=True)
-
-    def start(rank: int, *more: str) -> "subprocess.Popen[str]":
-        words = ["ip", "netns", "exec", names[rank], sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
-        words += ["--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "10.77.0.1:29500"]
-        words += ["--local-addr", f"10.77.0.{rank + 1}", "--rdzv-conf", f"is_host={1 - rank}"]
-        words += ["-m", "zsq", "quantize", "digits", "--set", "method.steps=400", "--set", "method.batch_size=16"]
-        words += ["--set", "quantizer.num_samples=64", "--checkpoint-every", "20", "--out", str(out), *more]
-        here = os.environ | {"GLOO_SOCKET_IFNAME": f"zsq{rank}"}  # the host name may stand for the loopback interface
-        to = (folder / f"said{rank}").open("w")
-        return subprocess.Popen(
-            words, text=True, stderr=to, stdout=subprocess.DEVNULL, env=here, start_new_session=True
-        )
-
-    try:
-        for name in names:
-            ip("netns", "add", name)
-        ip("link", "add", "zsq0", "netns", names[0], "type", "veth", "peer", "name", "zsq1", "netns", names[1])
-        for rank, name in enumerate(names):
-            ip("-n", name, "address", "add", f"10.77.0.{rank + 1}/24", "dev", f"zsq{rank}")
-            for device in ("lo", f"zsq{rank}"):
-                ip("-n", name, "link", "set", device, "up")
-        both = [start(rank) for rank in (0, 1)]
-        checkpoint = out / "checkpoints" / "fit.safetensors"
-        while not checkpoint.exists():
+    with Machines(folder) as two:
+        both = two.start()
+        while not (two.out / "checkpoints" / "fit.safetensors").exists():
             if any(process.poll() is not None for process in both):
-                return {"ok": False, "said": [(folder / f"said{rank}").read_text()[-2000:] for rank in (0, 1)]}
+                return {"ok": False, "said": two.said(0) + two.said(1)}
             time.sleep(0.1)
-        os.killpg(both[1].pid, signal.SIGKILL)
+        two.kill(1)
         died = time.monotonic()
-        lines: list[str] = []
-        while not lines and time.monotonic() < died + PATIENCE:
-            time.sleep(0.1)
-            lines = [line for line in (folder / "said0").read_text().splitlines() if line.startswith("Error: ")]
+        lines = two.errors(PATIENCE)
         noticed = round(time.monotonic() - died, 1)
         with contextlib.suppress(subprocess.TimeoutExpired):
             both[0].wait(10)
-        with contextlib.suppress(ProcessLookupError):  # torchrun itself waits longer for the other machine
-            os.killpg(both[0].pid, signal.SIGKILL)
-        again = [start(rank, "--resume") for rank in (0, 1)]
-        codes = [process.wait(600) for process in again]
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "delete", name], check=False)
-    ok = len(lines) == 1 and codes == [0, 0] and (out / "result.json").exists()
-    return {"noticed_seconds": noticed, "said": lines, "codes": codes, "ok": ok}
+        two.kill(0)  # torchrun itself waits longer for the other machine
+        codes = [process.wait(600) for process in two.start("--resume")]
+        ok = len(lines) == 1 and codes == [0, 0] and (two.out / "result.json").exists()
+        said = lines if ok else [*lines, *two.said(0), *two.said(1)]
+    return {"noticed_seconds": noticed, "said": said, "codes": codes, "ok": ok}
 
 
 def parts() -> dict[str, list[tuple[str, Callable[[Path], dict[str, Any]]]]]:

@@ -7,12 +7,14 @@ import tracemalloc
 import zipfile
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from zsq.data.datasets import open_dataset
 from zsq.errors import InputError, TeacherError, ZsqError
+from zsq.export.files import open_file
 from zsq.export.image_spec import from_json
 from zsq.models.weights import read_state
 from zsq.runs.recipe_file import run_tables
@@ -68,6 +70,25 @@ def test_large_images_are_cropped_before_a_batch_is_made(tmp_path):
     tracemalloc.stop()
     assert batch.images.shape == (12, 3, 8, 8)
     assert peak < 200 * 2**20  # of 288 MB
+
+
+@pytest.mark.parametrize("place", ["{root}/secret.bin", "../secret.bin", "link.bin"])
+def test_an_onnx_file_reads_no_other(tmp_path, place):
+    folder, weights = tmp_path / "run", np.ones(3, np.float32).tobytes()
+    folder.mkdir()
+    (tmp_path / "secret.bin").write_bytes(weights)
+    (folder / "link.bin").symlink_to(tmp_path / "secret.bin")
+    values = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", 3]) for name in ("images", "logits")
+    ]
+    weight = onnx.helper.make_tensor("weight", onnx.TensorProto.FLOAT, [3], weights, raw=True)
+    onnx.external_data_helper.set_external_data(weight, place.format(root=tmp_path), 0, len(weights))
+    weight.ClearField("raw_data")
+    add = onnx.helper.make_node("Add", ["images", "weight"], ["logits"])
+    graph = onnx.helper.make_graph([add], "", values[:1], values[1:], [weight])
+    (folder / "model.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
+    with pytest.raises(InputError, match="its weights lie in other files"):
+        open_file(folder / "model.onnx")
 
 
 @pytest.mark.parametrize("name", ["a.pth", "a.pt", "a.bin", "a.safetensors", "a"])

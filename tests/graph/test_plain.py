@@ -1,5 +1,9 @@
 """Writes, contexts and other types: the graph holds pure operators in float32 that compute what the network does."""
 
+import gc
+import linecache
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -8,6 +12,7 @@ from toys import SPEC, images, settle
 from zsq.errors import TeacherError
 from zsq.graph.edit import aten
 from zsq.graph.islands import narrowest_type
+from zsq.graph.plain import forgetting_sources, plain_network
 from zsq.graph.trace import trace
 
 
@@ -132,3 +137,26 @@ def test_a_network_that_normalises_over_the_batch_is_refused() -> None:
     )
     with pytest.raises(TeacherError, match=r"other logits alone than in a batch .*track_running_stats=False"):
         trace(net.eval(), SPEC, "toy")
+
+
+def test_programs_end_with_their_last_reference() -> None:
+    found = []
+    for _ in range(4):
+        net, batch = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 2)), torch.export.Dim("batch")
+        program = torch.export.export(net, (images(2),), dynamic_shapes=({0: batch},))
+        found.append(weakref.ref(program.graph.find_nodes(op="placeholder")[-1].meta["val"].fake_mode.shape_env))
+        plain_network(program)
+    del program
+    gc.collect()
+    assert found[0]() is None  # PyTorch itself keeps the latest
+
+
+def test_sources_end_with_their_block() -> None:
+    def kept() -> set[str]:
+        return {name for name in linecache.cache if name.startswith("<eval_with_key>")}
+
+    before = kept()
+    with forgetting_sources():
+        trace(settle(NoGrad()), SPEC, "toy")
+        assert kept() > before
+    assert kept() == before

@@ -17,6 +17,7 @@ from zsq.comparison.result import Comparison
 from zsq.comparison.submit import available, run_jobs
 from zsq.comparison.teachers import Teachers
 from zsq.errors import InputError
+from zsq.graph.plain import forgetting_sources
 from zsq.runs.console import shown
 from zsq.runs.folder import claimed
 from zsq.runs.run_log import Kind, require_log
@@ -101,7 +102,7 @@ def compare(
     layout, root = Layout(Path(out)), None if data_root is None else Path(data_root)
     text = Path(recipe).read_bytes()
     _check_folder(layout, resume=resume, overwrite=overwrite)
-    with shown(observer, quiet=quiet) as watching, claimed(layout.folder):
+    with shown(observer, quiet=quiet) as watching, forgetting_sources(), claimed(layout.folder):
         teachers = Teachers(root, pick_device(device), read.figure)
         teachers.check(chosen)
         teachers.check_claims(read.claims)

@@ -1,11 +1,13 @@
 """The note of what a file takes and gives: its `ImageSpec` as JSON."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import onnx
 from google.protobuf.message import DecodeError
+from onnx.external_data_helper import uses_external_data
 
 from zsq.checked import validated
 from zsq.errors import InputError
@@ -19,14 +21,28 @@ def notes_of(path: Path) -> dict[str, str]:
     """Return the metadata of an ONNX file, by name.
 
     Raises:
-        InputError: there is no such file, or it is none.
+        InputError: there is no such file, or it is none, or it names other files, which a runtime would read.
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; write one with write_onnx.")
     try:
-        return {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}
+        model = onnx.load(path, load_external_data=False)
     except DecodeError as error:
         raise InputError(f"{path}: it is no ONNX file.") from error
+    if any(map(uses_external_data, _tensors(model.graph))):
+        raise InputError(
+            f"{path}: its weights lie in other files; zsq writes and reads files that hold them themselves."
+        )
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Yield the tensors that a graph holds, those of its nodes and their graphs included."""
+    yield from graph.initializer
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        yield from (attribute.t, *attribute.tensors)
+        for inner in (attribute.g, *attribute.graphs):
+            yield from _tensors(inner)
 
 
 def output_names(spec: ImageSpec) -> list[str]:

@@ -1,12 +1,15 @@
 """Exported programs as plain graphs: no writes in place, no contexts, no assertions, nothing but operators."""
 
+import linecache
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx
 from torch.export import ExportedProgram
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Node, graph_module
 
 from zsq.graph.edit import argument, aten
 
@@ -66,6 +69,19 @@ def forgetting_examples(program: ExportedProgram) -> ExportedProgram:
                     method.cache_clear()
             break  # a program has one
     return program
+
+
+@contextmanager
+def forgetting_sources() -> Iterator[None]:
+    """Drop, at the end of the block, the sources of the graphs compiled in it, which torch.fx keeps for tracebacks."""
+    sources: dict[str, str] = graph_module._loader.eval_cache
+    known = set(sources)
+    try:
+        yield
+    finally:
+        for name in sources.keys() - known:
+            del sources[name]
+            linecache.cache.pop(name, None)
 
 
 def _is_plain(graph: fx.Graph) -> bool:

@@ -96,7 +96,8 @@ class ConditionalSource(GeneratorSource):
     def sample_labels(self, labels: Tensor) -> Tensor:
         """Return one image for each label [N]: [N, C, H, W]."""
         _, noise = self._inputs("grid", 0, len(labels))
-        return self.render(noise, maps_of(labels.to(self.device), self.spec))
+        parts = (each.split(self.spec.images_at_once) for each in (noise, maps_of(labels.to(self.device), self.spec)))
+        return torch.cat([self.render(*part) for part in zip(*parts, strict=True)])
 
     def render(self, noise: Tensor, labels: Tensor) -> Tensor:
         """Map noise and labels to images as when sampling."""

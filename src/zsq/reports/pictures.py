@@ -68,7 +68,7 @@ def images_in_rows(
     Without labels, images that are of no class in particular come as they are drawn.
     """
     if labels is None and not (spec.classes and source.asks_labels):
-        return _any_images(source, columns)
+        return _any_images(source, spec, columns)
     labels = grid_labels(spec.classes) if labels is None else labels
     asked = source.sample_labels(labels.repeat_interleave(columns))
     if asked is not None:
@@ -77,7 +77,7 @@ def images_in_rows(
     known = torch.zeros(len(images), dtype=torch.bool)
     filled = [0] * len(labels)
     row_of = {int(label): row for row, label in enumerate(labels)}
-    for batch in source.sample(searched):
+    for batch in source.sample(searched, spec.images_at_once):
         images = images.to(batch.images.device)
         shown = batch.labels if batch.labels.dim() == 1 else batch.labels.flatten(1).mode(1).values
         for image, label in zip(batch.images, shown.tolist(), strict=True):
@@ -91,17 +91,17 @@ def images_in_rows(
     return images, known
 
 
-def _any_images(source: _Sampler, columns: int) -> tuple[Tensor, Tensor]:
+def _any_images(source: _Sampler, spec: ImageSpec, columns: int) -> tuple[Tensor, Tensor]:
     """Return inputs of a network without classes as they come, [rows x columns, C, ...], and that all are there."""
     shown = columns * columns // 2
-    found = torch.cat([batch.images for batch in source.sample(shown)])[:shown]
+    found = torch.cat([batch.images for batch in source.sample(shown, spec.images_at_once)])[:shown]
     images = found[: max(1, len(found) // columns) * columns]
     return images, torch.ones(len(images), dtype=torch.bool)
 
 
 def as_rows(images: Tensor, known: Tensor, spec: ImageSpec, columns: int = GRID_COLUMNS) -> Tensor:
     """Return inputs [rows x columns, C, ...] as pictures, uint8 [rows, columns, H, W, C]; black where none is known."""
-    pictures = as_pictures(images.cpu(), spec)
+    pictures = torch.cat([as_pictures(part, spec) for part in images.cpu().split(spec.images_at_once)])
     pictures[~known] = 0
     return pictures.view(-1, min(columns, len(pictures)), *pictures.shape[1:])
 

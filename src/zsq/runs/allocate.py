@@ -85,7 +85,8 @@ def _allocate(
     """Do it in the folder that the job has taken."""
     run, teacher, settings = job.run, job.teacher, job.settings
     files = tuple(job.folder / name for name in ("bits.toml", "frontier.csv", "frontier.png"))
-    images = torch.cat([batch.images.to(run.device) for batch in surrogate.source.sample(request.num_images)])
+    samples = surrogate.source.sample(request.num_images, teacher.spec.images_at_once)
+    images = torch.cat([batch.images.to(run.device) for batch in samples])
     found = sensitivities(
         surrogate.network,
         images,

@@ -17,6 +17,7 @@ from zsq.errors import InputError
 from zsq.evaluation.measures import Decoder
 from zsq.export.files import require_runtime
 from zsq.graph.fold import fold
+from zsq.graph.plain import forgetting_sources
 from zsq.models.teacher import Teacher
 from zsq.quantization import PTQ
 from zsq.quantization.prepare import check_weight_names
@@ -77,7 +78,7 @@ def started(
     kind = _kind_of_log(request)
     require_log(kind)
     device = distributed.start(pick_device(request.device).type)
-    with shown(request.observer, quiet=request.quiet) as observer:
+    with shown(request.observer, quiet=request.quiet) as observer, forgetting_sources():
         teacher = _loaded(request, device)
         if check is not None:
             check(teacher)

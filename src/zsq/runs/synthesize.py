@@ -51,7 +51,8 @@ def synthesize_request(request: SynthesizeRequest) -> list[Path]:
         def write() -> list[Path]:
             images = job.folder / "images.npz"
             names = class_list(request.class_names, job.teacher.spec.classes) if request.class_names else ()
-            write_npz(images, source.sample(request.count), job.teacher.spec, min(request.count, held), names)
+            spec = job.teacher.spec
+            write_npz(images, source.sample(request.count, spec.images_at_once), spec, min(request.count, held), names)
             return [images, job.folder / SAMPLES]
 
         return distributed.on_main(write)

@@ -243,7 +243,7 @@ def _losses_named() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0].partition(". This is typically")[0]  # advice that is of no use here
         raise LostProcessError(
             f"a process lost touch with the others, of which one may have ended ({reason})."
         ) from error
