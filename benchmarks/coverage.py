@@ -73,7 +73,7 @@ FAMILIES = {
         "mnasnet_small darts proxylessnas_cpu fbnet_cb xception inceptionv3 inceptionv4 inceptionresnetv2 polynet "
         "nasnet_4a1056 pnasnet5large efficientnet_b0 mixnet_s octresnet10_ad2 "
         "isqrtcovresnet18 resnet20_cifar10 nin_cifar10 ror3_56_cifar10 rir_cifar10 wrn16_10_cifar10 msdnet22 zfnet "
-        "alexnet vgg11 bn_vgg11 bninception resnetd50b wrn50_2"
+        "alexnet vgg11 bn_vgg11 bninception resnetd50b"
     ),
     "smp": "resnet18 se_resnet50 dpn68 vgg11_bn efficientnet-b0 mobileone_s0 mit_b0 xception timm-skresnet18",
 }
@@ -170,7 +170,10 @@ def plain(library: str, model: str, image_size: int | None = None) -> nn.Module:
 
 @torch.no_grad()
 def settle(network: nn.Module, channels: int, side: int) -> None:
-    """Let batch norms take the statistics of a batch of noise, and leave training mode."""
+    """Let batch norms take the statistics of a batch of noise, draw weights that begin at zero, and leave training mode.
+
+    A head of zeros, as MLP-Mixers have before training, gives all images the same logits.
+    """
     norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.momentum = 1.0
@@ -181,6 +184,8 @@ def settle(network: nn.Module, channels: int, side: int) -> None:
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and not module.weight.any():
+            module.reset_parameters()
     if norms:
         network(torch.randn(4, channels, side, side))
     network.eval()

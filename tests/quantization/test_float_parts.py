@@ -14,6 +14,8 @@ from zsq.quantization import PTQ
 from zsq.quantization.convert import convert
 from zsq.quantization.coverage import coverage
 from zsq.quantization.quantizers import ActivationQuantizer, quantizers
+from zsq.quantization.sensitivity import weight_sizes
+from zsq.targets import TARGETS
 
 
 class Attention(nn.Module):
@@ -82,23 +84,26 @@ def test_layers_on_tokens_add_their_bias_in_integers(bits, tmp_path: Path):
 
 
 class Volumes(nn.Module):
-    """Images as volumes of one channel, and a convolution of many."""
+    """Images as volumes of one channel, and convolutions of few and of many."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.head = nn.Conv3d(1, 8, 2), nn.Conv3d(8, 8, 2), nn.Linear(8, 5)
+        self.first, self.few, self.many = nn.Conv3d(1, 4, 1), nn.Conv3d(4, 8, 2), nn.Conv3d(8, 8, 2)
+        self.head = nn.Linear(8, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.second(torch.relu(self.first(x.unsqueeze(1))))
+        x = self.many(torch.relu(self.few(nn.functional.max_pool3d(torch.relu(self.first(x.unsqueeze(1))), (1, 2, 2)))))
         logits: torch.Tensor = self.head(x.flatten(2).mean(2))
         return logits
 
 
-def test_a_first_convolution_of_a_volume_of_one_channel_is_float(tmp_path: Path):
+def test_the_first_convolutions_of_volumes_of_few_channels_are_float(tmp_path: Path):
     student = quantized(graph(Volumes), PTQ())
     converted, path = convert(student), tmp_path / "model.onnx"
     write_onnx(converted, SPEC, path)
     require(verify_file(path, student, iter(images(100, 7).split(50)), output_step(converted), threads=1))
-    assert [name for name in fused_operators(path) if "Conv" in name] == ["Conv", "QLinearConv"]
-    assert [*coverage(converted, SPEC).float_operations] == ["conv3d in first"]
+    assert [name for name in fused_operators(path) if "Conv" in name] == ["FusedConv", "Conv", "QLinearConv"]
+    assert [*coverage(converted, SPEC).float_operations] == ["conv3d in first", "conv3d in few"]
+    assert [*weight_sizes(graph(Volumes))] == ["many.weight", "head.weight"]
+    assert len(weight_sizes(graph(Volumes), TARGETS["openvino"])) == 4
     assert "input" in rounded(quantized(graph(Volumes), PTQ(target="openvino")))

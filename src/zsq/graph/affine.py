@@ -1,6 +1,8 @@
 """A value times a constant, or plus one: steps that change nothing, and steps that together are a batch norm."""
 
+import itertools
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ def affine_step(network: GraphModule, node: Node) -> tuple[Node, Tensor, Tensor]
     if node.target not in STEPS or node.kwargs:
         return None
     for x, other in (node.args[:2], *([node.args[1::-1]] if node.target in SYMMETRIC else [])):
-        constant = tensor_of(network, other) if isinstance(other, Node) else torch.tensor(float(other))  # type: ignore[arg-type]
+        constant = tensor_of(network, other) if isinstance(other, Node) else _number(network, other)
         if constant is None or not isinstance(x, Node) or x.op == "get_attr":
             continue
         one, none = constant.new_ones(()), constant.new_zeros(())
@@ -29,6 +31,12 @@ def affine_step(network: GraphModule, node: Node) -> tuple[Node, Tensor, Tensor]
             aten.sub.Tensor: (x, one, -constant),
         }[node.target]
     return None
+
+
+def _number(network: GraphModule, value: Any) -> Tensor:
+    """Return a number as a tensor where the network's tensors are."""
+    stored = itertools.chain(network.parameters(), network.buffers())
+    return torch.tensor(float(value), device=next((tensor.device for tensor in stored), None))
 
 
 def drop_idle(network: GraphModule) -> None:
@@ -76,7 +84,8 @@ def name_affines(network: GraphModule, kept: Collection[Node]) -> None:
             continue
         value = end.meta["val"]
         channels, stored = value.shape[1], False
-        x, factor, shift = end, torch.ones(channels), torch.zeros(channels)
+        one = _number(network, 1).expand(channels)
+        x, factor, shift = end, one, one - 1
         while (x is end or len(x.users) == 1) and (step := affine_step(network, x)) and step[0] not in kept:
             parts = [of_channels(part, value.dim(), 1, channels) for part in step[1:]]
             if parts[0] is None or parts[1] is None or str(step[0].meta["val"].shape) != str(value.shape):

@@ -75,24 +75,31 @@ def float_parts(network: GraphModule, moves: set[Node], every_layer: set[Node]) 
 
 
 def float_volumes(network: GraphModule, moves: set[Node], least_channels: int) -> dict[Node, Node]:
-    """Return the convolutions of volumes that alone read an input of few channels, with it: both are best left float.
+    """Return the first convolutions of volumes while they have few channels, and what each reads: best left float.
 
     ONNX Runtime gathers a volume tap by tap, however few channels a tap has: integers took 6 to 14 times as long as
-    float for one channel (3x3x3 to 16 or 64), 3 to 6 times for three, and as long for 8 to 16. The input is not rounded
-    then, since the runtime quantizes weights itself behind integers.
+    float for one channel (3x3x3 to 16 or 64), 3 to 6 times for three or four, and 1 to 2 times for 8 to 16. What these
+    read is not rounded then, since the runtime quantizes weights itself behind integers; so one behind integers stays.
 
     Args:
         network: folded.
         moves: nodes that only move values.
         least_channels: from which on they are quantized.
     """
-    found = {}
+    found: dict[Node, Node] = {}
     for layer in layers(network):
         weight, read = tensor_of(network, layer.args[1]), _source(layer.args[0], moves)
         few = weight is not None and weight.dim() == VOLUME and weight.shape[1] < least_channels
-        if few and read.op == "placeholder" and argument(layer, 6, 1) == 1 and _readers(read, moves) == {layer}:
+        alone = argument(layer, 6, 1) == 1 and _readers(read, moves) == {layer}
+        if few and alone and (read.op == "placeholder" or _given_by(read) in found):
             found[layer] = read
     return found
+
+
+def _given_by(node: Node) -> Node:
+    """Return the layer in front of an activation that limits its values, or what there is instead."""
+    before = node.args[0] if clamp_limits(node) is not None else node
+    return before if isinstance(before, Node) and len(before.users) == 1 else node
 
 
 def _source(node: Any, moves: set[Node]) -> Node:

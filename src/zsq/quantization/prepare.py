@@ -217,8 +217,7 @@ def prepare(folded: GraphModule, scheme: Scheme) -> Student:
     """
     network = edit.copy_network(folded)
     moves = {node for node in network.graph.nodes if moves_values(node)}
-    least = scheme.target.least_volume_channels if scheme.all_activations else 0
-    volumes = float_volumes(network, moves, least)
+    volumes = float_volumes(network, moves, scheme.target.least_volume_channels) if scheme.all_activations else {}
     every_layer = [layer for layer in edit.layers(network) if layer not in volumes]
     if not every_layer:
         raise InputError("the network has no convolution or linear layer whose weight could be quantized.")
@@ -241,6 +240,13 @@ def prepare(folded: GraphModule, scheme: Scheme) -> Student:
         placer.place_weight(layer)
     placer.put_hardsigmoid_on_grids()
     return Student(edit.finish(network), placer.rounded_ends)
+
+
+def quantized_layers(folded: GraphModule, target: Target) -> list[Node]:
+    """List the layers of a folded network whose weights a target's file holds in integers, in order."""
+    moves = {node for node in folded.graph.nodes if moves_values(node)}
+    volumes = float_volumes(folded, moves, target.least_volume_channels)
+    return [layer for layer in edit.layers(folded) if layer not in volumes]
 
 
 def weight_name(layer: Node) -> str:

@@ -13,7 +13,7 @@ from zsq.graph import edit
 from zsq.graph.fold import fold
 from zsq.graph.outputs import outputs_of
 from zsq.quantization.pair_sums import pair_limit
-from zsq.quantization.prepare import weight_name
+from zsq.quantization.prepare import quantized_layers, weight_name
 from zsq.quantization.quantizers import WeightQuantizer
 from zsq.quantization.range_rules import weight_mse
 from zsq.targets import TARGETS, Target
@@ -27,11 +27,11 @@ MOST_POINTS = 100_000
 """Points up to which a frontier is exact; beyond, the size axis is cut into as many steps."""
 
 
-def weight_sizes(network: GraphModule) -> dict[str, int]:
+def weight_sizes(network: GraphModule, target: Target = TARGETS["onnxruntime"]) -> dict[str, int]:
     """Return the number of values of each weight that is quantized; one that two layers read is stored twice."""
     sizes: dict[str, int] = {}
     folded, _ = fold(network)
-    for layer in edit.layers(folded):
+    for layer in quantized_layers(folded, target):
         name = weight_name(layer)
         sizes[name] = sizes.get(name, 0) + edit.get_attribute(folded, name).numel()
     return sizes
@@ -57,7 +57,7 @@ def sensitivities(
         widths: in bits.
         per_channel, range_rule: of the weights' grids, as in the quantizer's settings.
         activation_bits: width of the activations that will meet the weights.
-        target: what the file will be for; its kernels may limit pairs of weights.
+        target: what the file will be for; its kernels may limit pairs of weights, or take some layers in float.
         run: shows progress.
 
     Returns:
@@ -75,7 +75,7 @@ def sensitivities(
     batches = images.split(BATCH)
     answers, kinds = torch.cat([folded(batch) for batch in batches]), Answers(outputs_of(folded))
     tried = list(widths)
-    layers = {weight_name(layer): layer for layer in edit.layers(folded)}
+    layers = {weight_name(layer): layer for layer in quantized_layers(folded, target)}
     found: dict[str, dict[int, float]] = {}
     for name in (run or Run()).each("sensitivity", layers, len(layers), lambda _: 1):
         stored = edit.get_attribute(folded, name)

@@ -19,12 +19,14 @@ from zsq.quantization.sensitivity import Allocation, Frontier, pareto_frontier, 
 from zsq.runs.job import Job
 from zsq.runs.origin import completed
 from zsq.runs.request import AllocateRequest, takes
+from zsq.runs.settings import Settings
 from zsq.runs.stages import fit
 from zsq.runs.start import started
 from zsq.runtime import distributed
 from zsq.runtime.files import replacing
 from zsq.runtime.memory import clear_memory_errors
 from zsq.runtime.versions import versions
+from zsq.targets import target_of
 
 logger = logging.getLogger(__name__)
 
@@ -68,12 +70,15 @@ def allocate_request(request: AllocateRequest) -> Allocated:
         raise InputError(f"images is {request.num_images}; at least 1 is needed.")
     _check_limits(request)
 
-    def most_bits(teacher: Teacher) -> float:
-        return _most_bits(request, sum(weight_sizes(teacher.network).values()), min(tried))
+    def most_bits(teacher: Teacher, settings: Settings) -> float:
+        sizes = weight_sizes(teacher.network, target_of(settings.quantizer.target))
+        return _most_bits(request, sum(sizes.values()), min(tried))
 
     with started(request, quantizer="ptq", needs_images=True, check=most_bits) as job:
         surrogate = fit(job)
-        return distributed.on_main(lambda: _allocate(job, request, surrogate, tried, most_bits(job.teacher)))
+        return distributed.on_main(
+            lambda: _allocate(job, request, surrogate, tried, most_bits(job.teacher, job.settings))
+        )
 
 
 allocate = takes(AllocateRequest)(allocate_request)
@@ -97,7 +102,7 @@ def _allocate(
         target=job.target,
         run=run,
     )
-    frontier = pareto_frontier(found, weight_sizes(teacher.network))
+    frontier = pareto_frontier(found, weight_sizes(teacher.network, job.target))
     if not frontier.exact:
         logger.info(
             "the frontier has too many points; its size axis is cut into steps, so a better point may be left out"

@@ -59,7 +59,7 @@ def started(
     checkpoint_every: int | None = None,
     needs_images: bool = False,
     rehearsed: bool = False,
-    check: Callable[[Teacher], object] | None = None,
+    check: Callable[[Teacher, Settings], object] | None = None,
 ) -> Iterator[Job]:
     """Check what is asked for, take the folder, and yield the job that is ready to start.
 
@@ -80,8 +80,6 @@ def started(
     device = distributed.start(pick_device(request.device).type)
     with shown(request.observer, quiet=request.quiet) as observer, forgetting_sources():
         teacher = _loaded(request, device)
-        if check is not None:
-            check(teacher)
         images, decoder = _opened(data, class_names, decode, teacher)
         facts: dict[str, Any] = {"data": data if data is None else os.fspath(data), "decode": decode}
         if class_names is not None:
@@ -89,6 +87,8 @@ def started(
             teacher = replace(teacher, class_names=tuple(facts["class_names"]))
         fitted = None if request.from_run is None else FittedRun.open(Path(request.from_run), teacher)
         wanted = wanted_settings(request, quantizer, bits, fitted, flags)
+        if check is not None:
+            check(teacher, wanted)
         _check_settings(wanted, teacher, needs_images=needs_images)
         seed = distributed.on_main(
             lambda: chosen_seed(request.seed, request.recipe_path, request.folder, resume=request.resume)
