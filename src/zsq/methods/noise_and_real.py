@@ -25,6 +25,9 @@ from zsq.types import Batch, ImageSpec
 
 logger = logging.getLogger(__name__)
 
+DRAWN = {"natural": natural_noise, "leaves": dead_leaves}
+"""Distributions of whole images, not of single pixels."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Noise(Method):
@@ -60,9 +63,8 @@ class NoiseSource(Stateless):
     def _draw(self, name: str, step: int, count: int) -> Batch:
         random = stream(self.seed, name, step, self.device)
         labels = draw_labels(self.spec, count, random, self.device)
-        drawn = {"natural": natural_noise, "leaves": dead_leaves}.get(self.settings.distribution)
-        if drawn is not None:
-            return Batch(distributed.share(drawn(count, self.spec, random)), labels)
+        if (draw := DRAWN.get(self.settings.distribution)) is not None:
+            return Batch(distributed.share(draw(count, self.spec, random)), labels)
         shape = (count, *self.spec.shape)
         if self.settings.distribution == "gaussian":
             return Batch(distributed.share(torch.randn(shape, generator=random, device=self.device)), labels)
