@@ -545,7 +545,7 @@ def test_figures_show_samples_with_the_names_of_their_classes(ran, recipe, tmp_p
             assert picture.size == (2 * 116 + 4, 20 + 2 * 116 + 4)
     assert ran.cells == []
     assert "![digits/zscgan/figure/seed0](figures/digits-zscgan-seed0.png)" in (tmp_path / "out/table.md").read_text()
-    assert "<h2>digits: samples of zscgan</h2>" in (tmp_path / "out/report.html").read_text()
+    assert "<h2>digits: samples of ZS-CGAN</h2>" in (tmp_path / "out/report.html").read_text()
     assert not (tmp_path / "out" / "table.csv").exists()
 
 
