@@ -1,4 +1,4 @@
-"""Write the table of docs/results.md and docs/results.csv from benchmarks/results/tables.jsonl.
+"""Write the tables of docs/results.md and docs/results.csv from benchmarks/results/tables.jsonl and heads.jsonl.
 
     python benchmarks/results_page.py [--check]
 
@@ -22,7 +22,9 @@ from zsq.comparison.lines import renamed
 ROOT = Path(__file__).parents[1]
 LINES = ROOT / "benchmarks" / "results" / "tables.jsonl"
 PAGE, CSV = ROOT / "docs" / "results.md", ROOT / "docs" / "results.csv"
+HEADS = ROOT / "benchmarks" / "results" / "heads.jsonl"
 BEGIN, END = "<!-- table of benchmarks/results_page.py -->", "<!-- end of table -->"
+HEADS_BEGIN, HEADS_END = "<!-- bundled networks of benchmarks/results_page.py -->", "<!-- end of bundled networks -->"
 
 RECIPES = {
     "digits": (),
@@ -56,6 +58,17 @@ METHODS = {
     "real, distilled": "real images, distilled",
 }
 
+MEASURED = {
+    "shapes_mobilenet": "top-1",
+    "shapes_unet": "mean IoU",
+    "shapes_embedder": "verification accuracy",
+    "shapes_detector": "AP",
+    "signals_net": "top-1",
+}
+"""The figure of each bundled network, a share, as benchmarks/heads.py names it."""
+
+HEADS_COLUMNS = [(bits, quantizer) for bits in ("8", "4") for quantizer in ("ptq", "qat")]
+
 COLUMNS = [(bits, quantizer) for bits in ("8", "6", "4") for quantizer in ("ptq", "qat")]
 
 WRITTEN: dict[tuple[str, str], dict[tuple[str, str], tuple[float, float | None, int]]] = {
@@ -65,7 +78,7 @@ WRITTEN: dict[tuple[str, str], dict[tuple[str, str], tuple[float, float | None, 
         ("6", "ptq"): (98.67, None, 1),
         ("6", "qat"): (98.67, None, 1),
         ("4", "ptq"): (98.67, None, 1),
-        ("4", "qat"): (98.89, None, 1),
+        ("4", "qat"): (98.33, None, 1),
     },
     ("digits", "noise"): {
         ("8", "ptq"): (98.67, None, 1),
@@ -160,6 +173,35 @@ def table() -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+def heads_table() -> str:
+    """Return the table of the bundled networks: percent, mean and deviation over the seeds that there are."""
+    lines = [json.loads(line) for line in HEADS.read_text().splitlines()]
+
+    def shown(network: str, method: str, bits: str | None, quantizer: str | None) -> str:
+        wanted = {"network": network, "method": method, "bits": bits, "quantizer": quantizer}
+        found = [
+            100 * line[MEASURED[network]]
+            for line in lines
+            if all(line.get(name) == value for name, value in wanted.items())
+        ]
+        if not found:
+            return ""
+        spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 and bits else ""
+        return f"{statistics.mean(found):.2f}{spread}"
+
+    heads = ["network and method", *(f"INT{bits} {quantizer.upper()}" for bits, quantizer in HEADS_COLUMNS)]
+    rows = [heads, ["---"] * len(heads)]
+    for network, measure in MEASURED.items():
+        found = [
+            [METHODS[method], *(shown(network, method, *column) for column in HEADS_COLUMNS)]
+            for method in ("zscgan", "noise", "real")
+        ]
+        if known := [row for row in found if any(row[1:])]:
+            top = shown(network, "float", None, None)
+            rows += [[f"**{network}**, {measure}, float {top}", *[""] * len(HEADS_COLUMNS)], *known]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
 def as_csv() -> str:
     """Return one row a cell, in the order of the table."""
     cells, floats = read()
@@ -191,9 +233,11 @@ def as_csv() -> str:
 
 
 def page() -> str:
-    """Return the page with its table renewed."""
-    old = PAGE.read_text()
-    return re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n\n{table()}\n\n{END}", old, flags=re.DOTALL)
+    """Return the page with its tables renewed."""
+    text = PAGE.read_text()
+    for begin, end, found in ((BEGIN, END, table()), (HEADS_BEGIN, HEADS_END, heads_table())):
+        text = re.sub(f"{begin}.*{end}", f"{begin}\n\n{found}\n\n{end}", text, flags=re.DOTALL)
+    return text
 
 
 def stale() -> list[str]:
