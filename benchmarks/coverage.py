@@ -170,7 +170,7 @@ def plain(library: str, model: str, image_size: int | None = None) -> nn.Module:
 
 @torch.no_grad()
 def settle(network: nn.Module, channels: int, side: int) -> None:
-    """Let batch norms take a batch of noise's statistics, draw weights that begin at zero, and leave training mode.
+    """Draw weights that begin at zero, let batch norms take the statistics of a batch of noise, and end training mode.
 
     A head of zeros, as MLP-Mixers have before training, gives all images the same logits.
     """
